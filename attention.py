@@ -13,7 +13,7 @@ Departures from the paper, marked on their lines: pre-norm, GELU, no dropout on 
 weights (a fused kernel never holds them).
 Not included: cross-attention layers, sliding windows, dropout on weights, sinks, paged caches.
 
-    python attention.py            check table, demo, timing
+    python attention.py            check table, demo, timing: 15 s on one core
     python attention.py --check    check table alone
 """
 
@@ -22,6 +22,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -31,34 +32,38 @@ from torch import nn
 # ---------------------------------------------------------------- reference: numpy, float64
 
 
-def attention_ref(q, k, v, causal=False, keep=None):
-    """Softmax attention, one head (Vaswani et al. 2017, arXiv:1706.03762v7, eq. 1).
+def attention_ref(q, k, v, causal=False, keep=None, bias=None, rows=None):
+    """Softmax attention of one head (arXiv:1706.03762v7, eq. 1). Returns (out, lse), lse natural.
 
-    q: (Lq, E), k: (Lk, E), v: (Lk, Ev), keep: (Lk,) bool, True = visible.  Returns (Lq, Ev).
-    causal: query i sees keys 0 .. i.  A query that sees nothing gets zeros.
+    q: (Lq, E), k: (Lk, E), v: (Lk, Ev), keep: (Lk,) bool, bias: (Lq, Lk), added to the scores.
+    causal: query i sees keys 0 .. i.  rows: compute these queries only, O(rows Lk) instead of
+    O(Lq Lk).  A query that sees nothing gets out 0 and lse -inf.
     """
-    out = np.zeros((q.shape[0], v.shape[1]))
-    for i, q_i in enumerate(q):
+    rows = range(len(q)) if rows is None else rows
+    out, lse = np.zeros((len(rows), v.shape[1])), np.full(len(rows), -np.inf)
+    for n, i in enumerate(rows):
         visible = np.ones(len(k), bool) if keep is None else keep.copy()
         if causal:
             visible[i + 1 :] = False
         if not visible.any():
             continue
-        scores = k[visible] @ q_i / math.sqrt(q.shape[1])  # (keys,)
-        weights = np.exp(scores - scores.max())  # the largest is 1: no overflow
-        out[i] = weights @ v[visible] / weights.sum()
-    return out
+        scores = k[visible] @ q[i] / math.sqrt(q.shape[1])  # (keys, E) x (E,) -> (keys,)
+        if bias is not None:
+            scores = scores + bias[i, visible]
+        largest = scores.max()
+        weights = np.exp(scores - largest)  # the largest weight is 1: no overflow
+        out[n] = weights @ v[visible] / weights.sum()
+        lse[n] = largest + math.log(weights.sum())
+    return out, lse
 
 
 def sinusoidal_positions_ref(positions, d_model):
     """sin, cos of pos / 10000^(2i/D) in even, odd columns (arXiv:1706.03762v7, 3.5). (L, D)."""
     table = np.zeros((len(positions), d_model))
     for row, pos in enumerate(positions):
-        for i in range(0, d_model, 2):
-            angle = pos / 10000 ** (i / d_model)
-            table[row, i] = math.sin(angle)
-            if i + 1 < d_model:
-                table[row, i + 1] = math.cos(angle)
+        for column in range(d_model):
+            angle = pos / 10000 ** ((column - column % 2) / d_model)
+            table[row, column] = math.cos(angle) if column % 2 else math.sin(angle)
     return table
 
 
@@ -68,23 +73,21 @@ def rope_ref(x, positions):
     for row, pos in enumerate(positions):
         for i in range(0, x.shape[1], 2):
             angle = pos / 10000 ** (i / x.shape[1])
-            turn = np.array(
-                [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
-            )
-            out[row, i : i + 2] = turn @ x[row, i : i + 2]
+            cos, sin = math.cos(angle), math.sin(angle)
+            out[row, i : i + 2] = np.array([[cos, -sin], [sin, cos]]) @ x[row, i : i + 2]
     return out
 
 
 # ---------------------------------------------------------------- fast: torch
 
 
-def attention_slow(q, k, v, causal=False, keep=None):
+def attention_slow(q, k, v, causal=False, keep=None, bias=None):
     """The product written out: scores and weights exist, memory O(L^2). Shapes as `attention`."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))  # (B, G, L, E) -> (B, H, L, E)
-    scores = (
-        q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    )  # (B, H, Lq, E) x (B, H, E, Lk) -> (B, H, Lq, Lk)
+    scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, Lq, E) x (B, H, E, Lk) -> (B, H, Lq, Lk)
+    if bias is not None:
+        scores = scores + bias
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(future, -torch.inf)
@@ -93,28 +96,172 @@ def attention_slow(q, k, v, causal=False, keep=None):
     return scores.softmax(-1) @ v  # (B, H, Lq, Lk) x (B, H, Lk, E) -> (B, H, Lq, E)
 
 
-def attention(q, k, v, causal=False, keep=None):
-    """Softmax attention through the fused kernel: O(L E) memory (arXiv:1706.03762v7, eq. 1).
+def tile_scores(q, k, causal, bias, i, j, tile):
+    """Scores of queries i .. i + tile[0] and keys j .. j + tile[1]. (B, H, tile[0], tile[1])."""
+    q, k = q[:, :, i : i + tile[0]], k[:, :, j : j + tile[1]]
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT / math.sqrt(q.shape[-1])
+    if bias is not None:  # (1 or B, 1 or H, 1 or Lq, Lk)
+        rows = slice(i, i + tile[0]) if bias.shape[2] > 1 else slice(None)
+        scores = scores + bias[:, :, rows, j : j + tile[1]]
+    if causal and j + k.shape[2] > i + 1:
+        row = torch.arange(i, i + q.shape[2], device=q.device)[:, None]
+        col = torch.arange(j, j + k.shape[2], device=q.device)
+        scores = scores.masked_fill(col > row, -torch.inf)
+    return scores
 
-    q: (B, H, L, E), k, v: (B, G, L, E), G divides H, keep: (B, L) bool, None = no padding.
-    Returns (B, H, L, E).  A real query never reads a padded key; what a padded query gets is
-    finite and of no use.
+
+def attention_online(q, k, v, causal=False, bias=None, tile=(256, 1024)):
+    """Softmax over tiles of keys with a running maximum m and sum l, memory O(L E + tile).
+
+    Milakov and Gimelshein 2018, arXiv:1805.02867v2, algorithm 3; Dao et al. 2022,
+    arXiv:2205.14135v2, algorithm 1.  Shapes as `attention_block`.  Without autograd.
     """
-    mask = None
-    if keep is not None and not (causal and right_padded(keep)):
-        mask = keep[:, None, None, :]  # (B, L) -> (B, 1, 1, L)
-        if causal:  # holes in the middle: the kernel takes one mask, so write both into it
-            L = keep.shape[1]
-            mask = (
-                mask & torch.ones(L, L, dtype=torch.bool, device=keep.device).tril()
-            )  # (B, 1, L, L)
+    out = q.new_zeros(*q.shape[:3], v.shape[-1])
+    lse = q.new_full(q.shape[:3], -torch.inf)
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)  # (B, G, Lk, E) -> (B, H, Lk, E)
+    for i in range(0, q.shape[2], tile[0]):
+        rows = slice(i, i + tile[0])
+        m, l, acc = lse[:, :, rows], torch.zeros_like(lse[:, :, rows]), out[:, :, rows]
+        for j in range(0, min(k.shape[2], i + tile[0]) if causal else k.shape[2], tile[1]):
+            scores = tile_scores(q, k, causal, bias, i, j, tile)
+            m_new = torch.maximum(m, scores.amax(-1))
+            finite = m_new.masked_fill(m_new == -torch.inf, 0)  # -inf - -inf would be nan
+            decay = (m - finite).exp()  # what was summed under the old maximum shrinks
+            weights = (scores - finite[..., None]).exp()
+            l = l * decay + weights.sum(-1)
+            acc = acc * decay[..., None] + weights @ v[:, :, j : j + tile[1]]
+            m = m_new
+        out[:, :, rows] = acc / l.masked_fill(l == 0, 1)[..., None]
+        lse[:, :, rows] = m + l.log()
+    return out, lse
+
+
+def attention_online_grad(grad, q, k, v, out, lse, causal=False, bias=None, tile=(256, 1024)):
+    """Gradients (dq, dk, dv) of `attention_online`: each tile of weights is computed again.
+
+    Dao 2023, arXiv:2307.08691v1, algorithm 2.  out and lse may be those over more keys than k.
+    """
+    dq, scale = torch.zeros_like(q), 1 / math.sqrt(q.shape[-1])
+    group = q.shape[1] // k.shape[1]
+    dk, dv = (torch.zeros_like(x.repeat_interleave(group, dim=1)) for x in (k, v))  # per query head
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a query that saw nothing has weights 0
+    delta = (grad * out).sum(-1, keepdim=True)  # (B, H, Lq, 1): sum_j P_ij dP_ij
+    for i in range(0, q.shape[2], tile[0]):
+        rows = slice(i, i + tile[0])
+        for j in range(0, min(k.shape[2], i + tile[0]) if causal else k.shape[2], tile[1]):
+            cols = slice(j, j + tile[1])
+            weights = tile_scores(q, k, causal, bias, i, j, tile) - lse[:, :, rows, None]
+            weights = weights.exp()
+            k_tile, v_tile = (x[:, :, cols].repeat_interleave(group, dim=1) for x in (k, v))
+            dscores = weights * (grad[:, :, rows] @ v_tile.mT - delta[:, :, rows]) * scale
+            dv[:, :, cols] += weights.mT @ grad[:, :, rows]
+            dk[:, :, cols] += dscores.mT @ q[:, :, rows]
+            dq[:, :, rows] += dscores @ k_tile
+    return dq, *(x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))  # (B, H, ..) -> (B, G, ..)
+
+
+def fused(q, k, v, causal, bias):
+    """True when a kernel of this device that returns the log-sum-exp takes these arguments."""
+    if q.device.type == "cpu":
+        has = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+        return has and q.shape[-1] == v.shape[-1] and not (causal and bias is not None)
+    small = q.shape[-1] % 8 == 0 and q.shape[-1] == v.shape[-1] and q.shape[-1] <= 256
+    return q.device.type == "cuda" and q.dtype != torch.float64 and bias is None and small
+
+
+def attention_block(q, k, v, causal=False, bias=None):
+    """(out, lse) of queries against one block of keys, to be merged with other blocks. No autograd.
+
+    q: (B, H, Lq, E), k, v: (B, G, Lk, E), any lengths, 0 too; bias: (1 or B, 1 or H, 1 or Lq, Lk),
+    -inf hides a key; causal: query i sees keys 0 .. i.  Returns out (B, H, Lq, E) and lse
+    (B, H, Lq), the natural log of the summed weights, in float32 (float64 for float64).
+    """
+    if q.dtype in (torch.float16, torch.bfloat16) and (q.device.type == "cpu" or bias is not None):
+        q, k, v = q.float(), k.float(), v.float()  # as fast here, and one rounding less
+    if not (q.numel() and k.numel()):  # the kernel divides by these lengths
+        out = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
+        return out, out.new_full(q.shape[:3], -torch.inf)
+    if not fused(q, k, v, causal, bias):
+        return attention_online(q, k, v, causal, bias)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # else wrong numbers
+    if q.device.type == "cpu":
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = kernel(q, k, v, 0.0, causal, attn_mask=bias)
+        if bias is not None:  # the kernel says lse 0 where a query sees nothing
+            lse = lse.masked_fill((bias == -torch.inf).all(-1), -torch.inf)
+        return out, lse
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    if q.dtype == torch.float32:
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        out, lse = kernel(q, k, v, None, True, 0.0, causal)[:2]  # its lse is padded to 32 rows
+    else:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse = kernel(q, k, v, 0.0, causal, False)[:2]
+    return out.float(), lse[:, :, : q.shape[2]].contiguous()
+
+
+def attention_block_grad(grad, q, k, v, out, lse, causal=False, bias=None):
+    """(dq, dk, dv) of `attention_block`. out and lse: of the whole attention, not of this block.
+
+    With P = exp(scores - lse), the weights of the whole softmax, the blocks' gradients add up.
+    """
+    if q.dtype in (torch.float16, torch.bfloat16) and (q.device.type == "cpu" or bias is not None):
+        q, k, v = q.float(), k.float(), v.float()
+    if not (q.numel() and k.numel()):
+        return tuple(torch.zeros_like(x) for x in (q, k, v))
+    grad, out = grad.to(q.dtype), out.to(q.dtype)
+    if not fused(q, k, v, causal, bias):
+        return attention_online_grad(grad, q, k, v, out, lse, causal, bias)
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    grad, q, k, v, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad, q, k, v, out))
+    if q.device.type == "cpu":
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return kernel(grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias)
+    group, seed = q.shape[1] // k.shape[1], torch.zeros(2, dtype=torch.uint64, device=q.device)
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    if q.dtype == torch.float32:
+        lse = F.pad(lse, (0, -lse.shape[2] % 32))
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+        wanted = [True, True, True, False]
+        dq, dk, dv, _ = kernel(grad, q, k, v, None, out, lse, seed[0], seed[1], 0.0, wanted, causal)
+    else:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        lengths = q.shape[2], k.shape[2]
+        dq, dk, dv = kernel(
+            grad, q, k, v, out, lse, None, None, *lengths, 0.0, causal, seed, seed[0]
+        )
+    return dq, *(x.float().unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
+
+
+def merge(out, lse, out_block, lse_block):
+    """Softmax attention over two sets of keys from the attention over each: exact, associative.
+
+    out, out_block: (B, H, Lq, E), lse, lse_block: (B, H, Lq).  lse -inf: nothing was seen there.
+    """
+    total = torch.logaddexp(lse, lse_block)
+    finite = total.masked_fill(total == -torch.inf, 0)  # -inf - -inf would be nan
+    old, new = (lse - finite).exp()[..., None], (lse_block - finite).exp()[..., None]
+    return out * old + out_block * new, total
+
+
+def attention(q, k, v, causal=False, keep=None, bias=None):
+    """Softmax attention through the fused kernel, memory O(L E) (arXiv:1706.03762v7, eq. 1).
+
+    q: (B, H, Lq, E), k, v: (B, G, Lk, E), G divides H, keep: (B, Lk) bool, None = no padding,
+    bias: broadcasts to (B, H, Lq, Lk), added to the scores.  Returns (B, H, Lq, E).  A real query
+    never reads a padded key; what a padded query gets is of no use, but finite.
+    """
+    if keep is not None and causal and right_padded(keep):
+        keep = None
+    if keep is not None:
+        hidden = hide(keep, q.dtype)
+        bias = hidden if bias is None else bias + hidden
+    if causal and bias is not None:  # the kernel takes one mask: write both into it, O(Lq Lk)
+        L = q.shape[2], k.shape[2]
+        bias = bias + torch.full(L, -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+    causal = causal and bias is None
     return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=causal and mask is None,
-        enable_gqa=q.shape[1] != k.shape[1],
+        q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
     )
 
 
@@ -123,13 +270,17 @@ def right_padded(keep):
     return not bool((keep[:, 1:] & ~keep[:, :-1]).any())
 
 
+def hide(keep, dtype):
+    """(B, L) bool -> bias (B, 1, 1, L): 0 for a real token, -inf for padding."""
+    bias = torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill(~keep, -torch.inf)
+    return bias[:, None, None, :]
+
+
 def sinusoidal_positions(positions, d_model):
     """(L,) int64 -> (L, D) float64: near position 10^6 float32 angles lose all but a digit."""
     i = torch.arange(0, d_model, 2, dtype=torch.float64, device=positions.device)
-    angle = positions.double()[:, None] * 10000 ** (-i / d_model)  # (L, 1) x (D/2,) -> (L, D/2)
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[
-        :, :d_model
-    ]  # (L, D/2, 2) -> (L, D)
+    angle = positions.double()[:, None] / 10000 ** (i / d_model)  # (L, 1) x (D/2,) -> (L, D/2)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :d_model]  # (L, D/2, 2)
 
 
 def rope(x, positions):
@@ -141,6 +292,25 @@ def rope(x, positions):
 
 
 # ---------------------------------------------------------------- layer and model
+
+
+@dataclass
+class Cache:
+    """Keys and values of the tokens so far: the first `length` of (B, G, capacity, E)."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    length: int = 0
+
+    def append(self, k, v):
+        """Write k, v (B, G, n, E) after the last ones; a full cache doubles. Returns all."""
+        end = self.length + k.shape[2]
+        if end > self.k.shape[2]:
+            more = max(end, 2 * self.k.shape[2]) - self.k.shape[2]
+            self.k, self.v = (F.pad(x, (0, 0, 0, more)) for x in (self.k, self.v))
+        self.k[:, :, self.length : end], self.v[:, :, self.length : end] = k, v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
 
 
 class Attention(nn.Module):
@@ -183,6 +353,54 @@ class Attention(nn.Module):
         q, k, v = self.project(x, positions)
         out = self.attend(q, k, v, self.causal, keep)  # (B, H, L, E)
         return self.out(out.transpose(1, 2).flatten(2))  # (B, H, L, E) -> (B, L, D)
+
+    def initial_state(self, batch, capacity=256):
+        """An empty cache with room for `capacity` tokens; it grows when it must."""
+        if not self.causal:
+            raise ValueError("step mode needs causal=True: a later token would change earlier ones")
+        empty = self.qkv.weight.new_zeros(batch, self.n_kv_heads, capacity, self.d_head)
+        return Cache(empty, empty.clone())
+
+    @torch.no_grad()
+    def prefill(self, x, state):
+        """Append x (B, L, D) to what was seen. Returns (y (B, L, D), state); state is changed."""
+        past, L = state.length, x.shape[1]
+        q, k, v = self.project(x, torch.arange(past, past + L, device=x.device))
+        keys, values = state.append(k, v)
+        if L == 1:
+            out = attention(q, keys, values)  # the newest token sees all
+        else:
+            out, lse = attention_block(q, k, v, causal=True)
+            before = attention_block(q, keys[:, :, :past], values[:, :, :past])
+            out = merge(out, lse, *before)[0].to(x.dtype)
+        return self.out(out.transpose(1, 2).flatten(2)), state  # (B, H, L, E) -> (B, L, D)
+
+    def step(self, x_t, state):
+        """One token x_t (B, D), O(length). Returns (y_t (B, D), state); state is changed."""
+        y, state = self.prefill(x_t[:, None], state)
+        return y[:, 0], state
+
+
+def from_multihead(mha, causal=False):
+    """An `Attention` with the weights of an nn.MultiheadAttention, whose softmax it repeats.
+
+    ValueError for what `Attention` has not: other key/value widths, bias_k, add_zero_attn, dropout.
+    """
+    odd = {
+        "kdim or vdim": not mha._qkv_same_embed_dim,
+        "add_bias_kv": mha.bias_k is not None,
+        "add_zero_attn": mha.add_zero_attn,
+        "dropout": mha.dropout > 0,
+    }
+    if any(odd.values()):
+        raise ValueError(f"Attention has no {', '.join(name for name in odd if odd[name])}")
+    layer = Attention(mha.embed_dim, mha.num_heads, causal).to(mha.in_proj_weight)
+    with torch.no_grad():
+        layer.qkv.weight.copy_(mha.in_proj_weight)  # both are q, k, v on top of each other
+        layer.out.weight.copy_(mha.out_proj.weight)
+        for ours, theirs in ((layer.qkv, mha.in_proj_bias), (layer.out, mha.out_proj.bias)):
+            ours.bias.copy_(torch.zeros_like(ours.bias) if theirs is None else theirs)
+    return layer
 
 
 class FeedForward(nn.Module):
@@ -247,8 +465,15 @@ class Block(nn.Module):
             if getattr(self.mixer, "rope", False)
             else self.mixer(u, keep)
         )
+        # differs from the paper: dropout on the sublayers' outputs, not on the attention weights
         x = x + self.dropout(mixed)
         return x + self.dropout(self.ffn(self.norm_ffn(x)))
+
+    def prefill(self, x, state):
+        """Step mode: (B, L, D) -> (y (B, L, D), state), the mixer's own state."""
+        mixed, state = self.mixer.prefill(self.norm_mixer(x), state)
+        x = x + mixed
+        return x + self.ffn(self.norm_ffn(x)), state
 
 
 class Transformer(nn.Module):
@@ -276,15 +501,35 @@ class Transformer(nn.Module):
         """positions: (L,) int64, where these tokens stand in the sequence; 0 .. L-1 by default."""
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
-        x = self.embed(x)  # (B, L) or (B, L, C) -> (B, L, D)
-        if not self.config.rope:
-            x = x + sinusoidal_positions(positions, self.config.d_model).to(
-                x.dtype
-            )  # (B, L, D) + (L, D)
-        x = self.dropout(x)
+        x = self.dropout(self.add_positions(self.embed(x), positions))  # (B, L) -> (B, L, D)
         for block in self.blocks:
             x = block(x, keep, positions)
         return self.norm(x)
+
+    def add_positions(self, x, positions):
+        """(B, L, D) + (L, D), unless RoPE tells the layers where tokens stand."""
+        if self.config.rope:
+            return x
+        return x + sinusoidal_positions(positions, self.config.d_model).to(x.dtype)
+
+    def initial_state(self, batch):
+        """What step mode carries: the blocks' own states and the number of tokens so far."""
+        return [block.mixer.initial_state(batch) for block in self.blocks], 0
+
+    @torch.no_grad()
+    def prefill(self, x, state):
+        """Further tokens x (B, L) or (B, L, C). Returns (features (B, L, D), state)."""
+        states, past = state
+        positions = torch.arange(past, past + x.shape[1], device=x.device)
+        x = self.add_positions(self.embed(x), positions)
+        for i, block in enumerate(self.blocks):
+            x, states[i] = block.prefill(x, states[i])
+        return self.norm(x), (states, past + len(positions))
+
+    def step(self, x_t, state):
+        """One token x_t (B,) or (B, C). Returns (features (B, D), state)."""
+        y, state = self.prefill(x_t[:, None], state)
+        return y[:, 0], state
 
     def param_groups(self, lr, weight_decay):
         """Groups for AdamW: matrices decay, biases and norms do not."""
@@ -304,71 +549,197 @@ class Transformer(nn.Module):
 
 def rel_err(a, b):
     """max|a - b| / max|b|, with max|b| > 0."""
-    a, b = (torch.as_tensor(x, dtype=torch.float64).cpu() for x in (a, b))
+    a, b = (torch.as_tensor(x).detach().double().cpu() for x in (a, b))
     scale = b.abs().max().item()
-    assert a.shape == b.shape and scale > 0, (
-        f"shapes {tuple(a.shape)} {tuple(b.shape)}, largest {scale}"
-    )
+    assert a.shape == b.shape and scale > 0, f"{tuple(a.shape)} {tuple(b.shape)}, largest {scale}"
     return (a - b).abs().max().item() / scale
+
+
+def reference(q, k, v, causal, keep):
+    """attention_ref over batch and heads. Returns (out, lse) as float64 tensors."""
+    q, k, v, keep = (x.detach().double().cpu().numpy() for x in (q, k, v, keep))
+    group = q.shape[1] // k.shape[1]
+    results = [
+        attention_ref(q[b, h], k[b, h // group], v[b, h // group], causal, keep[b] > 0)
+        for b in range(len(q))
+        for h in range(q.shape[1])
+    ]
+    return [
+        torch.from_numpy(np.stack(x)).unflatten(0, q.shape[:2]) for x in zip(*results, strict=True)
+    ]
+
+
+def check_kernels(q, k, v, causal, keep, limit):
+    """The ladder definition, product, tiles, fused, blocks; forward and gradients."""
+    name, real = "causal" if causal else "full", keep[:, None, :, None]
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(q) * real
+    q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+    ref, lse_ref = reference(q, k, v, causal, keep)
+    slow = attention_slow(q, k, v, causal, keep)
+    grads = torch.autograd.grad(slow, (q, k, v), grad)
+    fast = attention(q, k, v, causal, keep)
+    fast_grads = torch.autograd.grad(fast, (q, k, v), grad)
+    with torch.no_grad():
+        args = q, k, v, causal, hide(keep, q.dtype)
+        out, lse = attention_online(*args, tile=(5, 7))
+        online_grads = attention_online_grad(grad, *args[:3], out, lse, *args[3:], tile=(5, 7))
+    rows = [
+        (f"{name}: product == definition", rel_err(slow, ref), limit),
+        (f"{name}: tiles == definition", rel_err(out, ref), limit),
+        (f"{name}: log-sum-exp of the tiles", rel_err(lse, lse_ref), limit),
+        (f"{name}: fused == definition", rel_err(fast * real, ref * real.cpu()), limit),
+    ]
+    for x, of_slow, of_fast, of_online in zip("qkv", grads, fast_grads, online_grads, strict=True):
+        rows.append((f"{name}: d{x} of tiles == product", rel_err(of_online, of_slow), limit))
+        rows.append((f"{name}: d{x} of fused == product", rel_err(of_fast, of_slow), limit))
+    return rows
+
+
+def check_blocks(q, k, v, keep, limit):
+    """Blocks of keys, each by the kernel that returns lse, add up to the whole, and so do grads."""
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(q)
+    bias, cuts = hide(keep, q.dtype), (0, 1, 12, 12, k.shape[2])
+    blocks = [(slice(a, b), bias[..., a:b]) for a, b in pairwise(cuts)]
+    out, lse = attention_block(q, k[:, :, :0], v[:, :, :0])
+    for cols, part in blocks:
+        block = attention_block(q, k[:, :, cols], v[:, :, cols], False, part)
+        out, lse = merge(out, lse, *block)
+    parts = [
+        attention_block_grad(grad, q, k[:, :, cols], v[:, :, cols], out, lse, False, part)
+        for cols, part in blocks
+    ]
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    whole = attention_slow(*leaves, keep=keep)
+    dq, dk, dv = torch.autograd.grad(whole, leaves, grad)
+    return [
+        ("merged blocks == product", rel_err(out, whole), limit),
+        ("dq of blocks == product", rel_err(sum(x[0] for x in parts), dq), limit),
+        ("dk of blocks == product", rel_err(torch.cat([x[1] for x in parts], 2), dk), limit),
+        ("dv of blocks == product", rel_err(torch.cat([x[2] for x in parts], 2), dv), limit),
+    ]
+
+
+def check_layers(dtype, device, limit):
+    """Positions, step mode, and PyTorch's own layer."""
+    torch.manual_seed(0)
+    at = torch.tensor([0, 1, 7, 1000], device=device)
+    x = torch.randn(4, 8, dtype=dtype, device=device)
+    table = sinusoidal_positions(at, 7)
+    turned, moved = rope(x[None, None], at)[0, 0], rope(x[None, None], at + 5)[0, 0]
+    layer = Attention(16, 4, causal=True, n_kv_heads=2, rope=True).to(device, dtype)
+    u = torch.randn(2, 21, 16, dtype=dtype, device=device)
+    y, state = layer.prefill(u[:, :9], layer.initial_state(2, capacity=4))
+    more, state = layer.prefill(u[:, 9:15], state)
+    ys = [y, more] + [layer.step(u[:, t], state)[0][:, None] for t in range(15, 21)]
+    mha = nn.MultiheadAttention(16, 4, batch_first=True).to(device, dtype)
+    theirs = mha(u, u, u, need_weights=False)[0]
+    return [
+        (
+            "sinusoids == definition",
+            rel_err(table, sinusoidal_positions_ref(at.tolist(), 7)),
+            limit,
+        ),
+        (
+            "RoPE == definition",
+            rel_err(turned, rope_ref(x.double().cpu().numpy(), at.tolist())),
+            limit,
+        ),
+        ("RoPE: products depend on distance", rel_err(moved @ moved.T, turned @ turned.T), limit),
+        ("prefill and step == forward", rel_err(torch.cat(ys, 1), layer(u)), limit),
+        ("weights of nn.MultiheadAttention", rel_err(from_multihead(mha)(u), theirs), limit),
+    ]
 
 
 def self_check(dtype=torch.float64, device="cpu"):
     """Each rung against the slower one before it. Returns [(name, error, limit)]."""
-    limit = 1e-12 if dtype == torch.float64 else 1e-5
+    limit = {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 4, 33, 8, generator=generator, dtype=torch.float64) for _ in range(3))
-    q, k, v = (x.to(device, dtype) for x in (q, k[:, :2], v[:, :2]))
-    keep = torch.arange(33, device=device)[None] < torch.tensor([[33], [20]], device=device)
-    rows = []
-    for causal in (False, True):
-        ref = torch.stack(
-            [
-                torch.stack(
-                    [
-                        torch.from_numpy(
-                            attention_ref(
-                                *(
-                                    x[b, h // s].double().cpu().numpy()
-                                    for x, s in ((q, 1), (k, 2), (v, 2))
-                                ),
-                                causal,
-                                keep[b].cpu().numpy(),
-                            )
-                        )
-                        for h in range(4)
-                    ]
-                )
-                for b in range(2)
-            ]
-        )
-        slow, fast = (f(q, k, v, causal, keep) for f in (attention_slow, attention))
-        name = "causal" if causal else "full"
-        rows.append((f"attention {name}: product == definition", rel_err(slow, ref), limit))
-        real = keep[:, None, :, None]  # what padded queries get is nobody's business
-        rows.append(
-            (f"attention {name}: fused == product", rel_err(fast * real, slow * real), limit)
-        )
-    return rows
+    q, k, v = (
+        torch.randn(2, heads, 33, 8, generator=generator, dtype=torch.float64).to(device, dtype)
+        for heads in (4, 2, 2)
+    )
+    keep = torch.arange(33, device=device) < torch.tensor([[33], [20]], device=device)
+    rows = [row for c in (False, True) for row in check_kernels(q, k, v, c, keep, limit)]
+    rows += check_blocks(q, k, v, keep, limit) + check_layers(dtype, device, limit)
+    q, k, v = (torch.randn(1, 1, 4096, 64, generator=generator, device="cpu") for _ in range(3))
+    some, full = [0, 1, 2047, 4095], (x[0, 0].double().numpy() for x in (q, k, v))
+    ref = attention_ref(*full, causal=True, rows=some)[0]
+    fast = attention(*(x.to(device) for x in (q, k, v)), causal=True)[0, 0, some]
+    return rows + [("float32, L = 4096, sampled rows", rel_err(fast, ref), 1e-5)]
 
 
 def print_table(rows):
     """Print a check table. Returns True when every error is within its limit."""
-    print(f"{'check':<56}{'error':>9}{'limit':>9}")
+    print(f"{'check':<40}{'error':>9}{'limit':>9}")
     for name, error, limit in rows:
-        print(f"  {name:<54}{error:9.1e}{limit:9.0e}   {'ok' if error <= limit else 'FAIL'}")
+        print(f"  {name:<38}{error:9.1e}{limit:9.0e}   {'ok' if error <= limit else 'FAIL'}")
     return all(error <= limit for _, error, limit in rows)
+
+
+# ---------------------------------------------------------------- demo, timing, command line
+
+
+def demo(device, L=64, steps=200):
+    """Repeat a random word: L/2 random symbols, then the same again. Chance is 1/16."""
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        d_model=32, n_layers=2, n_heads=2, vocab_size=16, causal=True, rope=True
+    )
+    model, head = Transformer(config).to(device), nn.Linear(32, 16).to(device)
+    groups = model.param_groups(3e-3, 0.01) + [{"params": list(head.parameters())}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-3)
+    for _ in range(steps):
+        word = torch.randint(16, (32, L // 2), device=device)
+        tokens = torch.cat([word, word], 1)  # (B, L)
+        logits = head(model(tokens))[:, L // 2 - 1 : -1]  # (B, L/2, 16): those that can be known
+        loss = F.cross_entropy(logits.flatten(0, 1), word.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    share = (logits.argmax(-1) == word).float().mean().item()
+    print(f"demo: repeats {L // 2} symbols seen once: {share:.1%} right after {steps} steps")
+    return share >= 0.99
+
+
+def timing(device, L=2048):
+    """Forward and backward of the written-out product, of the tiles, of the fused kernel."""
+    q, k, v = (torch.randn(1, 4, L, 64, device=device, requires_grad=True) for _ in range(3))
+
+    def tiles(q, k, v):
+        with torch.no_grad():
+            out, lse = attention_online(q, k, v)
+            return attention_online_grad(out, q, k, v, out, lse)
+
+    def trained(attend):
+        return lambda q, k, v: attend(q, k, v).sum().backward()
+
+    runs = {"product": trained(attention_slow), "tiles": tiles, "fused": trained(attention)}
+    best = dict.fromkeys(runs, math.inf)
+    for _ in range(3):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run(q, k, v)
+            if q.is_cuda:
+                torch.cuda.synchronize()
+            best[name] = min(best[name], time.perf_counter() - start)
+    print(
+        f"forward and backward, 4 heads of 64, L = {L}, float32, {torch.get_num_threads()} threads"
+    )
+    for name, seconds in best.items():
+        print(f"  {name:<8}{1e3 * seconds:8.1f} ms  {best['product'] / seconds:5.1f} x the product")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="print the check table and stop")
     parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    parser.add_argument("--dtype", choices=["float64", "float32"], default="float64")
     args = parser.parse_args(argv)
-    torch.manual_seed(0)
     print(f"attention.py  torch {torch.__version__}  device {args.device}  seed 0")
-    start = time.perf_counter()
-    ok = print_table(self_check(device=args.device))
-    print(f"checked in {time.perf_counter() - start:.1f} s")
+    ok = print_table(self_check(getattr(torch, args.dtype), args.device))
+    if not args.check:
+        ok = demo(args.device) and ok
+        timing(args.device)
     return 0 if ok else 1
 
 
