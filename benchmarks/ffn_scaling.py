@@ -1,0 +1,111 @@
+"""Loss against training FLOPs over four widths, dense against structured FFNs, with fitted slopes.
+
+    python benchmarks/ffn_scaling.py                all missing runs, then table and plot (12 min)
+    python benchmarks/ffn_scaling.py --max-runs 1   one run more, resumable
+
+Byte language model of byte_lm.py, three layers, 10 bytes a weight of the dense model of each width;
+the structured model of a width sees the same bytes.  log(loss) = slope log(FLOPs) + constant is
+fitted by least squares.  Writes results/ffn_scaling.json run by run, and results/ffn_scaling.png.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from byte_lm import ROOT, corpus, load, provenance, save, train
+
+sys.path.insert(0, str(ROOT))
+from structured_ffn import LMConfig, count, match
+
+WIDTHS = (32, 48, 64, 80)
+KINDS = ("dense", "lowrank", "blockshuffle")
+L, BATCH = 64, 16
+
+
+def cell(width, kind, bytes_a_weight):
+    """Returns (config, optimiser steps, training FLOPs)."""
+    dense = LMConfig(width, n_layers=3, n_heads=4)
+    config = replace(dense, linear=match(width, 4 * width, kind, 0.3125))
+    steps = round(bytes_a_weight * count(dense, L)["params"] / (BATCH * L))
+    return config, steps, count(config, L)["flops"] * steps * BATCH * L
+
+
+def fit(runs):
+    """Slope of log loss over log FLOPs, averaged over seeds by the fit."""
+    x, y = np.log([r["flops"] for r in runs]), np.log([r["loss"] for r in runs])
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def table(result):
+    lines = ["| FFN | " + " | ".join(f"width {w}" for w in WIDTHS) + " | slope |", "|---" * 6 + "|"]
+    for kind in KINDS:
+        runs = [r for r in result["runs"] if r["kind"] == kind]
+        row = []
+        for width in WIDTHS:
+            here = [r for r in runs if r["width"] == width]
+            text = (
+                f"{np.mean([r['loss'] for r in here]):.4f} at {here[0]['flops']:.2e}"
+                if here
+                else ""
+            )
+            row.append(text)
+        slope = f"{fit(runs):.4f}" if len({r["width"] for r in runs}) > 1 else ""
+        lines.append(f"| {kind} | {' | '.join(row)} | {slope} |")
+    return lines
+
+
+def plot(result, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(6.4, 4))
+    for kind, mark in zip(KINDS, "os^", strict=True):
+        runs = [r for r in result["runs"] if r["kind"] == kind]
+        if len({r["width"] for r in runs}) > 1:
+            x, y = [r["flops"] for r in runs], [r["loss"] for r in runs]
+            (points,) = ax.loglog(x, y, mark, label=f"{kind}, slope {fit(runs):.3f}")
+            a, b = np.polyfit(np.log(x), np.log(y), 1)
+            line = np.geomspace(min(x), max(x), 20)
+            ax.loglog(line, np.exp(b) * line**a, "--", color=points.get_color(), lw=1)
+    ax.set_xlabel("training FLOPs")
+    ax.set_ylabel("held-out loss (nats a byte)")
+    ax.grid(alpha=0.3, which="both")
+    ax.legend()
+    fig.tight_layout()
+    fig.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Loss against training FLOPs over four widths.")
+    parser.add_argument("--text", help="a file to learn instead of the standard library's source")
+    parser.add_argument("--bytes-a-weight", type=float, default=10, help="length of training (10)")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (3e-3)")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds a cell (1)")
+    parser.add_argument("--max-runs", type=int, default=10**9, help="stop after so many runs")
+    out = ROOT / "results" / "ffn_scaling.json"
+    parser.add_argument("--out", type=Path, default=out, help="result file")
+    args = parser.parse_args()
+    data = corpus(args.text)
+    for seed, width, kind in [(s, w, k) for s in range(args.seeds) for w in WIDTHS for k in KINDS]:
+        result = load(args.out)
+        config, steps, flops = cell(width, kind, args.bytes_a_weight)
+        run = {"kind": kind, "width": width, "seed": seed, "steps": steps, "lr": args.lr}
+        if args.max_runs <= 0 or any(run.items() <= r.items() for r in result["runs"]):
+            continue
+        args.max_runs -= 1
+        loss, cpu = train(config, data, seed, steps, args.lr, BATCH, L)
+        run |= {"loss": loss, "flops": flops, "params": count(config, L)["params"], "cpu_s": cpu}
+        result["runs"].append(run)
+        save(args.out, result | {"L": L, "batch": BATCH} | provenance())
+        print(*run.values(), flush=True)
+    result = load(args.out)
+    print("\n".join(table(result)))
+    plot(result, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

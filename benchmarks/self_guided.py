@@ -1,0 +1,119 @@
+"""Does self-guided training help?  Teacher-student regression, learning-rate sweep in every arm.
+
+    python benchmarks/self_guided.py                all missing runs, then table and plot (8 min)
+    python benchmarks/self_guided.py --max-runs 5   five runs more, resumable
+
+A frozen random network of three structured FFNs (d_model 64) is fitted by one of the same shape:
+plain, self-guided in both forms over the first half, and dense.  One more row has a dense teacher,
+which the factors cannot equal.  Writes results/self_guided.json run by run, and the plot.
+"""
+
+import argparse
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from byte_lm import ROOT, load, provenance, save
+from torch import nn
+
+sys.path.insert(0, str(ROOT))
+from structured_ffn import BlockShuffle, LowRank, teacher_student
+
+TEACHERS = {
+    "LowRank R 16": partial(LowRank, R=16),
+    "BlockShuffle 4 x 4": partial(BlockShuffle, n_blocks=4),
+}
+ARMS = {"dense": None, "plain": None, "self-guided": "deterministic", "stochastic": "stochastic"}
+RATES = (2e-3, 4e-3, 8e-3, 16e-3)
+
+
+def cells(seeds):
+    """Yields (teacher, arm, lr, seed), the most telling first."""
+    for seed in range(seeds):
+        for teacher in TEACHERS:
+            for lr in RATES:
+                for arm in ("plain", "self-guided", "stochastic"):
+                    yield teacher, arm, lr, seed
+    for seed in range(seeds):
+        for teacher in TEACHERS:
+            yield teacher, "dense", 4e-3, seed
+        for arm in ("plain", "self-guided"):
+            yield "dense, LowRank R 16 student", arm, 4e-3, seed
+
+
+def run(teacher, arm, lr, seed, steps):
+    """Returns the normalised test error."""
+    if teacher.startswith("dense"):
+        return teacher_student(TEACHERS["LowRank R 16"], nn.Linear, ARMS[arm], lr, steps, seed)
+    student = nn.Linear if arm == "dense" else TEACHERS[teacher]
+    return teacher_student(student, TEACHERS[teacher], ARMS[arm], lr, steps, seed)
+
+
+def means(result):
+    """Returns {(teacher, arm): {lr: [errors over seeds]}}."""
+    grouped = {}
+    for r in result["runs"]:
+        grouped.setdefault((r["teacher"], r["arm"]), {}).setdefault(r["lr"], []).append(r["error"])
+    return grouped
+
+
+def table(result):
+    head = "| teacher | arm | " + " | ".join(f"lr {lr:g}" for lr in RATES) + " | best |"
+    lines = [head, "|---" * (len(RATES) + 3) + "|"]
+    for (teacher, arm), rates in means(result).items():
+        mean = {lr: np.mean(errors) for lr, errors in rates.items()}
+        row = " | ".join(f"{mean[lr]:.4f}" if lr in mean else "" for lr in RATES)
+        lines.append(f"| {teacher} | {arm} | {row} | {min(mean.values()):.4f} |")
+    return lines
+
+
+def plot(result, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
+    for ax, teacher in zip(axes, TEACHERS, strict=True):
+        for (name, arm), rates in means(result).items():
+            if name == teacher:
+                lrs = sorted(rates)
+                ax.loglog(lrs, [np.mean(rates[lr]) for lr in lrs], "o-", label=arm)
+        ax.set_title(f"teacher and student {teacher}", fontsize=10)
+        ax.set_xlabel("learning rate")
+        ax.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("test error / variance")
+    axes[0].legend()
+    fig.tight_layout()
+    fig.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Self-guided against plain training of factors.")
+    parser.add_argument("--steps", type=int, default=1500, help="optimiser steps a run (1500)")
+    parser.add_argument("--seeds", type=int, default=2, help="seeds (2)")
+    parser.add_argument("--max-runs", type=int, default=10**9, help="stop after so many runs")
+    out = ROOT / "results" / "self_guided.json"
+    parser.add_argument("--out", type=Path, default=out, help="result file")
+    args = parser.parse_args()
+    for cell in cells(args.seeds):
+        result = load(args.out)
+        key = dict(zip(("teacher", "arm", "lr", "seed"), cell, strict=True), steps=args.steps)
+        if args.max_runs <= 0 or any(key.items() <= r.items() for r in result["runs"]):
+            continue
+        args.max_runs -= 1
+        start = time.process_time()
+        key["error"] = run(*cell, args.steps)
+        key["cpu_s"] = round(time.process_time() - start, 1)
+        result["runs"].append(key)
+        save(args.out, result | provenance())
+        print(*key.values(), flush=True)
+    result = load(args.out)
+    print("\n".join(table(result)))
+    plot(result, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

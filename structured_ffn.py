@@ -1,0 +1,801 @@
+"""Structured feed-forward layers: two small batched products in place of one large matrix.
+
+"Building on Efficient Foundations: Effective Training of LLMs with Structured Feedforward Layers"
+(Wei, Moalla, Pascanu, Gulcehre, NeurIPS 2024, arXiv:2406.16450).
+
+Cut W (d_out, d_in) into a grid of n_out x n_in blocks, each with its own product of rank c:
+
+    name          grid                  c                            weights
+    LowRank       1 x 1                 R                            R (N + M)
+    BlockDense    1 x n_blocks          R / n_blocks                 R (M + N / n_blocks)
+    BlockShuffle  n_blocks x n_blocks   min(N, M) / n_blocks^2       min(N, M) (N + M) / n_blocks
+
+While training, a full matrix that starts at U V may guide the factors and fade out (self-guided
+training); after training, U V may be multiplied out for calls of few tokens (pre-merge).
+
+    paper         code          shape
+    N, M          d_in, d_out   sizes of the layer
+    B             n_blocks      int
+    blkdiag(V)    V             (n_in, n_out c, P), P = d_in / n_in columns a block
+    blkdiag(U)    U             (n_out, S, n_in c), S = d_out / n_out rows a block
+    W             W             (d_out, d_in), the guide; None when there is none
+    alpha         alpha         float, weight of the guide, cosine from 1 to 0
+
+Departures, marked on their lines: BlockShuffle leaves out the second shuffle unless asked (the
+paper finds that it changes nothing, appendix A.1) and wants n_blocks^2 to divide the smaller size;
+one coin an optimiser step for stochastic guiding. Not included: GPU kernels of its own, a trainer.
+
+    python structured_ffn.py            checks, demo and timing, about 30 s on one core
+    python structured_ffn.py --check    checks alone, about 5 s
+
+Expected: every check ok; in the demo self-guided training ends with less than half the error of
+plain training; in the timing the structured layers take 0.3-0.5 of the dense time.
+"""
+
+import argparse
+import math
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+# ---------------------------------------------------------------- reference: numpy, the matrices
+
+
+def grid_matrix_ref(V, U):
+    """The matrix that a grid of low-rank blocks stands for.
+
+        W[a, b] = U[a][:, b c : (b+1) c]  V[b][a c : (a+1) c, :]      block (a, b), (S, P)
+
+    V: (n_in, n_out c, P), U: (n_out, S, n_in c).  Returns (n_out S, n_in P).
+    """
+    (n_in, _, P), (n_out, S, bc) = V.shape, U.shape
+    c = bc // n_in
+    W = np.zeros((n_out * S, n_in * P))
+    for a in range(n_out):
+        for b in range(n_in):
+            product = U[a][:, b * c : (b + 1) * c] @ V[b][a * c : (a + 1) * c]  # (S, c) x (c, P)
+            W[a * S : (a + 1) * S, b * P : (b + 1) * P] = product
+    return W
+
+
+def low_rank_ref(V, U):
+    """W = U V (section 2.1).  V: (R, N), U: (M, R).  Returns (M, N)."""
+    return U @ V
+
+
+def block_dense_ref(V, U):
+    """W = U blkdiag(V) (section 2.1).  V: (B, R / B, N / B), U: (M, R).  Returns (M, N)."""
+    B, r, P = V.shape
+    diagonal = np.zeros((B * r, B * P))
+    for b in range(B):
+        diagonal[b * r : (b + 1) * r, b * P : (b + 1) * P] = V[b]
+    return U @ diagonal
+
+
+def block_shuffle_ref(V, U):
+    """W = shuffle blkdiag(U) shuffle blkdiag(V) (section 2.1), as printed, with both shuffles.
+
+    V: (B, Q, N / B), U: (B, S, Q), Q = min(N, M) / B.  A shuffle takes what stood at (r, l), l < B,
+    to (l, r).  Returns (B S, N).
+    """
+    B, Q, P = V.shape
+    S = U.shape[1]
+    W = np.zeros((B * S, B * P))
+    for k in range(B):
+        for q in range(Q):
+            r, l = divmod(k * Q + q, B)  # hidden number k Q + q becomes input r of block l
+            for s in range(S):
+                W[s * B + l, k * P : (k + 1) * P] += U[l, s, r] * V[k, q]
+    return W
+
+
+def guided_ref(x, W, W_structured, bias, alpha):
+    """o = alpha W x + (1 - alpha) U V x + bias (eq. 1).  x: (T, N), W: (M, N).  Returns (T, M)."""
+    return alpha * (x @ W.T) + (1 - alpha) * (x @ W_structured.T) + bias
+
+
+# ---------------------------------------------------------------- fast: torch, two products
+
+
+def grid_linear(x, V, U, bias=None):
+    """y = W x + bias without W: a product a column of blocks, a move, a product a row of blocks.
+
+    x: (..., n_in P), V: (n_in, n_out c, P), U: (n_out, S, n_in c).  Returns (..., n_out S).
+    Cost 2 T (|V| + |U|) FLOPs for T tokens; the move copies T n_out n_in c numbers in runs of c.
+    """
+    n_in, n_out = len(V), len(U)
+    if n_in == n_out == 1:
+        return F.linear(F.linear(x, V[0]), U[0], bias)
+    lead = x.shape[:-1]
+    x = x.reshape(-1, n_in, V.shape[2]).transpose(0, 1)  # (T, n_in, P) -> (n_in, T, P)
+    if n_out == 1:
+        z = _products(x, V)  # (T, n_in, c)
+        return F.linear(z.reshape(*lead, U.shape[2]), U[0], bias)
+    z = torch.bmm(x, V.transpose(1, 2)).unflatten(2, (n_out, -1))  # (n_in, T, n_out, c)
+    z = z.permute(2, 1, 0, 3).reshape(n_out, x.shape[1], -1)  # -> (n_out, T, n_in c)
+    return _products(z, U, bias).reshape(*lead, n_out * U.shape[1])
+
+
+def _products(x, M, bias=None):
+    """x: (n, T, p), M: (n, q, p), bias: (n q,) or None.  Returns (T, n, q)."""
+    n, q, _ = M.shape
+    out = None
+    # With nothing to record, write where the next step reads: it saves a pass over the result.
+    recorded = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+    if not recorded and not torch.compiler.is_compiling():
+        out = x.new_empty(x.shape[1], n, q).transpose(0, 1)  # (n, T, q), contiguous as (T, n, q)
+    if bias is None:
+        return torch.bmm(x, M.transpose(1, 2), out=out).transpose(0, 1)
+    return torch.baddbmm(bias.view(n, 1, q), x, M.transpose(1, 2), out=out).transpose(0, 1)
+
+
+def paper_to_grid(V, U):
+    """Factors of the paper's BlockShuffle -> the same matrix on the grid with shuffle_out=True.
+
+    V: (B, Q, P), U: (B, S, Q), Q divisible by B.  Hidden number k Q + q is input k (Q / B) + q // B
+    of block q mod B: sorting V's rows by q mod B leaves U as it is.
+    """
+    B, Q, _ = V.shape
+    _check_divides(B, "n_blocks", Q=Q)
+    return V[:, torch.arange(Q, device=V.device).view(-1, B).T.flatten()], U
+
+
+def grid_to_paper(V, U):
+    """The inverse of paper_to_grid."""
+    B, Q, _ = V.shape
+    return V[:, torch.arange(Q, device=V.device).view(B, -1).T.flatten()], U
+
+
+# ---------------------------------------------------------------- layers
+
+
+def _check_divides(k, what, **sizes):
+    for name, n in sizes.items():
+        if k < 1 or n < 1 or n % k:
+            low = n // max(k, 1) * k
+            near = f"{low} and {low + k} are" if low > 0 else f"multiples of {k} are"
+            raise ValueError(f"{name} {n} is not divisible by {what} {k}: {near}")
+
+
+class Grid(nn.Module):
+    """Drop-in for nn.Linear(d_in, d_out): n_out x n_in blocks, each a product of rank c of its own.
+
+    (..., d_in) -> (..., d_out) by |V| + |U| weights and as many multiply-adds a token.
+    Raises ValueError when the grid does not divide the sizes or c exceeds a block's smaller side.
+    """
+
+    def __init__(self, d_in, d_out, n_in, n_out, c, bias=True, shuffle_out=False):
+        super().__init__()
+        _check_divides(n_in, "the number of blocks", d_in=d_in)
+        _check_divides(n_out, "the number of blocks", d_out=d_out)
+        P, S = d_in // n_in, d_out // n_out
+        if not 1 <= c <= min(P, S):
+            raise ValueError(f"rank {c} of a {S} x {P} block must be between 1 and {min(P, S)}")
+        self.d_in, self.d_out, self.n_in, self.n_out, self.c = d_in, d_out, n_in, n_out, c
+        self.shuffle_out = shuffle_out
+        self.V = nn.Parameter(torch.empty(n_in, n_out * c, P))
+        self.U = nn.Parameter(torch.empty(n_out, S, n_in * c))
+        self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
+        self.register_parameter("W", None)  # the guide's matrix, see Guide
+        self.alpha, self.coin = 0.0, True
+        self._merged, self._merged_from, self.threshold = None, None, 0
+        if not self.V.is_meta:
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Every block of U and of V gets singular values 1 (section 4.1, orthonormal)."""
+        for block in (*self.V, *self.U):
+            nn.init.orthogonal_(block)
+
+    def extra_repr(self):
+        return f"{self.d_in}, {self.d_out}, grid {self.n_out} x {self.n_in}, c {self.c}"
+
+    def dense_weight(self):
+        """The (d_out, d_in) matrix that the layer stands for, with gradient."""
+        U = self.U.unflatten(2, (self.n_in, self.c))  # (n_out, S, n_in, c)
+        V = self.V.unflatten(1, (self.n_out, self.c))  # (n_in, n_out, c, P)
+        W = torch.einsum("asbc,bacp->asbp", U, V)  # (n_out, S, n_in, P)
+        return (W.transpose(0, 1) if self.shuffle_out else W).reshape(self.d_out, self.d_in)
+
+    @torch.no_grad()
+    def project_(self, weight):
+        """Set U, V to the best approximation of `weight` (d_out, d_in) in Frobenius norm.
+
+        By an SVD of each block, its singular values shared evenly between the factors.
+        """
+        n_out, n_in, c = self.n_out, self.n_in, self.c
+        if weight.shape != (self.d_out, self.d_in):
+            raise ValueError(f"weight {tuple(weight.shape)}, expected {(self.d_out, self.d_in)}")
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        if self.shuffle_out:
+            weight = weight.unflatten(0, (-1, n_out)).transpose(0, 1).flatten(0, 1)
+        blocks = weight.reshape(n_out, -1, n_in, self.d_in // n_in).transpose(1, 2)
+        left, sigma, right = torch.linalg.svd(blocks, full_matrices=False)  # of (n_out, n_in, S, P)
+        root = sigma[..., :c].sqrt()  # (n_out, n_in, c)
+        U, V = left[..., :c] * root[..., None, :], right[..., :c, :] * root[..., None]
+        self.U.copy_(U.transpose(1, 2).reshape(self.U.shape))  # (n_out, n_in, S, c) -> U
+        self.V.copy_(V.transpose(0, 1).reshape(self.V.shape))  # (n_out, n_in, c, P) -> V
+        return self
+
+    def structured(self, x):
+        """U V x + bias, always by the factors."""
+        if not self.shuffle_out:
+            return grid_linear(x, self.V, self.U, self.bias)
+        y = grid_linear(x, self.V, self.U).unflatten(-1, (self.n_out, -1))  # (..., n_out, S)
+        y = y.transpose(-1, -2).flatten(-2)  # output s n_out + a
+        return y if self.bias is None else y + self.bias
+
+    def forward(self, x):
+        if x.shape[-1] != self.d_in:
+            raise ValueError(f"x {tuple(x.shape)}: the last size must be d_in {self.d_in}")
+        if self._merged is not None and self._merged_serves(x):
+            return F.linear(x, self._merged, self.bias)
+        y = self.structured(x)
+        if self.W is None or (self.training and not self.coin):
+            return y  # eq. 2: unscaled when the coin leaves the guide out
+        # eq. 1; the bias stands in both terms, whose weights add up to 1
+        return torch.lerp(y, F.linear(x, self.W, self.bias), self.alpha)
+
+    def merge(self, threshold=None):
+        """Keep W = U V beside the factors, for calls of at most `threshold` tokens (section 2.2).
+
+        threshold None: measured here, once a shape and process; 0 frees W (d_out d_in numbers).
+        Serves evaluation without gradients. Dropped by train(), by a call that records gradients,
+        and by any change of U or V: optimiser step, load_state_dict, other device or type.  (Writes
+        through .data escape torch's counter: call merge() again.)  Returns the threshold.
+        """
+        if self.W is not None:
+            raise ValueError("a guided layer cannot be merged: finish the guide first")
+        with torch.no_grad():
+            self._merged, self._merged_from = self.dense_weight(), self._version()
+        self.threshold = self._measure() if threshold is None else threshold
+        if self.threshold <= 0:
+            self._merged = None
+        return self.threshold
+
+    def _version(self):
+        """Differs after torch wrote to U or V; without a counter it always differs."""
+        return [(p.data_ptr(), getattr(p, "_version", object())) for p in (self.U, self.V)]
+
+    def _merged_serves(self, x):
+        if torch.compiler.is_compiling():
+            return False
+        if self.training or torch.is_grad_enabled() or self._version() != self._merged_from:
+            self._merged = None
+            return False
+        return x.numel() <= self.threshold * self.d_in
+
+    def train(self, mode=True):
+        if mode:
+            self._merged = None
+        return super().train(mode)
+
+    @torch.no_grad()
+    def _measure(self):
+        """Tokens, a power of two up to 4096, up to which the merged form is the faster one."""
+        W, T, best = self._merged, 1, 0
+        key = (*self.V.shape, *self.U.shape, W.dtype, W.device, torch.get_num_threads())
+        while key not in _THRESHOLDS:
+            x = W.new_zeros(T, self.d_in)
+            dense = partial(F.linear, x, W, self.bias)
+            merged, factors = seconds([dense, partial(self.structured, x)])
+            if merged > factors or T == 4096:
+                _THRESHOLDS[key] = T if merged <= factors else best
+            T, best = 2 * T, T
+        return _THRESHOLDS[key]
+
+
+_THRESHOLDS: dict[tuple, int] = {}  # measured by Grid.merge: shape, type, device, threads -> tokens
+
+
+class LowRank(Grid):
+    """W = U V of rank R; starts as the truncation of a Gaussian matrix (section 4.1, spectral)."""
+
+    def __init__(self, d_in, d_out, R, bias=True, std=0.02):
+        self.std = std
+        super().__init__(d_in, d_out, 1, 1, R, bias)
+
+    def reset_parameters(self):
+        self.project_(self.std * torch.randn(self.d_out, self.d_in, device=self.V.device))
+
+
+class BlockDense(Grid):
+    """W = U blkdiag(V): each of n_blocks parts of the input gives R / n_blocks hidden numbers."""
+
+    def __init__(self, d_in, d_out, R, n_blocks, bias=True):
+        _check_divides(n_blocks, "n_blocks", R=R)
+        super().__init__(d_in, d_out, n_blocks, 1, R // n_blocks, bias)
+
+
+class BlockShuffle(Grid):
+    """Monarch: n_blocks x n_blocks blocks of rank min(d_in, d_out) / n_blocks^2, of full rank."""
+
+    def __init__(self, d_in, d_out, n_blocks, bias=True, shuffle_out=False):
+        # differs from the paper: no second shuffle unless shuffle_out; n_blocks^2 has to divide
+        narrow = min(d_in, d_out)
+        _check_divides(n_blocks**2, "n_blocks squared", **{"min(d_in, d_out)": narrow})
+        super().__init__(d_in, d_out, n_blocks, n_blocks, narrow // n_blocks**2, bias, shuffle_out)
+
+
+KINDS = {"lowrank": LowRank, "blockdense": BlockDense, "blockshuffle": BlockShuffle}
+
+# ---------------------------------------------------------------- self-guided training
+
+
+def alpha_at(t, n_steps):
+    """Weight of the guide in step t: (1 + cos(pi t / n_steps)) / 2, then 0 (section 2.3)."""
+    return 0.5 * (1 + math.cos(math.pi * t / n_steps)) if t < n_steps else 0.0
+
+
+class Guide:
+    """Self-guided training of every Grid layer of a model (section 2.3, eq. 1 and 2).
+
+        guide = Guide(model, n_steps=steps // 2)        # before the optimiser, which must see W
+        ...; loss.backward(); optimizer.step(); guide.step(optimizer)
+
+    W starts at U V, so the first output does not depend on alpha. After n_steps W, its gradient and
+    its optimiser state are freed.  stochastic: compute the guide with probability alpha only, which
+    halves its cost (DistributedDataParallel then needs find_unused_parameters).  Evaluation is by
+    eq. 1.  Resume: Guide, guide.load_state_dict, optimiser, then the states of model, optimiser.
+    """
+
+    def __init__(self, model, n_steps, stochastic=False, seed=0):
+        self.layers = [layer for layer in model.modules() if isinstance(layer, Grid)]
+        if n_steps < 1 or not self.layers:
+            raise ValueError(f"n_steps {n_steps}, {len(self.layers)} Grid layers: at least 1")
+        self.n_steps, self.stochastic, self.seed, self.t = n_steps, stochastic, seed, 0
+        for layer in self.layers:
+            layer.W, layer._merged = nn.Parameter(layer.dense_weight().detach().clone()), None
+        self._set()
+
+    def _set(self):
+        # differs from the paper: one coin a layer and optimiser step, drawn from (seed, t) alone,
+        # not one a forward pass: ranks, micro-batches, recomputation and resumed runs then agree
+        coins, alpha = random.Random(f"{self.seed} {self.t}"), alpha_at(self.t, self.n_steps)
+        for layer in self.layers:
+            layer.alpha, layer.coin = alpha, not self.stochastic or coins.random() < alpha
+
+    def step(self, optimizer=None):
+        """Call after each optimiser step."""
+        self.t += 1
+        if self.t < self.n_steps:
+            self._set()
+        elif self.layers[0].W is not None:
+            self.finish(optimizer)
+
+    def finish(self, optimizer=None):
+        """From here on the layers are U V alone; W leaves the model and the optimiser."""
+        guides = {id(layer.W) for layer in self.layers}
+        for group in optimizer.param_groups if optimizer else ():
+            for p in [p for p in group["params"] if id(p) in guides]:
+                optimizer.state.pop(p, None)
+            group["params"] = [p for p in group["params"] if id(p) not in guides]
+        for layer in self.layers:
+            layer.W, layer.alpha, layer.coin = None, 0.0, True
+
+    def state_dict(self):
+        return {k: getattr(self, k) for k in ("t", "n_steps", "stochastic", "seed")}
+
+    def load_state_dict(self, state):
+        for k in self.state_dict():
+            setattr(self, k, state[k])
+        if self.t < self.n_steps:
+            self._set()
+        else:
+            self.finish()
+
+
+# ---------------------------------------------------------------- FFN, planner, conversion
+
+
+class StructuredFFN(nn.Module):
+    """fc2(gelu(fc1 x)); gated: fc2(silu(g) u) with [g, u] = fc1 x (SwiGLU).  (..., D) -> (..., D).
+
+    linear(d_in, d_out) builds both matrices: nn.Linear, partial(LowRank, R=16), match(...).
+    """
+
+    def __init__(self, d_model, d_ff, linear=nn.Linear, gated=False):
+        super().__init__()
+        self.gated = gated
+        self.fc1 = linear(d_model, 2 * d_ff if gated else d_ff)
+        self.fc2 = linear(d_ff, d_model)
+
+    def forward(self, x):
+        h = self.fc1(x)  # (..., D) -> (..., F), gated (..., 2 F)
+        if self.gated:
+            g, u = h.chunk(2, dim=-1)
+            return self.fc2(F.silu(g) * u)
+        return self.fc2(F.gelu(h, approximate="tanh"))
+
+
+def match(d_model, d_ff, kind, ratio, n_blocks=4):
+    """linear(d_in, d_out) of a kind ("dense", a key of KINDS) whose FFN has `ratio` of the weights.
+
+    n_blocks: of BlockDense.  Raises ValueError when the nearest size is more than 15 % off.
+    """
+    if kind == "dense":
+        return nn.Linear
+    if kind not in KINDS or not 0 < ratio <= 1:
+        raise ValueError(f"kind {kind!r}, ratio {ratio}: expected {[*KINDS]} and 0 < ratio <= 1")
+    dense, narrow, wide = 2 * d_model * d_ff, min(d_model, d_ff), max(d_model, d_ff)
+    if kind == "blockshuffle":
+        B = 2 * narrow * (narrow + wide) / (ratio * dense)  # the number of blocks wanted
+        fits = [b for b in range(1, narrow + 1) if narrow % b**2 == 0 and wide % b == 0]
+        plan = {"n_blocks": min(fits, key=lambda b: abs(1 / b - 1 / B))}
+    elif kind == "blockdense":
+        R = ratio * dense / ((d_model + d_ff) * (1 + 1 / n_blocks))
+        plan = {"R": max(1, round(R / n_blocks)) * n_blocks, "n_blocks": n_blocks}
+    else:
+        plan = {"R": max(1, round(ratio * dense / (2 * (d_model + d_ff))))}
+    linear = partial(KINDS[kind], **plan)
+    got = ffn_weights(linear, d_model, d_ff) / dense
+    if abs(got - ratio) > 0.15 * ratio:
+        near = f"the nearest, {plan}, has {got:.3f}"
+        raise ValueError(f"{kind} FFN {d_model} x {d_ff}, ratio {ratio}: {near}")
+    return linear
+
+
+def ffn_factory(kind, ratio=0.3125, n_blocks=4, gated=False):
+    """ffn(config, i) for a Transformer that takes factories: block 0 dense, the others `kind`."""
+
+    def build(config, i):
+        d_ff = config.d_ff or 4 * config.d_model
+        linear = match(config.d_model, d_ff, kind if i else "dense", ratio, n_blocks)
+        return StructuredFFN(config.d_model, d_ff, linear, gated)
+
+    return build
+
+
+def from_linear(linear, make):
+    """The layer make(d_in, d_out) nearest to a trained nn.Linear, on its device and in its type."""
+    with torch.device("meta"):
+        layer = make(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    layer = layer.to_empty(device=linear.weight.device).to(linear.weight.dtype)
+    layer.project_(linear.weight)
+    if linear.bias is not None:
+        layer.bias.data.copy_(linear.bias.data)
+    return layer.train(linear.training)
+
+
+def convert(model, make, pick):
+    """Replace in place each nn.Linear whose dotted name pick(name) accepts.
+
+    Returns {name: relative error of its matrix in Frobenius norm}.
+    """
+    chosen = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and pick(n)]
+    if not chosen:
+        raise ValueError("pick accepted none of the model's nn.Linear layers")
+    errors = {}
+    for name, old in chosen:
+        parent, _, last = name.rpartition(".")
+        new = from_linear(old, make)
+        setattr(model.get_submodule(parent), last, new)
+        errors[name] = float((new.dense_weight() - old.weight).norm() / old.weight.norm())
+    return errors
+
+
+# ---------------------------------------------------------------- language model
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """linear(d_in, d_out) builds the FFN matrices of all blocks but the first (section 4.1).
+
+    d_ff None: 4 d_model.  d_head None: d_model / n_heads; smaller for "wide and structured".
+    n_kv_heads None: n_heads.
+    """
+
+    d_model: int = 64
+    n_layers: int = 3
+    n_heads: int = 4
+    d_ff: int | None = None
+    d_head: int | None = None
+    n_kv_heads: int | None = None
+    vocab_size: int = 256
+    linear: Callable = nn.Linear
+
+    def sizes(self):
+        """Returns (d_ff, d_head, n_kv_heads) with the defaults filled in."""
+        if self.d_head is None:
+            _check_divides(self.n_heads, "n_heads", d_model=self.d_model)
+        d_head = self.d_head or self.d_model // self.n_heads
+        n_kv_heads = self.n_kv_heads or self.n_heads
+        _check_divides(n_kv_heads, "n_kv_heads", n_heads=self.n_heads)
+        return self.d_ff or 4 * self.d_model, d_head, n_kv_heads
+
+
+def rope(x, base=10000.0):
+    """Turn the pair (x[i], x[i + E/2]) at position l by l base^(-2i/E).  x: (B, H, L, E)."""
+    L, half = x.shape[-2], x.shape[-1] // 2
+    rate = base ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.arange(L, dtype=torch.float64)[:, None] * rate  # (L, E/2)
+    cos, sin = angle.cos().to(x), angle.sin().to(x)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class Block(nn.Module):
+    """norm, causal attention, residual, norm, FFN, residual.  (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, config, i):
+        super().__init__()
+        D, H, (d_ff, E, G) = config.d_model, config.n_heads, config.sizes()
+        self.d_head, self.heads = E, [H, G, G]
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.qkv, self.out = nn.Linear(D, (H + 2 * G) * E), nn.Linear(H * E, D)
+        self.ffn = StructuredFFN(D, d_ff, config.linear if i else nn.Linear)
+
+    def forward(self, x):
+        x_heads = self.qkv(self.norm1(x)).unflatten(-1, (-1, self.d_head))  # (B, L, H + 2 G, E)
+        q, k, v = x_heads.transpose(1, 2).split(self.heads, dim=1)  # (B, H, L, E), (B, G, L, E)
+        k, v = (t.repeat_interleave(self.heads[0] // self.heads[1], dim=1) for t in (rope(k), v))
+        y = F.scaled_dot_product_attention(rope(q), k, v, is_causal=True)  # (B, H, L, E)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.ffn(self.norm2(x))
+
+
+class LM(nn.Module):
+    """Tokens (B, L) int64 -> logits (B, L, vocab_size); the head is the embedding (section 4.1)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
+        self.norm = nn.LayerNorm(config.d_model)
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(m.weight, std=0.02)
+            if isinstance(m, nn.Linear):
+                nn.init.zeros_(m.bias)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)  # (B, L) -> (B, L, D)
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.norm(x), self.embed.weight)  # (B, L, D) x (D, vocab)
+
+
+# ---------------------------------------------------------------- counters
+
+
+def ffn_weights(linear, d_model, d_ff):
+    """Weights of the two matrices of one FFN, without biases, as the paper counts."""
+    with torch.device("meta"):
+        ffn = StructuredFFN(d_model, d_ff, linear)
+    return sum(p.numel() for p in ffn.parameters() if p.dim() > 1)
+
+
+def count(config, L=1024):
+    """What the paper counts: matrices alone, attention in full, backward = 2 forward.
+
+    L: tokens a sequence.  Returns exact integers: weights of all FFNs ("ffn") and of the model
+    ("params"), training FLOPs a token ("flops").
+    """
+    (d_ff, E, G), D, n, H = config.sizes(), config.d_model, config.n_layers, config.n_heads
+    ffn = ffn_weights(nn.Linear, D, d_ff) + (n - 1) * ffn_weights(config.linear, D, d_ff)
+    params = ffn + n * 2 * D * (H + G) * E + config.vocab_size * D
+    return {"ffn": ffn, "params": params, "flops": 3 * 2 * (params + n * 2 * L * H * E)}
+
+
+def guided_fraction(structured, dense, L=1024):
+    """The share f of steps to guide and to repeat at the cost of training `dense` (section 4.4).
+
+    (1 + f) F_s + f G / 2 = F_d;  G: FLOPs of the guides, halved by the mean of alpha (stochastic).
+    """
+    F_s, F_d = count(structured, L)["flops"], count(dense, L)["flops"]
+    d_ff = structured.sizes()[0]
+    G = 6 * (structured.n_layers - 1) * ffn_weights(nn.Linear, structured.d_model, d_ff)
+    return (F_d - F_s) / (F_s + 0.5 * G)
+
+
+# Sizes of the paper and their optimiser steps of 512 sequences of 1024 tokens (section 4.1)
+PUBLISHED = {
+    "s": (LMConfig(768, 12, 12, vocab_size=32000), 4196),
+    "m": (LMConfig(1024, 24, 16, vocab_size=32000), 12779),
+    "l": (LMConfig(1536, 24, 12, vocab_size=32000), 27809),
+    "xl": (LMConfig(2048, 24, 16, vocab_size=32000), 48637),
+}
+
+# ---------------------------------------------------------------- self-check
+
+
+def rel_err(a, b):
+    """max |a - b| / max |b|, with max |b| > 0."""
+    a, b = (np.asarray(t.detach().double().cpu() if torch.is_tensor(t) else t) for t in (a, b))
+    if a.shape != b.shape or not np.abs(b).max() > 0:
+        raise ValueError(f"shapes {a.shape}, {b.shape}; largest expected {np.abs(b).max()}")
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def _numpy(*tensors):
+    return [t.detach().double().cpu().numpy() for t in tensors]
+
+
+def _check_layer(layer, reference, x):
+    """Returns [(what, error)] of one layer against reference(V, U), its matrix by numpy."""
+    W = torch.from_numpy(reference(*_numpy(layer.V, layer.U))).to(x)
+    want = x @ W.T + layer.bias
+    with torch.no_grad():
+        rows = [("forward, nothing recorded == numpy", rel_err(layer(x), want))]
+        layer.eval().merge(threshold=len(x))
+        rows.append(("merged == numpy", rel_err(layer(x), want)))
+    y = layer.train()(x)
+    rows.append(("forward == numpy", rel_err(y, want)))
+    leaves, g = [x, layer.V, layer.U], torch.cos(torch.arange(y.numel(), device=x.device)).to(x)
+    got = torch.autograd.grad(y, leaves, g.view_as(y))
+    dense = torch.autograd.grad(x @ layer.dense_weight().T, leaves, g.view_as(y))
+    worst = max(rel_err(a, b) for a, b in zip(got, dense, strict=True))
+    rows.append(("gradients of x, V, U == dense", worst))
+    with FlopCounterMode(display=False) as flops:
+        layer(x)
+    formula = 2 * len(x) * (layer.V.numel() + layer.U.numel())
+    rows.append(("FLOPs == formula", rel_err(flops.get_total_flops(), formula)))
+    Guide(layer, 10)
+    worst = 0.0
+    for layer.alpha in (0.0, 0.3, 1.0):
+        worst = max(worst, rel_err(layer(x), want))
+    rows.append(("guided start, any alpha == unguided", worst))
+    with torch.no_grad():
+        layer.W.mul_(-0.5)  # away from the start, so that the guide shows
+    layer.alpha = 0.3
+    guided = guided_ref(*_numpy(x, layer.W, W, layer.bias), 0.3)
+    return [*rows, ("guided == numpy", rel_err(layer(x), guided))]
+
+
+def self_check(dtype=torch.float64, device="cpu"):
+    """Returns [(name, error, limit)]: each fast step against the slower one, in `dtype`."""
+    limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    torch.manual_seed(0)
+
+    def both_shuffles(V, U):
+        return block_shuffle_ref(*_numpy(*grid_to_paper(torch.tensor(V), torch.tensor(U))))
+
+    rows = []
+    for name, layer, reference in (
+        ("LowRank", LowRank(24, 36, 10, std=1.0), lambda V, U: low_rank_ref(V[0], U[0])),
+        ("BlockDense", BlockDense(24, 36, 12, 4), lambda V, U: block_dense_ref(V, U[0])),
+        ("BlockShuffle", BlockShuffle(36, 48, 3), grid_matrix_ref),
+        ("both shuffles", BlockShuffle(32, 16, 2, shuffle_out=True), both_shuffles),
+    ):
+        layer = layer.to(device, dtype)
+        nn.init.normal_(layer.bias)
+        x = torch.randn(7, layer.d_in, device=device, dtype=dtype, requires_grad=True)
+        errors = _check_layer(layer, reference, x)
+        rows += [(f"{name}: {what}", error, limit) for what, error in errors]
+        W = layer.dense_weight().detach()
+        again = layer.project_(W).dense_weight()
+        rows.append((f"{name}: SVD of its own matrix", rel_err(again, W), limit))
+    xl, steps = PUBLISHED["xl"]
+    flops = count(xl)["flops"] * steps * 512 * 1024
+    return [*rows, ("training FLOPs of xl == 2.10e20", rel_err(flops, 2.10e20), 2e-3)]
+
+
+# ---------------------------------------------------------------- demo, timing, command line
+
+
+class Residual(nn.Module):
+    """x + FFN(norm(x)), n_layers times: the regression network of the demo.  (T, D) -> (T, D)."""
+
+    def __init__(self, d_model, n_layers, linear):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(n_layers))
+        ffns = (StructuredFFN(d_model, 4 * d_model, linear) for _ in range(n_layers))
+        self.ffns = nn.ModuleList(ffns)
+
+    def forward(self, x):
+        for norm, ffn in zip(self.norms, self.ffns, strict=True):
+            x = x + ffn(norm(x))
+        return x
+
+
+def teacher_student(linear, teacher=None, guide=None, lr=4e-3, steps=2000, seed=0, d_model=64):
+    """Fit a frozen random network of three FFNs; the test error over the variance of what they add.
+
+    linear, teacher: builders of the student's and the teacher's matrices (None: the same).  guide:
+    None, "deterministic" (eq. 1), "stochastic" (eq. 2), over the first half.  AdamW, cosine to 0.
+    """
+    torch.manual_seed(seed)
+    target = Residual(d_model, 3, teacher or linear).requires_grad_(False)
+    for p in target.parameters():
+        if p.dim() > 1:  # a unit input leaves as a unit output
+            p.normal_(std=p.shape[-1] ** -0.5)
+    student = Residual(d_model, 3, linear)
+    guide = guide and Guide(student, steps // 2, guide == "stochastic", seed)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        x = torch.randn(128, d_model)
+        loss = F.mse_loss(student(x), target(x))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if guide:
+            guide.step(optimizer)
+    with torch.no_grad():
+        x = torch.randn(8192, d_model)
+        y = target(x)
+        return float(F.mse_loss(student.eval()(x), y) / (y - x).var())
+
+
+def demo(steps=1500, target=0.5):
+    """Plain against self-guided training of LowRank FFNs that can equal their teacher."""
+    linear = partial(LowRank, R=16)
+    plain = teacher_student(linear, steps=steps)
+    guided = teacher_student(linear, guide="deterministic", steps=steps)
+    ok = guided < target * plain
+    print(f"\ndemo: LowRank student of a LowRank teacher, d_model 64, R 16, {steps} steps")
+    print(f"  test error plain {plain:.4f}, self-guided {guided:.4f}, ratio {guided / plain:.2f}")
+    print(f"  target: ratio below {target}   {'ok' if ok else 'FAIL'}")
+    return ok
+
+
+def seconds(calls, rounds=5, least=2e-4):
+    """Seconds a call: calls take turns, a turn lasts at least `least`, the fastest turn counts."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    best, repeats = [math.inf] * len(calls), [1] * len(calls)
+    for _ in range(rounds):
+        for i, call in enumerate(calls):
+            wait()
+            start = time.perf_counter()
+            for _ in range(repeats[i]):
+                call()
+            wait()
+            best[i] = min(best[i], (time.perf_counter() - start) / repeats[i])
+            repeats[i] = max(repeats[i], min(1000, math.ceil(least / best[i])))
+    return best
+
+
+def timing(device, T=512, d_in=1024, d_out=4096):
+    """Beside nn.Linear.  Efficiency: share of the FLOPs / share of the time."""
+    layers = {"dense": nn.Linear(d_in, d_out)}
+    layers |= {kind: match(d_in, d_out, kind, 0.3125)(d_in, d_out) for kind in KINDS}
+    calls = [layer.to(device) for layer in layers.values()]
+    x = torch.randn(T, d_in, device=device, requires_grad=True)
+    g = torch.randn(T, d_out, device=device)
+    with torch.no_grad():
+        forward = seconds([partial(layer, x) for layer in calls])
+    both = seconds([lambda layer=layer: layer(x).backward(g) for layer in calls])
+    print(f"\ntiming: {d_in} -> {d_out}, {T} tokens, {device}, {torch.get_num_threads()} thread(s)")
+    print(f"  {'ms (share of dense, efficiency)':<36}{'forward':<22}forward + backward")
+    for i, (name, layer) in enumerate(layers.items()):
+        share = sum(p.numel() for p in layer.parameters() if p.dim() > 1) / (d_in * d_out)
+        print(f"  {name:<15}{share:6.3f} of the FLOPs", end="")
+        for t in (forward, both):
+            print(f"{1e3 * t[i]:8.2f} ({t[i] / t[0]:.2f}, {share * t[0] / t[i]:.2f})", end="")
+        print()
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Structured feed-forward layers.")
+    parser.add_argument("--check", action="store_true", help="run the checks alone")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--dtype", default="float64", help="float64 (default), float32, bfloat16")
+    args = parser.parse_args()
+    print(f"structured_ffn.py  torch {torch.__version__}  device {args.device}  seed 0")
+    print(f"{'check':<56}{'error':>9}{'limit':>9}")
+    good = True
+    for name, error, limit in self_check(getattr(torch, args.dtype), args.device):
+        ok = error <= limit  # False for nan
+        good &= ok
+        print(f"  {name:<54}{error:9.1e}{limit:9.0e}   {'ok' if ok else 'FAIL'}")
+    if not args.check:
+        good &= demo()
+        timing(args.device)
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()
