@@ -1,0 +1,1196 @@
+"""Exact attention over many ranks: each holds a share of the tokens, none holds all the scores.
+
+    out = softmax(Q K^T / sqrt(E)) V over keys that live on W ranks, merged by log-sum-exp:
+    lse' = log(e^lse + e^lse_b),  out' = out e^(lse - lse') + out_b e^(lse_b - lse')
+
+A view of attention at a million tokens: He and Kabic 2023, arXiv:2302.06218v3 (abstract).  Ring:
+Liu et al. 2023, arXiv:2310.01889v4.  All-to-all: Jacobs et al. 2023, arXiv:2309.14509v2 (Ulysses).
+
+    symbol    code name          shape
+    Q, K, V   q, k, v            shards (B, H, n, E), (B, G, n, E), (B, G, n, E); G divides H
+              segments           per rank: [(start, stop), ...] of global positions, in local order
+    W, rank   world, rank        processes; their number and which one this is
+    lse       lse                (B, H, n), float32 (float64 for float64), natural log
+
+    schedule              bytes a rank sends forward; backward          holds
+    ring_attention        (W-1) 2BnGEe;  (W-1) 2BnGE (e + 4)            two shards of keys, values
+    allgather_attention   (W-1) 2BnGEe;  (W-1) 2BnGE (e + 4)            all keys and values
+    ulysses_attention     (W-1)/W BnE (2H + 2G) e;  the same            H/W whole heads
+
+e is the size of an element; gradients of keys and values travel as float32 (float64 for float64).
+Inputs may be bfloat16: they travel as such, and sums are kept in float32.  Another number of ranks
+rounds otherwise, nothing more; the same run twice gives the same bits on a CPU.
+`ulysses(mixer)` runs any channel-wise mixer (S4, S4D, SGConv) over shards of tokens likewise.
+Not included: dropout, windows, additive bias, packed sequences, gradients of lse.
+
+    python dist_attention.py                                       one process, no communication
+    torchrun --standalone --nproc-per-node 2 dist_attention.py     check table, 131,072 tokens
+    torchrun --standalone --nproc-per-node 2 dist_attention.py --tokens 1048576
+"""
+
+import argparse
+import contextlib
+import copy
+import math
+import os
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+# ---------------------------------------------------------------- layouts
+
+
+def contiguous(L, world):
+    """Rank r holds one run of tokens. Returns per rank a list of segments (start, stop)."""
+    return [[(L * r // world, L * (r + 1) // world)] for r in range(world)]
+
+
+def zigzag(L, world):
+    """Rank r holds chunks r and 2W-1-r of 2W: under a causal mask every rank has the same work."""
+    cut = [L * c // (2 * world) for c in range(2 * world + 1)]
+    pairs = [((cut[r], cut[r + 1]), (cut[-2 - r], cut[-1 - r])) for r in range(world)]
+    return [[(a[0], b[1])] if a[1] == b[0] else [a, b] for a, b in pairs]  # neighbours are one
+
+
+def size(segments):
+    """Number of tokens in a list of segments."""
+    return sum(stop - start for start, stop in segments)
+
+
+def positions(L, rank, world, layout=contiguous):
+    """Where the tokens of a rank stand in the sequence, in local order: (n,) int64. For RoPE."""
+    return torch.cat([torch.arange(a, b) for a, b in layout(L, world)[rank]])
+
+
+def shard(x, rank, world, dim=1, layout=contiguous):
+    """The tokens of a rank, out of the whole x, whose dimension `dim` counts tokens."""
+    return x.index_select(dim, positions(x.shape[dim], rank, world, layout).to(x.device))
+
+
+def unshard(x, dim=1, group=None, layout=contiguous):
+    """The whole sequence, on every rank, from the shards x. For looking at: carries no gradient."""
+    link = Link(group)
+    x = x.detach().movedim(dim, 0)  # (n, ...)
+    facts = {
+        "dimensions": x.ndim,
+        "size of a token": math.prod(x.shape[1:]),
+        "dtype": code(x.dtype),
+    }
+    lengths = agree(link, None, (len(x),), **facts)[:, 0]
+    segments = check_layout(layout, lengths, link.world)
+    spec = [[(x.dtype, (size(s), *x.shape[1:]))] for s in segments]
+    whole = x.new_empty(sum(lengths), *x.shape[1:])
+    for owner, (part,) in enumerate(link.gather((x,), spec, "unshard")):
+        place(whole, part, segments[owner], 0)
+    return whole.movedim(0, dim)
+
+
+def place(whole, part, segments, dim):
+    """Write part, tokens in local order along dim, to their global positions in whole."""
+    at = 0
+    for start, stop in segments:
+        part_slice = part.narrow(dim, at, stop - start)
+        whole.narrow(dim, start, stop - start).copy_(part_slice)
+        at += stop - start
+
+
+def pick(whole, segments, dim):
+    """Tokens of the segments, in local order: the reverse of `place`."""
+    return torch.cat([whole.narrow(dim, a, b - a) for a, b in segments], dim)
+
+
+# ---------------------------------------------------------------- reference: numpy, float64
+
+
+def block_ref(q, k, v, q_at, k_at, causal):
+    """One head, one block: out and lse of queries at positions q_at, keys at k_at. O(Lq Lk)."""
+    scores = q @ k.T / math.sqrt(q.shape[1])  # (n, E) x (E, m) -> (n, m)
+    if causal:
+        scores = np.where(k_at[None, :] <= q_at[:, None], scores, -np.inf)
+    largest = scores.max(1, keepdims=True, initial=-np.inf)
+    weights = np.exp(scores - np.where(np.isinf(largest), 0, largest))
+    total = weights.sum(1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        return weights @ v / np.where(total == 0, 1, total), (largest + np.log(total))[:, 0]
+
+
+def ring_ref(q, k, v, world, causal=False, layout=contiguous):
+    """The ring as a loop over ranks and steps, one head: q (Lq, E), k, v (Lk, E) -> out (Lq, E).
+
+    Rank r merges the chunks r, r-1, .. of keys as they come by (arXiv:2310.01889v4, algorithm 1).
+    """
+    whole = np.zeros((len(q), v.shape[1]))
+    at = [[positions(len(x), r, world, layout).numpy() for r in range(world)] for x in (q, k)]
+    for rank, q_at in enumerate(at[0]):
+        out, lse = np.zeros((len(q_at), v.shape[1])), np.full(len(q_at), -np.inf)
+        for step in range(world):
+            k_at = at[1][(rank - step) % world]
+            out_b, lse_b = block_ref(q[q_at], k[k_at], v[k_at], q_at, k_at, causal)
+            total = np.logaddexp(lse, lse_b)
+            finite = np.where(np.isinf(total), 0, total)  # nothing seen yet: -inf
+            old, new = np.exp(lse - finite)[:, None], np.exp(lse_b - finite)[:, None]
+            out, lse = out * old + out_b * new, total
+        whole[q_at] = out
+    return whole
+
+
+# ---------------------------------------------------------------- one block of queries and keys
+
+
+def tile_scores(q, k, causal, bias, i, j, tile):  # same as attention.py:tile_scores
+    """Scores of queries i .. i + tile[0] and keys j .. j + tile[1]. (B, H, tile[0], tile[1])."""
+    q, k = q[:, :, i : i + tile[0]], k[:, :, j : j + tile[1]]
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT / math.sqrt(q.shape[-1])
+    if bias is not None:  # (1 or B, 1 or H, 1 or Lq, Lk)
+        rows = slice(i, i + tile[0]) if bias.shape[2] > 1 else slice(None)
+        scores = scores + bias[:, :, rows, j : j + tile[1]]
+    if causal and j + k.shape[2] > i + 1:
+        row = torch.arange(i, i + q.shape[2], device=q.device)[:, None]
+        col = torch.arange(j, j + k.shape[2], device=q.device)
+        scores = scores.masked_fill(col > row, -torch.inf)
+    return scores
+
+
+def attention_online(
+    q, k, v, causal=False, bias=None, tile=(256, 1024)
+):  # same as attention.py:attention_online
+    """Softmax over tiles of keys with a running maximum m and sum l, memory O(L E + tile).
+
+    Milakov and Gimelshein 2018, arXiv:1805.02867v2, algorithm 3; Dao et al. 2022,
+    arXiv:2205.14135v2, algorithm 1.  Shapes as `attention_block`.  Without autograd.
+    """
+    out = q.new_zeros(*q.shape[:3], v.shape[-1])
+    lse = q.new_full(q.shape[:3], -torch.inf)
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)  # (B, G, Lk, E) -> (B, H, Lk, E)
+    for i in range(0, q.shape[2], tile[0]):
+        rows = slice(i, i + tile[0])
+        m, l, acc = lse[:, :, rows], torch.zeros_like(lse[:, :, rows]), out[:, :, rows]
+        for j in range(0, min(k.shape[2], i + tile[0]) if causal else k.shape[2], tile[1]):
+            scores = tile_scores(q, k, causal, bias, i, j, tile)
+            m_new = torch.maximum(m, scores.amax(-1))
+            finite = m_new.masked_fill(m_new == -torch.inf, 0)  # -inf - -inf would be nan
+            decay = (m - finite).exp()  # what was summed under the old maximum shrinks
+            weights = (scores - finite[..., None]).exp()
+            l = l * decay + weights.sum(-1)
+            acc = acc * decay[..., None] + weights @ v[:, :, j : j + tile[1]]
+            m = m_new
+        out[:, :, rows] = acc / l.masked_fill(l == 0, 1)[..., None]
+        lse[:, :, rows] = m + l.log()
+    return out, lse
+
+
+def attention_online_grad(
+    grad, q, k, v, out, lse, causal=False, bias=None, tile=(256, 1024)
+):  # same as attention.py:attention_online_grad
+    """Gradients (dq, dk, dv) of `attention_online`: each tile of weights is computed again.
+
+    Dao 2023, arXiv:2307.08691v1, algorithm 2.  out and lse may be those over more keys than k.
+    """
+    dq, scale = torch.zeros_like(q), 1 / math.sqrt(q.shape[-1])
+    group = q.shape[1] // k.shape[1]
+    dk, dv = (torch.zeros_like(x.repeat_interleave(group, dim=1)) for x in (k, v))  # per query head
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a query that saw nothing has weights 0
+    delta = (grad * out).sum(-1, keepdim=True)  # (B, H, Lq, 1): sum_j P_ij dP_ij
+    for i in range(0, q.shape[2], tile[0]):
+        rows = slice(i, i + tile[0])
+        for j in range(0, min(k.shape[2], i + tile[0]) if causal else k.shape[2], tile[1]):
+            cols = slice(j, j + tile[1])
+            weights = tile_scores(q, k, causal, bias, i, j, tile) - lse[:, :, rows, None]
+            weights = weights.exp()
+            k_tile, v_tile = (x[:, :, cols].repeat_interleave(group, dim=1) for x in (k, v))
+            dscores = weights * (grad[:, :, rows] @ v_tile.mT - delta[:, :, rows]) * scale
+            dv[:, :, cols] += weights.mT @ grad[:, :, rows]
+            dk[:, :, cols] += dscores.mT @ q[:, :, rows]
+            dq[:, :, rows] += dscores @ k_tile
+    return dq, *(x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))  # (B, H, ..) -> (B, G, ..)
+
+
+def fused(q, k, v, causal, bias):  # same as attention.py:fused
+    """True when a kernel of this device that returns the log-sum-exp takes these arguments."""
+    if q.device.type == "cpu":
+        has = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+        return has and q.shape[-1] == v.shape[-1] and not (causal and bias is not None)
+    small = q.shape[-1] % 8 == 0 and q.shape[-1] == v.shape[-1] and q.shape[-1] <= 256
+    return q.device.type == "cuda" and q.dtype != torch.float64 and bias is None and small
+
+
+def attention_block(q, k, v, causal=False, bias=None):  # same as attention.py:attention_block
+    """(out, lse) of queries against one block of keys, to be merged with other blocks. No autograd.
+
+    q: (B, H, Lq, E), k, v: (B, G, Lk, E), any lengths, 0 too; bias: (1 or B, 1 or H, 1 or Lq, Lk),
+    -inf hides a key; causal: query i sees keys 0 .. i.  Returns out (B, H, Lq, E) and lse
+    (B, H, Lq), the natural log of the summed weights, in float32 (float64 for float64).
+    """
+    if q.dtype in (torch.float16, torch.bfloat16) and (q.device.type == "cpu" or bias is not None):
+        q, k, v = q.float(), k.float(), v.float()  # as fast here, and one rounding less
+    if not (q.numel() and k.numel()):  # the kernel divides by these lengths
+        out = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
+        return out, out.new_full(q.shape[:3], -torch.inf)
+    if not fused(q, k, v, causal, bias):
+        return attention_online(q, k, v, causal, bias)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # else wrong numbers
+    if q.device.type == "cpu":
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = kernel(q, k, v, 0.0, causal, attn_mask=bias)
+        if bias is not None:  # the kernel says lse 0 where a query sees nothing
+            lse = lse.masked_fill((bias == -torch.inf).all(-1), -torch.inf)
+        return out, lse
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    if q.dtype == torch.float32:
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        out, lse = kernel(q, k, v, None, True, 0.0, causal)[:2]  # its lse is padded to 32 rows
+    else:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse = kernel(q, k, v, 0.0, causal, False)[:2]
+    return out.float(), lse[:, :, : q.shape[2]].contiguous()
+
+
+def attention_block_grad(
+    grad, q, k, v, out, lse, causal=False, bias=None
+):  # same as attention.py:attention_block_grad
+    """(dq, dk, dv) of `attention_block`. out and lse: of the whole attention, not of this block.
+
+    With P = exp(scores - lse), the weights of the whole softmax, the blocks' gradients add up.
+    """
+    if q.dtype in (torch.float16, torch.bfloat16) and (q.device.type == "cpu" or bias is not None):
+        q, k, v = q.float(), k.float(), v.float()
+    if not (q.numel() and k.numel()):
+        return tuple(torch.zeros_like(x) for x in (q, k, v))
+    grad, out = grad.to(q.dtype), out.to(q.dtype)
+    if not fused(q, k, v, causal, bias):
+        return attention_online_grad(grad, q, k, v, out, lse, causal, bias)
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    grad, q, k, v, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad, q, k, v, out))
+    if q.device.type == "cpu":
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return kernel(grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias)
+    group, seed = q.shape[1] // k.shape[1], torch.zeros(2, dtype=torch.uint64, device=q.device)
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    if q.dtype == torch.float32:
+        lse = F.pad(lse, (0, -lse.shape[2] % 32))
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+        wanted = [True, True, True, False]
+        dq, dk, dv, _ = kernel(grad, q, k, v, None, out, lse, seed[0], seed[1], 0.0, wanted, causal)
+    else:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        lengths = q.shape[2], k.shape[2]
+        dq, dk, dv = kernel(
+            grad, q, k, v, out, lse, None, None, *lengths, 0.0, causal, seed, seed[0]
+        )
+    return dq, *(x.float().unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
+
+
+def hide(keep, dtype):  # same as attention.py:hide
+    """(B, L) bool -> bias (B, 1, 1, L): 0 for a real token, -inf for padding."""
+    bias = torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill(~keep, -torch.inf)
+    return bias[:, None, None, :]
+
+
+def merge_(out, lse, out_block, lse_block):
+    """Take a further block of keys into out (B, H, n, E) and lse (B, H, n), in place. Exact."""
+    total = torch.logaddexp(lse, lse_block)
+    finite = total.masked_fill(total == -torch.inf, 0)  # -inf - -inf would be nan
+    new = out_block.mul_((lse_block - finite).exp_()[..., None])
+    out.mul_((lse - finite).exp_()[..., None]).add_(new)
+    lse.copy_(total)
+
+
+def visible_blocks(q_segments, k_segments, causal):
+    """Which local queries meet which local keys: [(query slice, key slice, diagonal)].
+
+    Keys before a run of queries are seen by all of it, keys inside it along the diagonal and by
+    the queries after them, keys behind it by none.  Diagonal: query i of the slice sees keys 0..i.
+    """
+    if not causal:
+        return [(slice(0, size(q_segments)), slice(0, size(k_segments)), False)]
+    blocks, q_base = [], 0
+    for a, b in q_segments:
+        k_base = 0
+        for s, t in k_segments:
+            x, y = min(max(s, a), t), max(min(t, b), s)  # keys x .. y lie inside the queries' run
+            blocks.append((a, b, s, min(t, a), q_base - a, k_base - s, False))
+            blocks.append((x, y, x, y, q_base - a, k_base - s, True))
+            blocks.append((y, b, x, y, q_base - a, k_base - s, False))
+            k_base += t - s
+        q_base += b - a
+    return [
+        (slice(qa + dq, qb + dq), slice(ka + dk, kb + dk), diagonal)
+        for qa, qb, ka, kb, dq, dk, diagonal in blocks
+        if qa < qb and ka < kb
+    ]
+
+
+def accumulate(out, lse, q, chunk, blocks):
+    """Merge the blocks of a chunk (k, v, keep) of keys into out and lse."""
+    k, v, keep = chunk
+    for rows, cols, diagonal in blocks:
+        bias = padding(keep, cols, q)
+        block = attention_block(q[:, :, rows], k[:, :, cols], v[:, :, cols], diagonal, bias)
+        merge_(out[:, :, rows], lse[:, :, rows], *block)
+
+
+def accumulate_grad(dq, q, chunk, blocks, grad, out, lse):
+    """Add what a chunk gives to dq, and return the (dk, dv) that it gets. Global out and lse."""
+    k, v, keep = chunk
+    dk, dv = (torch.zeros_like(x, dtype=dq.dtype) for x in (k, v))
+    for rows, cols, diagonal in blocks:
+        bias = padding(keep, cols, q)
+        g_rows, q_rows, out_rows, lse_rows = (x[:, :, rows] for x in (grad, q, out, lse))
+        local = g_rows, q_rows, k[:, :, cols], v[:, :, cols], out_rows, lse_rows
+        parts = attention_block_grad(*local, diagonal, bias)
+        for total, part in zip(
+            (dq[:, :, rows], dk[:, :, cols], dv[:, :, cols]), parts, strict=True
+        ):
+            total += part
+    return dk, dv
+
+
+def padding(keep, cols, q):
+    """The bias that hides padded keys, None when the block has none. keep: (B, n) bool or None."""
+    if keep is None or bool(keep[:, cols].all()):
+        return None
+    return hide(keep[:, cols], torch.promote_types(q.dtype, torch.float32))
+
+
+# ---------------------------------------------------------------- messages
+
+
+class RankLost(RuntimeError):
+    """Another rank died, or kept silent longer than the group's timeout."""
+
+
+traffic = Counter()  # "messages" and "bytes" this process has sent
+
+
+def pack(tensors):
+    """Tensors as one flat message of bytes, in order of falling element size (for alignment)."""
+    flat = [x.contiguous().view(torch.uint8).flatten() for x in tensors if x.numel()]
+    if len(flat) < 2:
+        return flat[0] if flat else torch.empty(0, dtype=torch.uint8)
+    return torch.cat(flat)
+
+
+def unpack(message, spec):
+    """The tensors of a message. spec: [(dtype, shape), ...]."""
+    tensors, at = [], 0
+    for dtype, shape in spec:
+        stop = at + math.prod(shape) * dtype.itemsize
+        tensors.append(message[at:stop].view(dtype).view(shape))
+        at = stop
+    return tensors
+
+
+class Link:
+    """The ranks of a group and messages between them. Without a process group: world 1, none."""
+
+    def __init__(self, group=None, alone=False):
+        self.group, self.world, self.rank, self.backend = group, 1, 0, None
+        if dist.is_initialized() and not alone:
+            self.world, self.rank = dist.get_world_size(group), dist.get_rank(group)
+            self.backend = dist.get_backend(group)
+        if self.rank < 0:
+            raise ValueError("this rank does not belong to the group")
+
+    def post(self, sends, spec, what, device):
+        """Start to send {rank: tensors} and to receive {rank: [(dtype, shape)]}. Returns wait().
+
+        wait() returns {rank: tensors}.  Nothing of size 0 is sent.  RankLost names what and whom.
+        """
+        staged = torch.device("cpu") if self.backend == "gloo" else device
+        outgoing = {peer: pack(x).to(staged) for peer, x in sends.items()}
+        sizes = {p: sum(math.prod(s) * d.itemsize for d, s in x) for p, x in spec.items()}
+        incoming = {p: torch.empty(n, dtype=torch.uint8, device=staged) for p, n in sizes.items()}
+        ops = []
+        for start, buffers in ((dist.isend, outgoing), (dist.irecv, incoming)):
+            for peer, buffer in buffers.items():
+                if buffer.numel():
+                    to = dist.get_global_rank(self.group, peer) if self.group else peer
+                    ops.append((peer, dist.P2POp(start, buffer, to, self.group)))
+        traffic["messages"] += sum(x.numel() > 0 for x in outgoing.values())
+        traffic["bytes"] += sum(x.numel() for x in outgoing.values())
+        peers = sorted({peer for peer, _ in ops})
+        with self.named(peers, what):
+            works = dist.batch_isend_irecv([op for _, op in ops]) if ops else []
+
+        def wait():
+            for n, work in enumerate(works):  # NCCL answers a batch with one handle
+                with self.named([ops[n][0]] if len(works) == len(ops) else peers, what):
+                    work.wait()
+            outgoing.clear()  # what is sent must live until here
+            return {p: unpack(x.to(device), spec[p]) for p, x in incoming.items()}
+
+        return wait
+
+    @contextlib.contextmanager
+    def named(self, peers, what):
+        """Turn an error of the transport into one that says who waited for whom, and where."""
+        try:
+            yield
+        except RuntimeError as error:
+            whom = " and ".join(f"rank {peer}" for peer in peers)
+            reason = str(error).strip().splitlines()[0]
+            raise RankLost(
+                f"rank {self.rank} of {self.world}: no answer from {whom} in {what}: {reason}"
+            ) from error
+
+    def shift(self, tensors, spec, what, device):
+        """One step of the ring: tensors go to the next rank, those of spec come from the last."""
+        there, back = (self.rank + 1) % self.world, (self.rank - 1) % self.world
+        wait = self.post({there: tensors}, {back: spec}, what, device)
+        return lambda: wait()[back]
+
+    def gather(self, tensors, spec, what):
+        """What each rank has, as a list over ranks. spec: per rank the [(dtype, shape)]."""
+        others = [peer for peer in range(self.world) if peer != self.rank]
+        sends, coming = {p: tensors for p in others}, {p: spec[p] for p in others}
+        parts = self.post(sends, coming, what, tensors[0].device)()
+        return [parts.get(peer, tensors) for peer in range(self.world)]
+
+
+# ---------------------------------------------------------------- handshake
+
+
+def code(value):
+    """The first eight letters of a name as an int64: it can be compared, sent, and read again."""
+    return int.from_bytes(str(value).replace("torch.", "").encode()[:8], "big")
+
+
+def letters(number):
+    """The name of a code, or the number it is."""
+    text = int(number).to_bytes(8, "big").strip(b"\0")
+    return text.decode() if len(text) > 2 and text.isalnum() else str(int(number))
+
+
+def agree(link, problem, lengths=(), **facts):
+    """Raise the same ValueError on every rank unless all state the same facts and no problem.
+
+    facts: name = int.  lengths: ints that may differ.  Returns the lengths of all ranks, (W, .).
+    Sizes that differ are silently wrong, or fatal, in the transport: no message goes before this.
+    """
+    row = torch.tensor([problem is not None, *facts.values(), *lengths])
+    rows = [row]
+    if link.world > 1:
+        device = "cuda" if link.backend == "nccl" else "cpu"
+        rows = [torch.empty_like(row, device=device) for _ in range(link.world)]
+        with link.named([r for r in range(link.world) if r != link.rank], "the handshake"):
+            dist.all_gather(rows, row.to(device), group=link.group)
+    table = torch.stack(rows).cpu()
+    if table[:, 0].any():
+        texts = [problem]
+        if link.world > 1:
+            texts = [None] * link.world
+            dist.all_gather_object(texts, problem, group=link.group)
+        raise ValueError("; ".join(f"rank {r}: {x}" for r, x in enumerate(texts) if x))
+    for column, name in enumerate(facts, 1):
+        values = table[:, column].tolist()
+        usual = Counter(values).most_common(1)[0][0]  # of a tie, that of the lower rank
+        odd = [f"rank {r} has {letters(x)}" for r, x in enumerate(values) if x != usual]
+        if odd:
+            raise ValueError(f"{name}: {', '.join(odd)}, the others have {letters(usual)}")
+    return table[:, 1 + len(facts) :].numpy()
+
+
+def check_layout(layout, lengths, world):
+    """Segments of all ranks. ValueError when a rank's length is not what the layout gives it."""
+    L = int(sum(lengths))
+    segments = layout(L, world)
+    for rank, (n, own) in enumerate(zip(lengths, segments, strict=True)):
+        if n != size(own):
+            raise ValueError(
+                f"rank {rank} holds {n} tokens, {layout.__name__} gives it {size(own)} of {L}"
+            )
+    return segments
+
+
+def find_problem(q, k, v, keep, refused):
+    """What is wrong with the arguments of this rank, as text, or None."""
+    asked = [f"{name} ({value})" for name, value in refused.items() if value is not None]
+    if asked:
+        return f"not implemented: {', '.join(asked)}"
+    if not q.ndim == k.ndim == v.ndim == 4 or k.shape != v.shape:
+        return f"expected q (B, H, n, E), k and v (B, G, n, E), got {shapes(q, k, v)}"
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % max(1, k.shape[1]):
+        return f"expected q (B, H, n, E), k and v (B, G, n, E), G divides H, got {shapes(q, k, v)}"
+    if len({x.dtype for x in (q, k, v)}) > 1 or not q.is_floating_point():
+        return f"expected one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
+    if keep is not None and (keep.dtype != torch.bool or keep.shape != (len(k), k.shape[2])):
+        return f"expected keep {(len(k), k.shape[2])} bool, got {tuple(keep.shape)} {keep.dtype}"
+    return None
+
+
+def shapes(*tensors):
+    return ", ".join(str(tuple(x.shape)) for x in tensors)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all ranks agreed on: the ranks, the mask, and who holds which queries and keys."""
+
+    link: Link
+    causal: bool
+    q_segments: list
+    k_segments: list
+    keep: bool
+
+    def keys(self, owner, k):
+        """The [(dtype, shape)] of a chunk (k, v, keep) of a rank, as it travels."""
+        n = size(self.k_segments[owner])
+        spec = [(k.dtype, (len(k), k.shape[1], n, k.shape[3]))] * 2
+        return spec + [(torch.bool, (len(k), n))] if self.keep else spec
+
+    def blocks(self, owner):
+        """Blocks of this rank's queries with the keys of a rank."""
+        mine, theirs = self.q_segments[self.link.rank], self.k_segments[owner]
+        return visible_blocks(mine, theirs, self.causal)
+
+
+def handshake(schedule, q, k, v, causal, group, layout, keep, **refused):
+    """Check the arguments on all ranks, and return the Plan. ValueError, the same on all ranks."""
+    link = Link(group)
+    problem = find_problem(q, k, v, keep, refused)
+    (B, H, n, E), G, m = (q.shape, k.shape[1], k.shape[2]) if problem is None else ((0,) * 4, 0, 0)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    facts = {"dtype": code(q.dtype), "batch B": B, "query heads H": H, "key heads G": G}
+    facts |= {"head size E": E, "causal": int(causal), "layout": code(layout.__name__)}
+    facts |= {
+        "schedule": code(schedule),
+        "keep": int(keep is not None),
+        "gradient": int(needs_grad),
+    }
+    lengths = agree(link, problem, (n, m), **facts)
+    Lq, Lk = lengths.sum(0)
+    if causal and Lq != Lk:
+        raise ValueError(f"a causal mask needs as many queries as keys, got {Lq} and {Lk}")
+    segments = [check_layout(layout, lengths[:, side], link.world) for side in (0, 1)]
+    return Plan(link, causal, *segments, keep is not None)
+
+
+# ---------------------------------------------------------------- the ring
+
+
+def chunk_of(tensors):
+    """(k, v, keep) from what came by: keep is None when nobody sends one."""
+    return (*tensors, None)[:3]
+
+
+class RingAttention(torch.autograd.Function):
+    """Keys and values go round; queries stay. Backward goes round again, with dk and dv behind."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, keep, plan):
+        link, W = plan.link, plan.link.world
+        out = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
+        lse = out.new_full(q.shape[:3], -torch.inf)
+        chunk = tuple(x for x in (k, v, keep) if x is not None)
+        for step in range(W):
+            owner = (link.rank - step) % W
+            if step < W - 1:  # the next chunk travels while this one is computed
+                spec = plan.keys((owner - 1) % W, k)
+                wait = link.shift(chunk, spec, f"step {step} of the ring", q.device)
+            accumulate(out, lse, q, chunk_of(chunk), plan.blocks(owner))
+            chunk = wait() if step < W - 1 else None
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, keep, out, lse)
+        ctx.plan = plan
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        q, k, v, keep, out, lse = ctx.saved_tensors
+        link, W, plan = ctx.plan.link, ctx.plan.link.world, ctx.plan
+        dq = torch.zeros_like(q, dtype=lse.dtype)
+        chunk, done = tuple(x for x in (k, v, keep) if x is not None), ()
+        for step in range(W):
+            owner = (link.rank - step) % W
+            spec = [(dq.dtype, s) for _, s in plan.keys(owner, k)[:2]] if step >= 2 else []
+            if step < W - 1:
+                spec = spec + plan.keys((owner - 1) % W, k)
+            # one message: dk, dv finished a step ago, then the keys that the next rank needs next
+            message = (*done, *chunk) if step < W - 1 else done
+            wait = link.shift(message, spec, f"step {step} of the ring, backward", q.device)
+            dkv = accumulate_grad(dq, q, chunk_of(chunk), plan.blocks(owner), grad, out, lse)
+            came = wait()
+            if step == 0:
+                home = dkv  # stays: gradients set out from the next rank, and save a hop
+            else:
+                for mine, sofar in zip(dkv, came[:2] if step >= 2 else (), strict=False):
+                    mine += sofar
+                done = dkv
+            chunk = came[2:] if step >= 2 else came
+        spec = [(dq.dtype, s) for _, s in plan.keys(link.rank, k)[:2]] if W > 1 else []
+        for mine, rest in zip(
+            home, link.shift(done, spec, "the last hop", q.device)(), strict=False
+        ):
+            mine += rest
+        return dq.to(q.dtype), home[0].to(k.dtype), home[1].to(v.dtype), None, None
+
+
+def ring_attention(
+    q,
+    k,
+    v,
+    causal=False,
+    group=None,
+    layout=contiguous,
+    keep=None,
+    dropout=0.0,
+    window=None,
+    bias=None,
+):
+    """Exact attention over shards, keys and values passing round a ring (arXiv:2310.01889v4).
+
+    q: (B, H, n, E), k, v: (B, G, m, E), this rank's tokens as layout(L, W) gives them; n and m may
+    differ from rank to rank and be 0.  causal needs the same tokens in q and k.  keep: (B, m) bool.
+    Returns (B, H, n, E) in the dtype of q, with gradients.  Every rank of the group must call it,
+    forward and backward.  ValueError, the same on every rank, names who disagrees; RankLost, a peer
+    that died or is silent.  dropout, window, bias: refused.
+    """
+    refused = {"dropout": dropout or None, "window": window, "bias": bias}
+    plan = handshake("ring", q, k, v, causal, group, layout, keep, **refused)
+    return RingAttention.apply(q, k, v, keep, plan)
+
+
+# ---------------------------------------------------------------- all-gather
+
+
+class AllGatherAttention(torch.autograd.Function):
+    """Every rank collects all keys and values; gradients go back to their owners, and are added."""
+
+    @staticmethod
+    def collect(plan, k, v, keep):
+        """All keys and values in global order: (k, v, keep), (B, G, L, E) and (B, L)."""
+        parts = tuple(x for x in (k, v, keep) if x is not None)
+        spec = [plan.keys(owner, k) for owner in range(plan.link.world)]
+        came = plan.link.gather(parts, spec, "the all-gather")
+        L = sum(size(s) for s in plan.k_segments)
+        dims = [2, 2, 1][: len(parts)]
+        whole = [
+            x.new_empty(*x.shape[:d], L, *x.shape[d + 1 :])
+            for x, d in zip(parts, dims, strict=True)
+        ]
+        for owner, tensors in enumerate(came):
+            for x, part, dim in zip(whole, tensors, dims, strict=True):
+                place(x, part, plan.k_segments[owner], dim)
+        return chunk_of(whole), visible_blocks(
+            plan.q_segments[plan.link.rank], [(0, L)], plan.causal
+        )
+
+    @staticmethod
+    def forward(ctx, q, k, v, keep, plan):
+        out = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
+        lse = out.new_full(q.shape[:3], -torch.inf)
+        whole, blocks = AllGatherAttention.collect(plan, k, v, keep)
+        accumulate(out, lse, q, whole, blocks)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, keep, out, lse)
+        ctx.plan = plan
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        q, k, v, keep, out, lse = ctx.saved_tensors
+        plan, link = ctx.plan, ctx.plan.link
+        dq = torch.zeros_like(q, dtype=lse.dtype)
+        whole, blocks = AllGatherAttention.collect(plan, k, v, keep)
+        dkv = accumulate_grad(dq, q, whole, blocks, grad, out, lse)
+        parts = [tuple(pick(x, s, 2) for x in dkv) for s in plan.k_segments]
+        own = [(dq.dtype, shape) for _, shape in plan.keys(link.rank, k)[:2]]
+        others = [peer for peer in range(link.world) if peer != link.rank]
+        sends, spec = {p: parts[p] for p in others}, {p: own for p in others}
+        came = link.post(sends, spec, "the reduce-scatter", q.device)()
+        came[link.rank] = parts[link.rank]
+        dk, dv = (sum(came[p][i] for p in range(link.world)) for i in (0, 1))  # in order of rank
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def allgather_attention(
+    q,
+    k,
+    v,
+    causal=False,
+    group=None,
+    layout=contiguous,
+    keep=None,
+    dropout=0.0,
+    window=None,
+    bias=None,
+):
+    """Exact attention over shards, all keys and values on every rank. As `ring_attention`."""
+    refused = {"dropout": dropout or None, "window": window, "bias": bias}
+    plan = handshake("allgather", q, k, v, causal, group, layout, keep, **refused)
+    return AllGatherAttention.apply(q, k, v, keep, plan)
+
+
+# ---------------------------------------------------------------- all-to-all
+
+
+def shares(C, world, unit=1):
+    """C channels in whole units, as evenly as they go: per rank a slice."""
+    cut = [C // unit * r // world * unit for r in range(world + 1)]
+    return [slice(a, b) for a, b in pairwise(cut)]
+
+
+class Exchange(torch.autograd.Function):
+    """Tokens for channels: (B, C, n, E), a share of the tokens, -> (B, C_r, L, E), of the channels.
+
+    Its gradient is the exchange back.  Several tensors travel in one message a rank.
+    """
+
+    @staticmethod
+    def forward(ctx, link, segments, cuts, back, *tensors):
+        ctx.saved = link, segments, cuts, back
+        return (to_tokens if back else to_channels)(link, segments, cuts, tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        link, segments, cuts, back = ctx.saved
+        move = to_channels if back else to_tokens
+        return None, None, None, None, *move(link, segments, cuts, grads)
+
+
+def to_channels(link, segments, cuts, tensors):
+    """cuts: per tensor and rank, the slice of its channels; segments: per rank, its tokens."""
+    ranks, L = range(link.world), sum(size(s) for s in segments)
+    spec = {
+        p: [
+            (
+                x.dtype,
+                (len(x), cut[link.rank].stop - cut[link.rank].start, size(segments[p]), x.shape[3]),
+            )
+            for x, cut in zip(tensors, cuts, strict=True)
+        ]
+        for p in ranks
+    }
+    parts = {p: [x[:, cut[p]] for x, cut in zip(tensors, cuts, strict=True)] for p in ranks}
+    came = swap(link, parts, spec, tensors[0].device)
+    whole = [
+        x.new_empty(*shape[:2], L, shape[3]) for x, (_, shape) in zip(tensors, spec[0], strict=True)
+    ]
+    for p in ranks:
+        for x, part in zip(whole, came[p], strict=True):
+            place(x, part, segments[p], 2)
+    return tuple(whole)
+
+
+def to_tokens(link, segments, cuts, tensors):
+    """The reverse of `to_channels`."""
+    ranks, n = range(link.world), size(segments[link.rank])
+    spec = {
+        p: [
+            (x.dtype, (len(x), cut[p].stop - cut[p].start, n, x.shape[3]))
+            for x, cut in zip(tensors, cuts, strict=True)
+        ]
+        for p in ranks
+    }
+    parts = {p: [pick(x, segments[p], 2) for x in tensors] for p in ranks}
+    came = swap(link, parts, spec, tensors[0].device)
+    return tuple(torch.cat([came[p][i] for p in ranks], 1) for i in range(len(tensors)))
+
+
+def swap(link, parts, spec, device):
+    """Send parts[p] to rank p, get what spec[p] says from it; one's own stays. {rank: tensors}."""
+    own = parts.pop(link.rank)
+    spec = {p: x for p, x in spec.items() if p != link.rank}
+    return {**link.post(parts, spec, "the all-to-all", device)(), link.rank: own}
+
+
+def ulysses_attention(
+    q,
+    k,
+    v,
+    causal=False,
+    group=None,
+    layout=contiguous,
+    keep=None,
+    dropout=0.0,
+    window=None,
+    bias=None,
+):
+    """Exact attention over shards: a rank gets whole sequences of H/W heads (arXiv:2309.14509v2).
+
+    As `ring_attention`.  Key heads are dealt out whole with their query heads, as evenly as they
+    go; with fewer key heads than ranks some ranks have nothing to compute.
+    """
+    refused = {"dropout": dropout or None, "window": window, "bias": bias}
+    plan = handshake("ulysses", q, k, v, causal, group, layout, keep, **refused)
+    link, H, G = plan.link, q.shape[1], k.shape[1]
+    q_cut, k_cut = shares(H, link.world, H // G), shares(G, link.world)
+    (q,) = Exchange.apply(link, plan.q_segments, [q_cut], False, q)
+    k, v = Exchange.apply(link, plan.k_segments, [k_cut, k_cut], False, k, v)
+    whole = None if keep is None else gather_keep(link, keep, plan.k_segments)
+    local = Plan(
+        Link(alone=True), causal, [[(0, q.shape[2])]], [[(0, k.shape[2])]], keep is not None
+    )
+    out = RingAttention.apply(q, k, v, whole, local)
+    return Exchange.apply(link, plan.q_segments, [q_cut], True, out)[0]
+
+
+def gather_keep(link, keep, segments):
+    """keep (B, n) of every rank -> (B, L) on every rank."""
+    spec = [[(torch.bool, (len(keep), size(s)))] for s in segments]
+    whole = keep.new_empty(len(keep), sum(size(s) for s in segments))
+    for owner, (part,) in enumerate(link.gather((keep,), spec, "the gather of keep")):
+        place(whole, part, segments[owner], 1)
+    return whole
+
+
+class ulysses(nn.Module):
+    """A channel-wise mixer over shards of tokens: each rank runs whole sequences of D/W channels.
+
+        mixer = ulysses(S4(d_model), axes={"C": 1})      x (B, n, D), keep (B, n) -> (B, n, D)
+
+    Exact, forward and backward, for every mixer whose channels do not meet: (B, L, D) -> the same.
+    axes: which axis of a parameter or buffer counts channels, where it is not axis 0.  Each rank
+    computes the parameter gradients of its channels: `sum_gradients` adds them up.
+    ValueError when a parameter's axis is not d_model long, or there are fewer channels than ranks.
+    """
+
+    def __init__(self, mixer, axes=None, group=None, layout=contiguous):
+        super().__init__()
+        self.mixer, self.axes, self.group, self.layout = mixer, axes or {}, group, layout
+        if list(mixer.children()):
+            raise ValueError(f"{type(mixer).__name__} has modules inside, whose channels may meet")
+        for name, x in [*mixer.named_parameters(), *mixer.named_buffers()]:
+            axis = self.axes.get(name, 0)
+            if x.ndim <= axis or x.shape[axis] != mixer.d_model:
+                raise ValueError(
+                    f"{name} {tuple(x.shape)}: axis {axis} is not d_model {mixer.d_model} long, "
+                    f"name the axis of its channels in axes"
+                )
+
+    def part(self, channels):
+        """The mixer of a slice of the channels, made of views of its parameters."""
+        part = copy.copy(self.mixer)
+        for kind in ("_parameters", "_buffers"):
+            views = {
+                name: x.narrow(
+                    self.axes.get(name, 0), channels.start, channels.stop - channels.start
+                )
+                for name, x in getattr(self.mixer, kind).items()
+            }
+            setattr(part, kind, views)
+        part.d_model = channels.stop - channels.start
+        return part
+
+    def forward(self, x, keep=None):
+        link, D = Link(self.group), self.mixer.d_model
+        problem = None
+        if x.ndim != 3 or x.shape[2] != D:
+            problem = f"expected x (B, n, {D}), got {shapes(x)}"
+        elif link.world > D:
+            problem = f"{D} channels are fewer than {link.world} ranks"
+        facts = {"batch B": len(x), "dtype": code(x.dtype), "layout": code(self.layout.__name__)}
+        facts |= {"keep": int(keep is not None), "gradient": int(torch.is_grad_enabled())}
+        lengths = agree(link, problem, (x.shape[1],), **facts)[:, 0]
+        segments, cut = check_layout(self.layout, lengths, link.world), shares(D, link.world)
+        u = x.transpose(1, 2)[..., None]  # (B, n, D) -> (B, D, n, 1)
+        (u,) = Exchange.apply(link, segments, [cut], False, u)  # (B, D_r, L, 1)
+        whole = None if keep is None else gather_keep(link, keep, segments)
+        y = self.part(cut[link.rank])(u[..., 0].transpose(1, 2), whole)  # (B, L, D_r)
+        y = y.transpose(1, 2)[..., None]
+        (y,) = Exchange.apply(link, segments, [cut], True, y)  # (B, D, n, 1)
+        return y[..., 0].transpose(1, 2)
+
+
+def sum_gradients(parameters, group=None):
+    """Add up the gradients of all ranks, each of which saw its own tokens or channels alone."""
+    link, parameters = Link(group), list(parameters)
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    if link.world == 1 or not parameters:
+        return
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    with link.named([r for r in range(link.world) if r != link.rank], "the sum of gradients"):
+        dist.all_reduce(flat, group=group)
+    for p, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad.copy_(total.view_as(p))
+
+
+@contextlib.contextmanager
+def process_group(device="cpu", timeout=60.0):
+    """Join the ranks that torchrun started, leave them at the end; without torchrun do nothing.
+
+    NCCL when every rank has a GPU of its own, else gloo (through host memory).  timeout: seconds
+    after which a silent rank counts as lost.  Yields (rank, world, device of this rank).
+    """
+    if "WORLD_SIZE" not in os.environ:
+        yield 0, 1, torch.device(device)
+        return
+    local, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    backend = "gloo"
+    if device == "cuda":
+        backend = "nccl" if torch.cuda.device_count() >= local_world else "gloo"
+        device = f"cuda:{local % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        yield dist.get_rank(), dist.get_world_size(), torch.device(device)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------- self-check
+
+
+def rel_err(a, b):
+    """max|a - b| / max|b|, with max|b| > 0."""
+    scale = b.abs().max().item()
+    assert a.shape == b.shape and scale > 0, f"{shapes(a, b)}, largest {scale}"
+    return (a - b).abs().max().item() / scale
+
+
+def product(q, k, v, causal=False, keep=None):
+    """The whole attention in one process, written out, O(L^2) memory: what all else must equal."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, Lq, E) x (B, H, E, Lk) -> (B, H, Lq, Lk)
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    if keep is not None:
+        scores = scores.masked_fill(~keep[:, None, None, :], -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+def worst(error, device):
+    """The largest error of any rank."""
+    error = torch.tensor(error, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(error, op=dist.ReduceOp.MAX)
+    return error.item()
+
+
+def check_case(attend, layout, causal, dtype, device, lengths=(45, 45), heads=(4, 2), padded=False):
+    """Largest error of out, dq, dk, dv of any rank against one process, random output gradient."""
+    link, generator = Link(), torch.Generator().manual_seed(0)
+    shape = [
+        (heads[0], lengths[0]),
+        (heads[1], lengths[1]),
+        (heads[1], lengths[1]),
+        (heads[0], lengths[0]),
+    ]
+    q, k, v, grad = (
+        torch.randn(2, h, n, 16, generator=generator, dtype=torch.float64).to(dtype).to(device)
+        for h, n in shape
+    )
+    keep = torch.arange(lengths[1], device=device) < torch.tensor(
+        [[lengths[1]], [lengths[1] // 2]], device=device
+    )
+    keep = keep if padded else None
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    whole = product(*leaves, causal, keep)
+    expected = [whole.detach(), *torch.autograd.grad(whole, leaves, grad.double())]
+
+    def mine(x, dim=2):
+        return shard(x, link.rank, link.world, dim, layout)
+
+    own = [mine(x).requires_grad_() for x in (q, k, v)]
+    out = attend(*own, causal=causal, layout=layout, keep=None if keep is None else mine(keep, 1))
+    got = [out.detach(), *torch.autograd.grad(out, own, mine(grad))]
+    errors = [0.0]
+    for x, y in zip(got, expected, strict=True):
+        scale = y.abs().max().item()
+        assert x.dtype == dtype and scale > 0
+        if x.numel():
+            errors.append((x.double() - mine(y)).abs().max().item() / scale)
+    return worst(math.nan if any(math.isnan(e) for e in errors) else max(errors), device)
+
+
+class Decay(nn.Module):
+    """The smallest channel-wise mixer: y[t] = sum_s a^(t - s) x[s]. For the self-check alone."""
+
+    def __init__(self, d_model):
+        super().__init__()
+        self.d_model, self.a = d_model, nn.Parameter(torch.linspace(0.5, 0.9, d_model))
+
+    def forward(self, x, keep=None):
+        t = torch.arange(x.shape[1], device=x.device)
+        lag = (t[:, None] - t).clamp(min=0)[..., None]  # (L, L, 1)
+        weights = (self.a**lag) * (t[:, None] >= t)[..., None]  # (L, L, D)
+        x = x if keep is None else x * keep[..., None]
+        return torch.einsum("tsd,bsd->btd", weights, x)
+
+
+def check_mixer(layout, dtype, device):
+    """`ulysses(mixer)` against the mixer in one process: output, input and parameter gradients."""
+    link, generator = Link(), torch.Generator().manual_seed(1)
+    x, grad = (torch.randn(2, 23, 6, generator=generator, dtype=dtype).to(device) for _ in range(2))
+    alone, over = Decay(6).to(device, dtype), ulysses(Decay(6).to(device, dtype), layout=layout)
+    x.requires_grad_()
+    whole = alone(x)
+    (dx,) = torch.autograd.grad(whole, x, grad, retain_graph=True)
+    whole.backward(grad)
+
+    def mine(y):
+        return shard(y.detach(), link.rank, link.world, 1, layout)
+
+    u = mine(x).requires_grad_()
+    y = over(u)
+    y.backward(mine(grad))
+    sum_gradients(over.parameters())
+    pairs = (y.detach(), mine(whole)), (u.grad, mine(dx)), (over.mixer.a.grad, alone.a.grad)
+    return worst(max(rel_err(a, b) for a, b in pairs), device)
+
+
+SCHEDULES = ring_attention, allgather_attention, ulysses_attention
+
+
+def self_check(dtype=torch.float64, device="cpu"):
+    """Forward and all gradients of every rank against one process. Returns [(name, error, limit)].
+
+    Every rank of the default group must call it; all get the same rows.
+    """
+    limit = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3}[dtype]
+    W, rows = Link().world, []
+    generator = np.random.RandomState(0)
+    q, k, v = (generator.randn(29, 8) for _ in range(3))
+    whole = block_ref(q, k, v, np.arange(29), np.arange(29), True)[0]
+    simulated = torch.from_numpy(ring_ref(q, k, v, max(W, 3), True, zigzag))
+    rows.append(
+        (
+            "reference: ring of ranks == one block",
+            rel_err(simulated, torch.from_numpy(whole)),
+            1e-12,
+        )
+    )
+    for attend in SCHEDULES:
+        name = attend.__name__.split("_")[0]
+        for layout in (contiguous, zigzag):
+            for causal in (False, True):
+                error = check_case(attend, layout, causal, dtype, device)
+                label = f"{name}, {layout.__name__}, {'causal' if causal else 'full'}"
+                rows.append((label, error, limit))
+        cases = {
+            "padded": {"causal": False, "padded": True},
+            "padded, causal": {"causal": True, "padded": True},
+            "other keys than queries": {"causal": False, "lengths": (45, 18)},
+            "two tokens": {"causal": True, "lengths": (2, 2)},
+            "one key head": {"causal": True, "heads": (3, 1)},
+        }
+        for label, case in cases.items():
+            error = check_case(attend, zigzag, dtype=dtype, device=device, **case)
+            rows.append((f"{name}, {label}", error, limit))
+    if dtype != torch.bfloat16:
+        rows.append(("a mixer over ranks", check_mixer(zigzag, dtype, device), limit))
+    return rows
+
+
+def print_table(rows):
+    """Print a check table. Returns True when every error is within its limit."""
+    print(f"{'check: out, dq, dk, dv on all ranks':<42}{'error':>9}{'limit':>9}")
+    for name, error, limit in rows:
+        print(f"  {name:<40}{error:9.1e}{limit:9.0e}   {'ok' if error <= limit else 'FAIL'}")
+    return all(error <= limit for _, error, limit in rows)
+
+
+# ---------------------------------------------------------------- the run
+
+
+def random_tokens(seed, start, stop, heads, d_head, block=4096):
+    """Tokens start .. stop of a random sequence: (1, heads, n, E). Any rank can make any part."""
+    parts = []
+    for b in range(start // block, -(-stop // block)):
+        generator = torch.Generator().manual_seed(seed * 2**32 + b)
+        x = torch.randn(heads, block, d_head, generator=generator)
+        parts.append(x[:, max(0, start - b * block) : stop - b * block])
+    return torch.cat(parts, 1)[None]
+
+
+def sampled_error(q, out, at, rows, L, heads):
+    """Error of sampled rows against float64 over keys that are made again, block by block."""
+    E, errors = q.shape[3], []
+    for row in rows:
+        total = (
+            torch.zeros(heads, E, dtype=torch.float64),
+            torch.full((heads,), -torch.inf).double(),
+        )
+        pos, stop = int(at[row]), int(at[row]) + 1
+        q_row = q[0, :, row].double().cpu() / math.sqrt(E)  # (H, E)
+        for start in range(0, stop, 65536):
+            k, v = (random_tokens(s, start, min(stop, start + 65536), heads, E)[0] for s in (1, 2))
+            scores = (k.double() @ q_row[..., None])[..., 0]  # (H, n)
+            lse = scores.logsumexp(-1)
+            part = ((scores - lse[:, None]).exp()[:, None] @ v.double())[:, 0]
+            new = torch.logaddexp(total[1], lse)
+            old, now = (total[1] - new).exp()[:, None], (lse - new).exp()[:, None]
+            total = total[0] * old + part * now, new
+        assert pos < L
+        errors.append(rel_err(out[0, :, row].double().cpu(), total[0]))
+    return max(errors)
+
+
+def run(tokens, heads, d_head, device, rank, world):
+    """Causal zigzag ring attention over `tokens` tokens, timed; sampled rows are verified."""
+    segments = zigzag(tokens, world)[rank]
+    q, k, v = (
+        torch.cat([random_tokens(s, a, b, heads, d_head) for a, b in segments], 2).to(device)
+        for s in (0, 1, 2)
+    )
+    traffic.clear()
+    start, cpu = time.perf_counter(), time.process_time()
+    with torch.no_grad():
+        out = ring_attention(q, k, v, causal=True, layout=zigzag)
+    if out.is_cuda:
+        torch.cuda.synchronize()
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    at = positions(tokens, rank, world, zigzag)
+    rows = sorted({0, len(at) // 3, len(at) // 2, len(at) - 1})
+    error = worst(sampled_error(q, out, at, rows, tokens, heads), device)
+    seconds = worst(seconds, device)
+    if rank == 0:
+        flop, sent = 2 * tokens * (tokens + 1) * heads * d_head, traffic["bytes"] / 1e6
+        print(
+            f"{tokens:,} tokens, {heads} head of {d_head}, causal, zigzag ring, {world} ranks of "
+            f"{torch.get_num_threads()} threads, float32, {device.type}\n"
+            f"  {seconds:.2f} s wall, {flop / seconds / 1e9:.1f} Gflop/s in all; rank 0: "
+            f"{cpu:.2f} s CPU, {sent:.1f} MB sent in {traffic['messages']} messages\n"
+            f"  {len(rows)} rows a rank against float64: {error:.1e}, limit 2e-06"
+        )
+    return error <= 2e-6
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="check table alone")
+    parser.add_argument("--tokens", type=int, default=131_072, help="length of the timed run")
+    parser.add_argument("--heads", type=int, default=1, help="heads of the timed run (1)")
+    parser.add_argument("--d-head", type=int, default=64, help="size of a head (64)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--timeout", type=float, default=60, help="seconds till a rank is lost")
+    args = parser.parse_args(argv)
+    with process_group(args.device, args.timeout) as (rank, world, device):
+        if rank == 0:
+            print(f"dist_attention.py  torch {torch.__version__}  {device}  {world} ranks  seed 0")
+        rows = self_check(device=device)
+        if rank == 0:
+            ok = print_table(rows)
+        ok = all(error <= limit for _, error, limit in rows)
+        if not args.check:
+            ok = run(args.tokens, args.heads, args.d_head, device, rank, world) and ok
+    return 0 if ok else 1
+
+
+def guarded_main():
+    """`main`, and a message and exit status 1 when ranks disagree or one is lost."""
+    try:
+        return main()
+    except (ValueError, RankLost) as error:
+        print(f"dist_attention.py: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # the transport's threads may still wait for the lost rank
+
+
+if __name__ == "__main__":
+    sys.exit(guarded_main())
