@@ -62,7 +62,135 @@ def sgconv():
     }
 
 
-GENERATORS = [sgconv]
+def attention_losses(steps=10):
+    """Losses of a tiny causal Transformer in float64, every number of it a closed form."""
+    import torch
+
+    from attention import Transformer, TransformerConfig
+
+    model = Transformer(
+        TransformerConfig(d_model=8, n_layers=2, n_heads=2, vocab_size=5, causal=True)
+    ).double()
+    with torch.no_grad():
+        for i, (name, p) in enumerate(model.named_parameters()):
+            n = torch.arange(p.numel(), dtype=torch.float64).view_as(p)
+            p.copy_((1.0 if "norm" in name else 0.0) + 0.3 * torch.sin(0.7 * n + i))
+    tokens = (torch.arange(40) ** 2 % 7 % 5).view(2, 20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(steps):
+        logits = model(tokens[:, :-1]) @ model.embed.weight.T  # (B, L, D) x (D, 5) -> (B, L, 5)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def attention():
+    """One head, full and causal, by attention's reference; losses of a tiny Transformer."""
+    from attention import attention_ref
+
+    n = np.arange(60.0)
+    q, k, v = (np.sin(a * n**1.1 + a).reshape(12, 5) for a in (0.9, 1.3, 1.7))
+    return {
+        "input": "q, k, v = sin(a n^1.1 + a), n < 60, as (12, 5), a = 0.9, 1.3, 1.7",
+        "full": attention_ref(q, k, v)[0].tolist(),
+        "causal": attention_ref(q, k, v, causal=True)[0].tolist(),
+        "losses": attention_losses(),
+    }
+
+
+def pretrain_losses(model, folder):
+    """Ten losses of pretrain.fit in float64: closed-form weights, all 24 examples in each batch."""
+    import torch
+
+    import lra_data
+    import pretrain
+
+    config = pretrain.Config(
+        model=model, objective="causal", d_model=8, n_heads=2, d_ff=12, d_state=4, device="cpu",
+        batch_size=24, pretrain_steps=10, eval_every=10, precision="float64", out=str(folder),
+    )  # fmt: skip
+    n, t = np.arange(24)[:, None], np.arange(16)[None]
+    tokens = (np.sin(0.7 * n + 0.9 * t**1.1) > 0).astype(np.uint8)
+    split = lra_data.Split(tokens, np.zeros(24, np.int64), np.full(24, 16, np.int32))
+    data = lra_data.Data("closed form", split, split, split, 2, 2)
+    resident = pretrain.Resident(split, data, "cpu")
+    body = pretrain.build_model(config, data).double()
+    head = pretrain.build_head("pretrain", config, resident).double()
+    with torch.no_grad():
+        for i, p in enumerate([*body.parameters(), *head.parameters()]):
+            wave = torch.sin(1.3 * torch.arange(p.numel(), dtype=torch.float64) + i).view_as(p)
+            p.copy_(0.3 * wave + (1.0 if p.ndim == 1 and i % 2 else 0.0))
+    losses = []
+
+    class Recorder(pretrain.Run):
+        def log(self, step, loss, right, count, x):
+            losses.append(loss.item() / count)
+
+    with Recorder(config, body, 0) as run:
+        pretrain.fit("pretrain", body, head, resident, resident, config, run)
+    return losses
+
+
+def pretrain():
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        losses = {name: pretrain_losses(name, folder) for name in ("transformer", "s4")}
+    return {"input": "see pretrain_losses", **losses}
+
+
+def structured_ffn_losses(steps=10):
+    """Losses of a tiny LM in float64, BlockShuffle guided for five steps, all of closed forms."""
+    from functools import partial
+
+    import torch
+
+    from structured_ffn import LM, BlockShuffle, Guide, LMConfig
+
+    linear = partial(BlockShuffle, n_blocks=2)
+    model = LM(LMConfig(8, n_layers=2, n_heads=2, vocab_size=7, linear=linear)).double()
+    with torch.no_grad():
+        for i, (name, p) in enumerate(model.named_parameters()):
+            n = torch.arange(p.numel(), dtype=torch.float64).view_as(p)
+            p.copy_((1.0 if "norm" in name else 0.0) + 0.5 * torch.sin(0.7 * n + i))
+    guide = Guide(model, 5)
+    tokens = (torch.arange(42) ** 2 % 11 % 7).view(2, 21)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(steps):
+        logits = model(tokens[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        guide.step(optimizer)
+        losses.append(loss.item())
+    return losses
+
+
+def structured_ffn():
+    """Matrices of the three kinds by the references of structured_ffn, and losses of a tiny LM."""
+    from structured_ffn import block_dense_ref, block_shuffle_ref, grid_matrix_ref, low_rank_ref
+
+    def wave(*shape, phase=0.0):
+        return np.cos(1.3 * np.arange(np.prod(shape)) + phase).reshape(shape)
+
+    return {
+        "input": "V = cos(1.3 n), U = cos(1.3 n + 1) in their shapes: low_rank (3, 4), (6, 3); "
+        "block_dense (2, 2, 2), (6, 4); grid and block_shuffle (2, 2, 2), (2, 3, 2)",
+        "low_rank": low_rank_ref(wave(3, 4), wave(6, 3, phase=1)).tolist(),
+        "block_dense": block_dense_ref(wave(2, 2, 2), wave(6, 4, phase=1)).tolist(),
+        "grid": grid_matrix_ref(wave(2, 2, 2), wave(2, 3, 2, phase=1)).tolist(),
+        "block_shuffle": block_shuffle_ref(wave(2, 2, 2), wave(2, 3, 2, phase=1)).tolist(),
+        "losses": structured_ffn_losses(),
+    }
+
+
+GENERATORS = [pretrain, attention, sgconv, structured_ffn]
 
 
 def main(names):
