@@ -1,0 +1,357 @@
+"""pretrain.py: masks, targets, order, transfer, padding, determinism, a golden loss trajectory."""
+
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import make_golden
+import numpy as np
+import pytest
+import torch
+
+import lra_data
+import pretrain
+from pretrain import Config, Resident
+
+ROOT = Path(__file__).parent.parent
+TINY = {"d_model": 16, "n_heads": 2, "d_ff": 32, "d_state": 8, "batch_size": 8, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def lattice():
+    return lra_data.load("lattice", n_train=96, n_val=16, n_test=16)
+
+
+@pytest.fixture
+def small_lattice(monkeypatch, lattice):
+    """train() on a lattice of 96 examples."""
+    monkeypatch.setattr(lra_data, "load", lambda task, data_dir: lattice)
+
+
+def symbols(lengths, vocab=7, seed=0):
+    """A task of symbols with the given lengths, zero padded."""
+    rng = np.random.RandomState(seed)
+    lengths = np.array(lengths, np.int32)
+    tokens = rng.randint(0, vocab, (len(lengths), lengths.max())).astype(np.uint8)
+    tokens[np.arange(lengths.max()) >= lengths[:, None]] = 0
+    split = lra_data.Split(tokens, rng.randint(0, 2, len(lengths)).astype(np.int64), lengths)
+    return lra_data.Data("symbols", split, split, split, vocab, 2)
+
+
+def numbers(n=6, L=20, C=3, seed=0):
+    """A task of real values in C channels."""
+    rng = np.random.RandomState(seed)
+    tokens = rng.randint(0, 256, (n, L, C)).astype(np.uint8)
+    split = lra_data.Split(tokens, np.zeros(n, np.int64), np.full(n, L, np.int32))
+    return lra_data.Data("image", split, split, split, 256, 2, (100.0,) * C, (50.0,) * C)
+
+
+def batch_of(data, stage="pretrain", seed=0, **settings):
+    config = Config(**(TINY | settings))
+    resident = Resident(data.train, data, "cpu")
+    generator = pretrain.seeded(config, seed)
+    index = np.arange(len(resident))
+    return config, pretrain.make_batch(resident, index, stage, config, generator)
+
+
+# ------------------------------------------------------------------------------- corruption
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
+def test_share_of_masked_positions(ratio):
+    data = symbols([200] * 200)
+    _, batch = batch_of(data, mask_ratio=ratio)
+    share, sigma = batch.where.float().mean().item(), (ratio * (1 - ratio) / 40_000) ** 0.5
+    assert abs(share - ratio) < 4 * sigma
+
+
+def test_masked_positions_are_all_replaced_and_never_padding():
+    data = symbols([5, 40, 23, 40])
+    _, batch = batch_of(data, mask_ratio=0.5)
+    lengths = torch.tensor([5, 40, 23, 40])
+    real = torch.arange(40) < lengths[:, None]
+    assert torch.equal(batch.x == data.vocab_size, batch.where)
+    assert not (batch.where & ~real).any() and batch.where[:, :5].any()
+    assert torch.equal(batch.keep, real)
+    clean = torch.from_numpy(data.train.tokens).long()
+    assert torch.equal(batch.target, clean)
+    assert torch.equal(batch.x[~batch.where], clean[~batch.where])
+
+
+def test_masks_are_drawn_anew_each_step_and_repeat_with_the_seed():
+    data = symbols([50] * 8)
+    first, second, again = (batch_of(data, seed=s)[1].where for s in (1, 2, 1))
+    assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+def test_masks_are_independent_of_each_other():
+    """Neighbours, rows and halves: the share of pairs that are both masked is the square."""
+    where = batch_of(symbols([200] * 200), mask_ratio=0.3)[1].where.float()
+    for a, b in ((where[:, 1:], where[:, :-1]), (where[1:], where[:-1])):
+        assert abs((a * b).mean().item() - 0.09) < 4 * (0.09 * 0.91 / 39_800) ** 0.5
+
+
+def test_causal_target_is_the_next_real_token():
+    data = symbols([3, 6, 1])
+    _, batch = batch_of(data, objective="causal")
+    tokens = data.train.tokens
+    for row, length in enumerate([3, 6, 1]):
+        assert batch.where[row].tolist() == [True] * (length - 1) + [False] * (7 - length)
+        for t in range(length - 1):
+            assert batch.target[row, t] == tokens[row, t + 1]
+    assert torch.equal(batch.x, torch.from_numpy(tokens).long())
+
+
+def test_values_are_normalised_flagged_and_hidden():
+    data = numbers()
+    _, batch = batch_of(data, task="image")
+    clean = (torch.from_numpy(data.train.tokens).float() - 100) / 50
+    assert batch.x.shape == (6, 20, 4)
+    assert torch.equal(batch.x[..., 3] == 1, batch.where)
+    assert (batch.x[batch.where][:, :3] == 0).all()
+    assert torch.allclose(batch.x[~batch.where][:, :3], clean[~batch.where])
+    assert torch.allclose(batch.target, clean)
+
+
+def test_fine_tuning_inputs_hide_nothing():
+    _, batch = batch_of(numbers(), "finetune", task="image")
+    assert (batch.x[..., 3] == 0).all() and batch.where is None
+    _, batch = batch_of(symbols([4, 9]), "finetune")
+    assert (batch.x < 7).all()
+
+
+def test_a_pair_is_two_documents():
+    data = symbols([4, 9, 5, 7])
+    split = lra_data.Split(
+        data.train.tokens.reshape(2, 2, 9), np.array([0, 1]), data.train.lengths.reshape(2, 2)
+    )
+    pairs = replace(data, train=split, val=split, test=split)
+    config, batch = batch_of(pairs, "finetune")
+    assert batch.x.shape == (4, 9) and batch.target.tolist() == [0, 1]
+    assert torch.equal(batch.x, torch.from_numpy(data.train.tokens).long())
+    resident = Resident(split, pairs, "cpu")
+    model = pretrain.build_model(config, pairs)
+    head = pretrain.build_head("finetune", config, resident)
+    assert pretrain.loss_sums(model, head, batch, "mean")[2] == 2
+    single = resident.documents()
+    assert len(single) == 4 and single.lengths.tolist() == [4, 9, 5, 7]
+
+
+# ------------------------------------------------------------------------------------ order
+
+
+def test_every_epoch_holds_every_example_once():
+    lengths = np.random.RandomState(0).randint(1, 500, 1000)
+    steps = -(-1000 // 8)
+    batches = pretrain.draw(lengths, 8, 3, 3 * steps)
+    for epoch in range(3):
+        seen = np.concatenate(batches[epoch * steps : (epoch + 1) * steps])
+        assert np.array_equal(np.sort(seen), np.arange(1000))
+    assert not np.array_equal(batches[0], batches[steps])
+
+
+def test_bucketing_leaves_little_padding():
+    lengths = np.random.RandomState(0).randint(500, 2000, 4096)
+    padded = sum(lengths[i].max() * len(i) for i in pretrain.draw(lengths, 16, 0, 256))
+    assert padded < 1.05 * lengths.sum()
+
+
+def test_subsets_are_nested():
+    data = symbols(range(1, 33))
+    resident = Resident(data.train, data, "cpu")
+    small, large = resident.subset(5), resident.subset(20)
+    assert np.array_equal(small.lengths, large.lengths[:5]) and len(set(large.lengths)) == 20
+    with pytest.raises(ValueError, match=r"labels 33.* 32 examples"):
+        resident.subset(33)
+
+
+# ----------------------------------------------------------------------------- model and loss
+
+
+@pytest.mark.parametrize("model", ["transformer", "s4"])
+@pytest.mark.parametrize("objective", ["masked", "causal"])
+@pytest.mark.parametrize("pooling", ["mean", "max", "last"])
+def test_a_batch_mate_never_changes_a_result(model, objective, pooling):
+    data = symbols([5, 30, 12])
+    config = Config(**TINY, model=model, objective=objective, pooling=pooling)
+    torch.manual_seed(0)
+    body = pretrain.build_model(config, data).double().eval()
+    resident = Resident(data.train, data, "cpu")
+    head = pretrain.build_head("finetune", config, resident).double()
+
+    def logits(index):
+        batch = pretrain.make_batch(resident, np.array(index), "finetune", config, None)
+        return head(pretrain.pool(body(batch.x, batch.keep), batch.keep, pooling))
+
+    together = logits([0, 1, 2])
+    for i in range(3):
+        alone = logits([i])[0]
+        assert (together[i] - alone).abs().max() < 1e-12 * alone.abs().max()
+    assert (together[0] - together[1]).abs().max() > 1e-6
+
+
+def test_loss_counts_only_the_chosen_positions():
+    """A body that gives nonsense elsewhere has the same loss."""
+    data = symbols([8, 12, 12])
+    config, batch = batch_of(data, mask_ratio=0.5)
+    features = torch.randn(3, 12, 16)
+    head = pretrain.build_head("pretrain", config, Resident(data.train, data, "cpu"))
+    spoilt = torch.where(batch.where[..., None], features, torch.full_like(features, 1e3))
+    a, b = (
+        pretrain.loss_sums(lambda x, keep, h=h: h, head, batch, "mean") for h in (features, spoilt)
+    )
+    assert torch.equal(a[0], b[0]) and a[2] == int(batch.where.sum())
+    by_hand = -torch.log_softmax(head(features), -1)
+    by_hand = by_hand.gather(2, batch.target[..., None])[..., 0][batch.where].sum()
+    assert torch.allclose(a[0], by_hand)
+
+
+def test_schedule():
+    values = [pretrain.schedule(s, 100, 0.1) for s in range(100)]
+    assert values[0] == 0.1 and values[9] == 1.0 and values[10] == 1.0
+    assert values[55] == pytest.approx(0.5) and 0 < values[99] < 0.001
+    assert all(a >= b for a, b in itertools.pairwise(values[10:]))
+
+
+# ------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("model", ["transformer", "s4"])
+def test_overfits_one_batch(model, lattice, tmp_path):
+    part = lra_data.Split(*(a[:8] for a in vars(lattice.train).values()))
+    data = replace(lattice, train=part, val=part, test=part)
+    config = Config(**(TINY | {"d_model": 32}), model=model, finetune_steps=80, eval_every=80)
+    config = replace(config, finetune_lr=1e-2, objective="none", out=str(tmp_path))
+    torch.manual_seed(0)
+    resident, body = Resident(part, data, "cpu"), pretrain.build_model(config, data)
+    head = pretrain.build_head("finetune", config, resident)
+    with pretrain.Run(config, body, 0) as run:
+        score = pretrain.fit("finetune", body, head, resident, resident, config, run)
+    assert score["accuracy"] == 1 and score["loss"] < 0.2
+
+
+def run(tmp_path, name, **settings):
+    settings = {"pretrain_steps": 12, "finetune_steps": 12, "eval_every": 6} | settings
+    return pretrain.train(Config(**TINY, out=str(tmp_path / name), **settings))
+
+
+@pytest.mark.parametrize("model", ["transformer", "s4"])
+def test_same_seed_same_bits(small_lattice, tmp_path, model):
+    scores, weights = [], []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        result = run(tmp_path, name, model=model, seed=seed, dropout=0.1)
+        scores.append([result[k] for k in ("pretrain", "finetune", "test")])
+        weights.append(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"])
+    assert scores[0] == scores[1] != scores[2]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def test_body_carries_over_head_and_optimiser_do_not(small_lattice, tmp_path, monkeypatch):
+    """What fine-tuning starts from is what pretraining left, bit for bit, under a new head."""
+    start, fit = {}, pretrain.fit
+
+    def spy(stage, model, head, *rest):
+        start[stage] = ({k: v.clone() for k, v in model.state_dict().items()}, head)
+        return fit(stage, model, head, *rest)
+
+    monkeypatch.setattr(pretrain, "fit", spy)
+    run(tmp_path, "a")
+    pretrained = torch.load(tmp_path / "a" / "pretrained.pt", weights_only=True)
+    body, head = start["finetune"]
+    assert all(torch.equal(body[k], pretrained[k]) for k in body)
+    assert any(not torch.equal(body[k], start["pretrain"][0][k]) for k in body)
+    assert (head.out_features, start["pretrain"][1].out_features) == (2, 2)
+    assert not torch.equal(head.weight, start["pretrain"][1].weight)
+    start.clear()
+    run(tmp_path, "b", pretrained=str(tmp_path / "a" / "pretrained.pt"))
+    assert list(start) == ["finetune"]
+    assert all(torch.equal(start["finetune"][0][k], pretrained[k]) for k in pretrained)
+
+
+@pytest.mark.parametrize("model", ["transformer", "s4"])
+def test_ten_step_trajectory_in_float64(model, tmp_path):
+    """Golden losses: they move when the mathematics, the schedule or the optimiser does."""
+    golden = json.loads((ROOT / "tests/golden/pretrain.json").read_text())
+    losses = make_golden.pretrain_losses(model, tmp_path)
+    assert losses == pytest.approx(golden[model], rel=1e-9)
+    assert golden[model][-1] < golden[model][0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(small_lattice, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"pretrain: the loss is nan at step \d+.*check"):
+        run(tmp_path, "a", pretrain_lr=1e30, clip=1e30, pretrain_steps=20, eval_every=4)
+    assert (tmp_path / "a" / "checkpoint.pt").exists()
+    assert not (tmp_path / "a" / "result.json").exists()
+
+
+def test_evaluation_counts_every_example_once(lattice):
+    config, resident = Config(**TINY), Resident(lattice.val, lattice, "cpu")
+    seen = []
+
+    class Body(torch.nn.Module):
+        def forward(self, x, keep):
+            seen.extend(x.tolist())
+            return x[..., None].double().expand(-1, -1, 16)
+
+    head = torch.nn.Linear(16, 2).double()
+    score = pretrain.evaluate(Body(), head, resident, "finetune", replace(config, batch_size=7))
+    assert sorted(seen) == sorted(lattice.val.tokens.tolist())
+    logits = head(torch.tensor(lattice.val.tokens).double().mean(1, keepdim=True).expand(-1, 16))
+    right = (logits.argmax(1).numpy() == lattice.val.labels).mean()
+    assert score["accuracy"] == pytest.approx(right)
+
+
+# ---------------------------------------------------------------------- settings, command line
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"model": "rnn"}, "model 'rnn'.*transformer"),
+        ({"mask_ratio": 1.5}, "mask_ratio 1.5"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"finetune_lr": -1.0}, "finetune_lr -1.0"),
+        ({"causal": True}, "looks both ways"),
+        ({"d_model": 30, "n_heads": 4}, "30.*4"),
+        ({"labels": 0}, "labels 0.*96"),
+        ({"pretrained": "nowhere.pt"}, "nowhere.pt"),
+    ],
+)
+def test_bad_settings_are_refused_with_their_numbers(small_lattice, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        pretrain.train(Config(**({"out": str(tmp_path)} | TINY | settings)))
+    assert not list(tmp_path.iterdir())
+
+
+def command(*args):
+    return subprocess.run(
+        [sys.executable, ROOT / "pretrain.py", *args], capture_output=True, text=True, timeout=120
+    )
+
+
+def test_command_line(tmp_path, capsys):
+    steps = ["--pretrain-steps", "10", "--finetune-steps", "10", "--d-model", "16"]
+    done = command(*steps, "--out", str(tmp_path / "y"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "y" / "result.json").read_text())
+    assert 0 <= result["test"]["accuracy"] <= 1 and result["config"]["pretrain_steps"] == 10
+    bad = command("--task", "nosuch", "--out", str(tmp_path / "x"))
+    assert bad.returncode == 1 and "nosuch" in bad.stderr and "Traceback" not in bad.stderr
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main(["--check"])
+    assert stop.value.code == 0 and "FAILED" not in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main(["--model", "rnn"])
+    assert stop.value.code == 2 and "invalid choice: 'rnn'" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("model", ["transformer", "s4"])
+def test_runs_on_a_gpu(small_lattice, tmp_path, model):
+    result = run(tmp_path, "a", model=model, device="cuda", precision="bfloat16")
+    assert np.isfinite(result["test"]["loss"])
