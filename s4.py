@@ -1,10 +1,37 @@
-"""S4: a linear state space model per channel, run as a long convolution or as a recurrence.
+"""S4 and S4D: linear state space models, one a channel, run as a convolution or as a recurrence.
 
-Paper: Gu, Goel, Re, "Efficiently Modeling Long Sequences with Structured State Spaces",
-arXiv:2111.00396v3.
+    x'(t) = A x(t) + B u(t),   y(t) = Re C x(t) + D_skip u(t)
+
+Trained, the layer is a long convolution whose kernel K[l] = C A_bar^l B_bar is built from few
+numbers; generating, it is a recurrence with a state of fixed size.  S4 gives A the structure
+(normal plus low rank) of a matrix that remembers the past, and that structure makes K cheap.
+
+Papers: S4, Gu, Goel, Re, "Efficiently Modeling Long Sequences with Structured State Spaces",
+arXiv:2111.00396v3.  S4D, Gu, Gupta, Goel, Re, "On the Parameterization and Initialization of
+Diagonal State Space Models", arXiv:2206.11893v2.
+
+    paper                 code            shape; N/2: one of each conjugate pair
+    Lambda                Lam             (D, N/2) complex = -exp(log_decay) + i frequency
+    P = Q, B, C           P, B, C         (D, N/2) complex, C (n, D, N/2) for n directions
+    Delta                 dt              (D, 1) = exp(log_dt)
+    A_bar - I             E, or e, f, g   (D, N, N), or diag(e) - f g of rank r
+    B_bar                 B_bar, W[:, 0]  (D, N/2)
+    K                     K               (D, L)
+    D                     D_skip          (D,)
+    u, x, y               u, x, y         (B, L, D), (B, D, N/2) complex, (B, L, D)
+
+Departures from the paper, each at its line: the two-level kernel takes the place of the Cauchy
+kernel, which stands beside it in a stable form; B is trained free and unclipped.
+Not included: other HiPPO families, 2-D kernels, tied (Lam, P, B), a custom CUDA kernel.
+
+    python s4.py            checks, a demonstration, timings
+    python s4.py --check    the checks alone
 """
 
+import argparse
 import math
+import sys
+import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,107 +41,234 @@ from torch import nn
 from torch.nn import functional as F
 
 # ---------------------------------------------------------------------------------------------
-# Reference: numpy, float64, straight from the paper
+# Reference: numpy, float64, one channel, straight from the papers
 # ---------------------------------------------------------------------------------------------
 
 
 def hippo_legs(N):
-    """HiPPO-LegS: the (A, B) of a memory by Legendre polynomials (arXiv:2111.00396v3, eq. 2).
+    """HiPPO-LegS (2111.00396v3, eq. 2): A (N, N) and B (N,), float64.
 
-    Returns A (N, N) and B (N,), float64.
+    Its states are the Legendre coefficients of the past under an exponentially fading measure.
     """
     root = np.sqrt(2 * np.arange(N) + 1.0)  # (N,)
-    A = -np.tril(np.outer(root, root), -1) - np.diag(np.arange(N) + 1.0)  # (N, N)
-    return A, root
+    return -np.tril(np.outer(root, root), -1) - np.diag(np.arange(N) + 1.0), root
 
 
 def nplr_legs(N):
-    """Normal plus low rank form of HiPPO-LegS (section 3.2, Theorem 1), one of each conjugate pair.
+    """Normal plus low rank form of HiPPO-LegS (2111.00396v3, Theorem 1), a half of its pairs.
 
-        A = V (diag(Lam) - P P^*) V^*
+        A = V_full (diag(Lam_full) - P_full P_full^*) V_full^*,   P_full = V_full^* sqrt(n + 1/2)
 
-    Returns Lam, P, B: (N/2,) complex128, in the basis V.  A + p p^T + I/2 is skew for
-    p = sqrt(n + 1/2), so its eigenvectors come from a Hermitian solver and V is exactly unitary.
+    Returns Lam, P, B: (N/2,) complex128, V: (N, N/2), the pairs with positive frequency.
+    A + p p^T + I/2 is skew, so a Hermitian solver finds V, exactly unitary; the eigenvectors of A
+    itself are useless (condition 1e17 at N = 24).
     """
     if N < 2 or N % 2:
         raise ValueError(f"d_state must be even and at least 2 (conjugate pairs), got {N}")
     A, B = hippo_legs(N)
-    P = np.sqrt(np.arange(N) + 0.5)  # (N,)
-    skew = A + np.outer(P, P) + 0.5 * np.eye(N)  # (N, N)
-    omega, V = np.linalg.eigh(-1j * skew)  # (N,), (N, N)
-    half = V[:, omega > 0].conj().T  # (N/2, N)
-    return -0.5 + 1j * omega[omega > 0], half @ P, half @ B
+    p = np.sqrt(np.arange(N) + 0.5)  # (N,)
+    frequency, V = np.linalg.eigh(-1j * (A + np.outer(p, p) + 0.5 * np.eye(N)))  # (N,), (N, N)
+    V = V[:, frequency > 0]  # (N, N/2)
+    return -0.5 + 1j * frequency[frequency > 0], V.conj().T @ p, V.conj().T @ B, V
+
+
+def both(v):
+    """(N/2,) -> (N,): the kept halves of the conjugate pairs, then the others."""
+    return np.concatenate([v, v.conj()], -1)
+
+
+def discretize_ref(A, B, dt):
+    """Bilinear discretisation (2111.00396v3, eq. 3): A_bar (N, N), B_bar (N,)."""
+    left = np.eye(len(A)) - dt / 2 * A
+    return np.linalg.solve(left, np.eye(len(A)) + dt / 2 * A), np.linalg.solve(left, dt * B)
+
+
+def recurrence_ref(A_bar, B_bar, C, u):
+    """x_l = A_bar x_{l-1} + B_bar u_l,  y_l = C x_l (eq. 3).  u: (L,).  Returns y: (L,)."""
+    x, y = np.zeros(len(A_bar), A_bar.dtype), []
+    for u_l in u:
+        x = A_bar @ x + B_bar * u_l
+        y.append((C @ x).real)
+    return np.array(y)
+
+
+def kernel_ref(A_bar, B_bar, C, L):
+    """K[l] = C A_bar^l B_bar, l = 0 .. L-1 (eq. 5).  Returns (L,), O(N^2 L)."""
+    return recurrence_ref(A_bar, B_bar, C, np.eye(1, L)[0])
+
+
+def convolution_ref(u, K):
+    """y_l = sum_s K[s] u[l - s] (eq. 4).  u, K: (L,).  Returns (L,), O(L^2)."""
+    return np.array([K[: l + 1] @ u[l::-1] for l in range(len(u))])
+
+
+def generating_ref(A_bar, B_bar, C, L):
+    """K from its generating function C~ (I - A_bar w)^-1 B_bar at the roots of unity (Lemma C.2).
+
+    C~ = C (I - A_bar^L) cuts the kernel off at L.  Returns (L,).
+    """
+    eye = np.eye(len(A_bar))
+    C_cut = C @ (eye - np.linalg.matrix_power(A_bar, L))
+    roots = np.exp(-2j * np.pi * np.arange(L) / L)  # (L,)
+    K_f = np.array([C_cut @ np.linalg.solve(eye - A_bar * w, B_bar) for w in roots])
+    return np.fft.ifft(K_f).real
+
+
+def cauchy_ref(Lam, P, B, C, dt, L):
+    """K of A = diag(Lam) - P P^*, all (N,), by Cauchy sums (Algorithm 1).  Returns (L,), L odd.
+
+    With z = (2 / dt) (1 - w) / (1 + w), the resolvent of A is a diagonal one corrected by Woodbury.
+    """
+    A_bar, _ = discretize_ref(np.diag(Lam) - np.outer(P, P.conj()), B, dt)
+    C_cut = C @ (np.eye(len(Lam)) - np.linalg.matrix_power(A_bar, L))
+    w = np.exp(-2j * np.pi * np.arange(L) / L)  # (L,); w = -1, for L even, is a pole of z
+    cauchy = 1 / (2 / dt * (1 - w) / (1 + w) - Lam[:, None])  # (N, L)
+    k00, k01 = (C_cut * B) @ cauchy, (C_cut * P) @ cauchy  # (L,)
+    k10, k11 = (P.conj() * B) @ cauchy, (P.conj() * P) @ cauchy
+    return np.fft.ifft(2 / (1 + w) * (k00 - k01 / (1 + k11) * k10)).real
+
+
+def diagonal_kernel_ref(Lam, B, C, dt, L):
+    """S4D, zero-order hold (2206.11893v2, eq. 6 and 8): all (N/2,), halves.  Returns (L,)."""
+    B_bar = (np.exp(dt * Lam) - 1) / Lam * B
+    return np.array([2 * (C * B_bar * np.exp(dt * Lam * l)).sum().real for l in range(L)])
 
 
 # ---------------------------------------------------------------------------------------------
-# Fast: torch, D independent systems at once
+# Fast: torch, D systems at once
 # ---------------------------------------------------------------------------------------------
 
 
 class System(NamedTuple):
-    """D discrete systems x' = x + E x + B_bar u,  y = 2 Re(C x'), one of each conjugate pair kept.
+    """D discrete systems  x_l = x_{l-1} + E x_{l-1} + B_bar u_l,  y_l = 2 Re(C x_l), halves.
 
-    E = A_bar - I is carried instead of A_bar: near the identity (small dt) the rounding of A_bar
-    would be amplified L-fold.  E x = e x - f Re(sum g x): diagonal minus rank one.
-
-    e, f, g, B_bar: (D, N/2) complex; f and g are None for a diagonal system.
-    C: (n, D, N/2) complex, n = 2 for a bidirectional layer.
+    E = A_bar - I is carried, not A_bar: near I (small dt) the rounding of A_bar would grow L-fold.
+    E x = e x - f Re(g x): diagonal minus rank r, r = 1 for S4 and 0 for S4D.
     """
 
-    e: torch.Tensor
-    f: torch.Tensor | None
-    g: torch.Tensor | None
-    B_bar: torch.Tensor
-    C: torch.Tensor
+    e: torch.Tensor  # (D, N/2, 1) complex128
+    f: torch.Tensor  # (D, N/2, r) complex128
+    g: torch.Tensor  # (D, r, N/2) complex128
+    B_bar: torch.Tensor  # (D, N/2, 1) complex128
+    C: torch.Tensor  # (n, D, N/2) complex, n = 2 if bidirectional; its dtype is the results'
 
 
 def discretize(Lam, P, B, C, dt):
-    """Bilinear discretisation of diag(Lam) - P P^* in closed form (eq. 3; Woodbury, Appendix C.2).
+    """Bilinear discretisation of diag(Lam) - P P^* in closed form, by Woodbury (App. C.2).
 
-    Lam, P, B: (D, N/2) complex, C: (n, D, N/2) complex, dt: (D, 1).  Returns System.
-    With h = dt/2, (I - h A)^-1 is diagonal minus rank one, and so is A_bar - I, whose diagonal part
-    2 h Lam / (1 - h Lam) needs no subtraction from I.  O(D N), against O(D N^3) of a matrix solve.
+    Lam, P, B: (D, N/2) complex128, C: (n, D, N/2), dt: (D, 1).  O(D N), not the O(D N^3) of a
+    solve.  The diagonal of A_bar - I, dt Lam / (1 - dt Lam / 2), needs no subtraction from I.
     """
-    resolvent = 1 / (1 - 0.5 * dt * Lam)  # (D, N/2), of the diagonal part
-    RP, RQ, RB = resolvent * P, resolvent * P.conj(), resolvent * B  # (D, N/2)
-    scale = dt / (1 + dt * (P.conj() * RP).real.sum(-1, keepdim=True))  # (D, 1)
-    B_bar = dt * (RB - scale * RP * (RQ * B).real.sum(-1, keepdim=True))
-    return System(dt * Lam * resolvent, 2 * scale * RP, RQ, B_bar, C)
+    resolvent = 1 / (1 - dt / 2 * Lam)  # (D, N/2)
+    RP, QR = resolvent * P, P.conj() * resolvent  # (D, N/2)
+    scale = dt / (1 + dt * (QR * P).real.sum(-1, keepdim=True))  # (D, 1)
+    B_bar = dt * (resolvent * B - scale * RP * (QR * B).real.sum(-1, keepdim=True))
+    e = dt * Lam * resolvent
+    return System(e[..., None], 2 * (scale * RP)[..., None], QR[:, None], B_bar[..., None], C)
 
 
-def real_form(system):
-    """In real coordinates (Re x, Im x): E (D, N, N), B_bar (D, N, 1), C (D, n, N)."""
-    e, f, g, B_bar, C = system
-    real, imag = torch.diag_embed(e.real), torch.diag_embed(e.imag)  # (D, N/2, N/2)
+def hold(Lam, B, C, dt):
+    """Zero-order hold of diag(Lam) (2206.11893v2, eq. 6), through expm1: exact for small dt Lam."""
+    e = torch.expm1(dt * Lam)  # (D, N/2)
+    none = e.new_zeros(*e.shape, 0)  # (D, N/2, 0)
+    return System(e[..., None], none, none.mT, (B * e / Lam)[..., None], C)
+
+
+def squared(e, f, g):
+    """(I + diag(e) - f g)^2 - I in the same form, of twice the rank."""
+    gf = (g @ f).real.to(g.dtype)  # (D, r, r)
+    return e * (2 + e), torch.cat([f + e * f, f], -1), torch.cat([g, g + g * e.mT - gf @ g], -2)
+
+
+def real_form(e, f, g, W, C):
+    """In coordinates (Re x, Im x): E (D, N, N), columns W (D, N, j), rows C (D, n, N)."""
+    dtype = C.real.dtype
+    real, imag = (torch.diag_embed(part[..., 0].to(dtype)) for part in (e.real, e.imag))
     E = torch.cat([torch.cat([real, -imag], -1), torch.cat([imag, real], -1)], -2)  # (D, N, N)
-    if f is not None:
-        column = torch.cat([f.real, f.imag], -1)[..., None]  # (D, N, 1)
-        row = torch.cat([g.real, -g.imag], -1)[..., None, :]  # (D, 1, N)
-        E = torch.baddbmm(E, column, row, alpha=-1)
-    C = torch.cat([2 * C.real, -2 * C.imag], -1).transpose(0, 1)  # (D, n, N)
-    return E, torch.cat([B_bar.real, B_bar.imag], -1)[..., None], C
+    f, W = (torch.cat([v.real, v.imag], -2).to(dtype) for v in (f, W))  # (D, N, r), (D, N, j)
+    g, C = (torch.cat([v.real, -v.imag], -1).to(dtype) for v in (g, C))  # (D, r, N), (n, D, N)
+    return torch.baddbmm(E, f, g, alpha=-1), W, 2 * C.transpose(0, 1)
+
+
+def square(E):
+    """A_bar^2 - I from E = A_bar - I: (D, N, N)."""
+    return torch.baddbmm(E, E, E, beta=2)
 
 
 def two_level_kernel(system, L):
-    """K[i m + j] = (C A_bar^(m i)) (A_bar^j B_bar), l = i m + j < L: one small product a channel.
+    """K[i m + j] = (C A_bar^(m i)) (A_bar^j B_bar), l = i m + j < L.  Returns (n, D, L) real.
 
-    Both factors are built by doubling, O(D N^2 (N log L + sqrt L)) time; the product costs
-    O(D N L).  Nothing larger than D N max(N, sqrt L) is stored, and K(L)[:l] == K(l).
-    Returns (n, D, L) real.
+    # differs from the paper: no Cauchy sums, no C~, no length in any parameter; K(L)[:l] == K(l).
+    Both factors are built by doubling: A_bar^j for j = 1, 2, 4 as diagonal plus rank 1, 2, 4 in
+    float64 (most of the rounding would enter there), then dense.  O(D N (N^2 log L + N sqrt L + L))
+    time, O(D N max(N, sqrt L) + D L) memory.
     """
-    E, W, R = real_form(system)  # (D, N, N), (D, N, 1), (D, n, N)
-    D, n = R.shape[:2]
+    e, f, g, W, C = system
     m = 2 ** ((L - 1).bit_length() // 2)
     rows = -(-L // m)
+    while W.shape[-1] < min(m, 8):
+        W = torch.cat([W, W + e * W - f @ (g @ W).real.to(W.dtype)], -1)  # (D, N/2, 2j)
+        e, f, g = squared(e, f, g)
+    E, W, R = real_form(e, f, g, W, C)  # (D, N, N), (D, N, j), (D, n, N)
+    D, n = R.shape[:2]
     while W.shape[-1] < m:
         W = torch.cat([W, torch.baddbmm(W, E, W)], -1)  # (D, N, 2j)
-        E = torch.baddbmm(E, E, E, beta=2)  # A_bar^2 - I = 2 E + E E
+        E = square(E)
     while R.shape[1] < n * rows:
         R = torch.cat([R, torch.baddbmm(R, R, E)], 1)  # (D, 2i n, N)
-        if R.shape[1] < n * rows:
-            E = torch.baddbmm(E, E, E, beta=2)
+        E = square(E) if R.shape[1] < n * rows else E
     K = R[:, : n * rows] @ W  # (D, rows n, m)
     return K.view(D, rows, n, m).permute(2, 0, 1, 3).reshape(n, D, rows * m)[..., :L]
+
+
+def cauchy_kernel(system, Lam, P, B, dt, L):
+    """The paper's kernel (Algorithm 1) without its pole: (n, D, L) real, O(D N L) time and memory.
+
+    z = 2 i tan(theta / 2) at the root of unity exp(-i theta) is infinite at -1 and large around it,
+    where float32 loses three digits.  Numerator and denominator times cos(theta / 2) stay bounded:
+        sum over a pair of v / (z - a) / cos = 2 (2 i Re(v) sin - Re(v a^*) cos) / den,
+        den = |a|^2 cos^2 - 4 sin^2 - 4 i Re(a) sin cos,   a = dt Lam,  v = dt b c.
+    """
+    E, _, R = real_form(*system)  # (D, N, N), (D, n, N)
+    row, power = R, L  # C~ = C (I - A_bar^L), by the binary digits of L
+    while power:
+        row = torch.baddbmm(row, row, E) if power % 2 else row
+        E, power = square(E), power // 2
+    half = R.shape[-1] // 2
+    C_cut = torch.complex(*(R - row).split(half, -1)).conj() / 2  # (D, n, N/2)
+    theta = torch.arange(L // 2 + 1, dtype=torch.float64, device=E.device) * (math.pi / L)
+    cos, sin = theta.cos().to(E.dtype), theta.sin().to(E.dtype)  # (M,), M = L//2 + 1
+    Lam, P, B = (v.to(system.C.dtype) for v in (Lam, P, B))
+    a = (dt.to(E.dtype) * Lam)[..., None]  # (D, N/2, 1)
+    size = a.abs()
+    den = torch.complex((size * cos - 2 * sin) * (size * cos + 2 * sin), -4 * a.real * sin * cos)
+    table = torch.view_as_real(1 / den).flatten(-2)  # (D, N/2, 2 M) real
+    right = torch.cat([C_cut, P.conj()[:, None]], 1)  # (D, n + 1, N/2)
+    v = dt.to(E.dtype)[..., None, None] * torch.stack([B, P], 1)[:, :, None] * right[:, None]
+    weights = torch.cat([(v * a.conj()[:, None, None, :, 0]).real, v.real], 1)  # (D, 4, n+1, N/2)
+    sums = torch.view_as_complex((weights.flatten(1, 2) @ table).unflatten(-1, (-1, 2)))
+    sums = sums.unflatten(1, (4, -1))  # (D, 4, n + 1, M)
+    sums = 4j * sin * sums[:, 2:] - 2 * cos * sums[:, :2]  # (D, 2, n + 1, M)
+    BC, PC, BP, PP = sums[:, 0, :-1], sums[:, 1, :-1], sums[:, 0, -1:], sums[:, 1, -1:]
+    K_f = torch.polar(torch.ones_like(theta), theta).to(system.C.dtype) * (
+        BC - cos * BP * PC / (1 + cos * PP)
+    )  # (D, n, M)
+    return torch.fft.irfft(K_f, L).transpose(0, 1)
+
+
+def diagonal_kernel(Lam, B_bar, C, dt, L):
+    """S4D's K[i m + j] = 2 Re sum_n (C_n a_n^(m i)) (a_n^j B_bar_n), a = exp(dt Lam): (n, D, L).
+
+    No (D, N, L) array.  The two small factors are made in float64 (a float32 phase at l = 16384 has
+    lost three digits), the product in C's precision.  O(D N L) time, O(D N sqrt L + D L) memory.
+    """
+    m = 2 ** ((L - 1).bit_length() // 2)
+    rows = torch.arange(0, L, m, dtype=dt.dtype, device=dt.device)  # (rows,)
+    a = dt * Lam  # (D, N/2)
+    R = 2 * C[:, :, None] * torch.exp(a[:, None] * rows[:, None])  # (n, D, rows, N/2)
+    W = B_bar * torch.exp(a[..., None] * torch.arange(m, dtype=dt.dtype, device=dt.device))
+    R, W = torch.cat([R.real, -R.imag], -1), torch.cat([W.real, W.imag], -2)
+    return (R.to(C.real.dtype) @ W.to(C.real.dtype)).flatten(-2)[..., :L]  # (n, D, L)
 
 
 def fft_length(n):
@@ -165,57 +319,183 @@ def fft_conv(u, K):
 
 
 # ---------------------------------------------------------------------------------------------
-# Layer and model
+# Layers and model
 # ---------------------------------------------------------------------------------------------
 
 
-class S4(nn.Module):
-    """The S4 token mixer, linear: y = K * u + D_skip u; each channel has its own Lam, P, B, C, dt.
+class State(NamedTuple):
+    """Recurrent mode: what is remembered, and the discrete system that remembers it.
 
-    (B, L, D) -> (B, L, D) for any L.  No length is stored and forward rewrites no parameter.
+    The system is made by `initial_state`: take a new state when the parameters have changed.
+    """
+
+    x: torch.Tensor  # (B, D, N/2) complex: N real numbers a channel
+    system: System
+
+
+class S4(nn.Module):
+    """The S4 token mixer, linear: y = K * u + D_skip u, (B, L, D) -> (B, L, D).
+
+    Each channel has its own dt, Lam, P, B, C, as in the paper (section 3.4).  Any L: no length is
+    stored and forward rewrites no parameter.  float32, float64; under autocast or with parameters
+    of half precision the layer computes in float32 and returns the dtype of x.
     """
 
     def __init__(self, d_model, d_state=64, bidirectional=False, dt_min=1e-3, dt_max=1e-1):
         super().__init__()
         if not 0 < dt_min <= dt_max < math.inf:
-            raise ValueError(f"expected 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
-        self.d_model, self.d_state, self.bidirectional = d_model, d_state, bidirectional
-        Lam, P, B = (torch.from_numpy(a).to(torch.complex64) for a in nplr_legs(d_state))
-        u = torch.rand(d_model)
-        self.log_dt = nn.Parameter(math.log(dt_min) + u * (math.log(dt_max) - math.log(dt_min)))
-        # Re Lam = -exp(log_decay) < 0 and the tied P make every system stable, whatever is learned.
-        self.log_decay = nn.Parameter((-Lam.real).log().repeat(d_model, 1))  # (D, N/2)
-        self.frequency = nn.Parameter(Lam.imag.repeat(d_model, 1))  # (D, N/2)
-        self.P = nn.Parameter(torch.view_as_real(P.repeat(d_model, 1)))  # (D, N/2, 2): Re, Im
-        self.B = nn.Parameter(torch.view_as_real(B.repeat(d_model, 1)))  # (D, N/2, 2)
-        self.C = nn.Parameter(torch.randn(1 + bidirectional, d_model, d_state // 2, 2) * 0.5**0.5)
+            raise ValueError(f"expected finite 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
+        self.d_model, self.bidirectional = d_model, bidirectional
+        Lam, P, B, _ = nplr_legs(d_state)  # (N/2,) each
+        low, high = math.log(dt_min), math.log(dt_max)
+        self.log_dt = nn.Parameter(low + torch.rand(d_model) * (high - low))  # (D,)
+        self.set_dynamics(Lam, B)
+        self.P = self.per_channel(np.stack([P.real, P.imag], -1))  # (D, N/2, 2)
+        self.C = nn.Parameter(torch.randn(1 + bidirectional, *self.B.shape) * 0.5**0.5)
         self.D_skip = nn.Parameter(torch.randn(d_model))
 
+    def set_dynamics(self, Lam, B):
+        # Re Lam < 0 whatever is learned; with P = Q no system can grow (in the paper Q is free).
+        self.log_decay = self.per_channel(np.log(-Lam.real))  # (D, N/2)
+        self.frequency = self.per_channel(Lam.imag)  # (D, N/2)
+        self.B = self.per_channel(np.stack([B.real, B.imag], -1))  # (D, N/2, 2)
+
+    def per_channel(self, value):
+        value = torch.from_numpy(value).to(torch.get_default_dtype())
+        return nn.Parameter(value.expand(self.d_model, *value.shape).clone())
+
+    def continuous(self, rate=1.0):
+        """Lam, B: (D, N/2) complex128, C: (n, D, N/2) complex, dt: (D, 1) float64."""
+        dt = self.log_dt.double().exp()[:, None] * rate
+        if not torch.compiler.is_compiling() and not bool((dt.isfinite() & (dt > 0)).all()):
+            bad = dt[~(dt.isfinite() & (dt > 0))].tolist()
+            raise ValueError(
+                f"dt must be positive and finite, got {bad[:3]} in {len(bad)} channels"
+            )
+        Lam = torch.complex(-self.log_decay.double().exp(), self.frequency.double())
+        C = self.C.to(torch.promote_types(self.C.dtype, torch.float32))
+        return Lam, torch.view_as_complex(self.B.double()), torch.view_as_complex(C), dt
+
     def system(self, rate=1.0):
-        dt = self.log_dt.exp()[:, None] * rate  # (D, 1)
-        Lam = torch.complex(-self.log_decay.exp(), self.frequency)
-        P, B, C = (torch.view_as_complex(p) for p in (self.P, self.B, self.C))
-        return discretize(Lam, P, B, C, dt)
+        """The discrete systems at step rate * dt."""
+        Lam, B, C, dt = self.continuous(rate)
+        return discretize(Lam, torch.view_as_complex(self.P.double()), B, C, dt)
+
+    def impulse_response(self, L, rate):
+        return two_level_kernel(self.system(rate), L)  # (n, D, L)
 
     def kernel(self, L, rate=1.0):
-        """Impulse response without the skip: (D, L), (2, D, L) when bidirectional (fft_conv)."""
-        with torch.autocast(self.C.device.type, enabled=False):  # bf16 would ruin it
-            K = two_level_kernel(self.system(rate), L)  # (1 or 2, D, L)
+        """Impulse response without the skip: (D, L), (2, D, L) when bidirectional (see fft_conv).
+
+        rate: input step in units of that of training, 2 for half the sampling rate.  The integral
+        of the kernel stays the same.  Raises ValueError when a dt is not finite.
+        """
+        with torch.autocast(self.C.device.type, enabled=False):
+            K = self.impulse_response(L, rate)  # (n, D, L)
         return K if self.bidirectional else K[0]
 
     def forward(self, x, keep=None, rate=1.0):
         """x (B, L, D), keep (B, L) bool: False positions count as absent (padding at the ends)."""
-        if x.ndim != 3 or x.shape[2] != self.d_model:
-            raise ValueError(f"expected x (B, L, {self.d_model}), got {tuple(x.shape)}")
+        self.check(x, keep)
         u = x if keep is None else x * keep[..., None]
         K = self.kernel(x.shape[1], rate)
         K = torch.cat([K[..., :1] + self.skip_at_zero(), K[..., 1:]], -1)
         return fft_conv(u.to(K.dtype), K).to(x.dtype)
 
+    def check(self, x, keep=None):
+        if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != self.d_model:
+            raise ValueError(f"expected x (B, L >= 1, {self.d_model}), got {tuple(x.shape)}")
+        if keep is not None and (keep.shape != x.shape[:2] or keep.dtype != torch.bool):
+            raise ValueError(
+                f"expected keep {tuple(x.shape[:2])} bool, got {tuple(keep.shape)} {keep.dtype}"
+            )
+
     def skip_at_zero(self):
         """The skip as a lag-zero tap, which costs no pass over (B, L, D)."""
         D_skip = self.D_skip[:, None]  # (D, 1)
         return torch.stack([D_skip, torch.zeros_like(D_skip)]) if self.bidirectional else D_skip
+
+    def initial_state(self, batch, rate=1.0):
+        """Nothing seen yet.  ValueError for a bidirectional layer."""
+        if self.bidirectional:
+            raise ValueError("a bidirectional layer needs the future; bidirectional=False can step")
+        system = self.system(rate)
+        system = System(*(part.to(system.C.dtype) for part in system))
+        return State(system.C.new_zeros(batch, *system.C.shape[1:]), system)
+
+    def step(self, x_t, state):
+        """One position in O(D N): x_t (B, D), State -> y_t (B, D), State."""
+        if x_t.shape != state.x.shape[:2]:
+            raise ValueError(f"expected x_t {tuple(state.x.shape[:2])}, got {tuple(x_t.shape)}")
+        x, (e, f, g, B_bar, C) = state
+        u = x_t.to(C.real.dtype)  # (B, D)
+        change = e[..., 0] * x + B_bar[..., 0] * u[..., None]  # (B, D, N/2)
+        if f.shape[-1]:
+            change = change - f[..., 0] * (g[:, 0] * x).real.sum(-1, keepdim=True)
+        x = x + change
+        y = 2 * (C[0] * x).real.sum(-1) + self.D_skip * u
+        return y.to(x_t.dtype), State(x, state.system)
+
+    def prefill(self, x, state):
+        """Positions after those seen so far: x (B, L, D), State -> y (B, L, D), State.
+
+        Chunks of m = 64: a Toeplitz matrix within a chunk, A_bar^m from one to the next.
+        """
+        self.check(x)
+        m = 1 << min(6, (x.shape[1] - 1).bit_length())
+        with torch.autocast(self.C.device.type, enabled=False):
+            E, W, C = real_form(*state.system)  # (D, N, N), (D, N, 1), (D, 1, N)
+            powers, R = [E], torch.baddbmm(C, C, E)  # A_bar^(2^i) - I;  R: C A_bar^(j + 1)
+            while W.shape[-1] < m:
+                W = torch.cat([W, torch.baddbmm(W, powers[-1], W)], -1)  # (D, N, 2j)
+                R = torch.cat([R, torch.baddbmm(R, R, powers[-1])], 1)  # (D, 2j, N)
+                powers.append(square(powers[-1]))
+            T = F.pad((C @ W)[:, 0], (m - 1, 0)).unfold(-1, m, 1)  # T[i, q] = K[i + q - m + 1]
+            h = torch.cat([state.x.real, state.x.imag], -1).permute(1, 2, 0)  # (D, N, B)
+            out = []
+            for u in x.to(W.dtype).permute(2, 1, 0).split(m, 1):  # (D, t, B), t <= m
+                t, back = u.shape[1], u.flip(1)
+                out.append(T[:, :t, m - t :] @ back + R[:, :t] @ h)  # (D, t, B)
+                for i, power in enumerate(powers):  # h <- A_bar^t h
+                    h = torch.baddbmm(h, power, h) if t >> i & 1 else h
+                h = h + W[..., :t] @ back
+            y = torch.cat(out, 1).permute(2, 1, 0) + self.D_skip * x  # (B, L, D)
+        real, imag = h.permute(2, 0, 1).chunk(2, -1)  # (B, D, N/2)
+        return y.to(x.dtype), State(torch.complex(real, imag), state.system)
+
+
+def s4d_lin(N):
+    """S4D-Lin (2206.11893v2, eq. 9 in section 4): Lam, B (N/2,) complex128."""
+    return -0.5 + 1j * np.pi * np.arange(N // 2), np.ones(N // 2, complex)
+
+
+def s4d_inv(N):
+    """S4D-Inv (section 4): frequencies fall off as those of HiPPO-LegS do."""
+    return -0.5 + 1j * N / np.pi * (N / (2 * np.arange(N // 2) + 1) - 1), np.ones(N // 2, complex)
+
+
+def s4d_legs(N):
+    """S4D-LegS (section 4, Theorem 3): the normal part of HiPPO-LegS with B / 2."""
+    Lam, _, B, _ = nplr_legs(N)
+    return Lam, B / 2
+
+
+class S4D(S4):
+    """S4 with a diagonal A under zero-order hold.  init: s4d_lin, s4d_inv, s4d_legs or your own."""
+
+    def __init__(
+        self, d_model, d_state=64, bidirectional=False, dt_min=1e-3, dt_max=1e-1, init=s4d_lin
+    ):
+        super().__init__(d_model, d_state, bidirectional, dt_min, dt_max)
+        del self.P
+        self.set_dynamics(*init(d_state))
+
+    def system(self, rate=1.0):
+        return hold(*self.continuous(rate))
+
+    def impulse_response(self, L, rate):
+        Lam, _, C, dt = self.continuous(rate)
+        return diagonal_kernel(Lam, self.system(rate).B_bar, C, dt, L)
 
 
 class S4Block(nn.Module):
@@ -248,10 +528,15 @@ class S4Config:
     dt_max: float = 1e-1
 
 
-def s4_mixer(config, i):
-    """The default mixer of block i."""
+def s4_mixer(config, i, kind=S4):
+    """The default mixer of block i; S4Model(config, partial(s4_mixer, kind=S4D)) for S4D."""
     bidirectional = not config.causal
-    return S4(config.d_model, config.d_state, bidirectional, config.dt_min, config.dt_max)
+    return kind(config.d_model, config.d_state, bidirectional, config.dt_min, config.dt_max)
+
+
+def s4d_mixer(config, i):
+    """The mixer of block i in S4Model(config, s4d_mixer)."""
+    return s4_mixer(config, i, S4D)
 
 
 class S4Model(nn.Module):
@@ -282,6 +567,45 @@ class S4Model(nn.Module):
             h = block(h, keep)
         return self.norm(h)
 
+    def initial_state(self, batch):
+        """One State a block; ValueError unless config.causal."""
+        return [block.mixer.initial_state(batch) for block in self.blocks]
+
+    def step(self, x_t, state):
+        """x_t (B,) int64 or (B, C) float, state -> features (B, D), state."""
+        return self.advance("step", x_t, state)
+
+    def prefill(self, x, state):
+        """x (B, L) int64 or (B, L, C) float, state -> features (B, L, D), state."""
+        return self.advance("prefill", x, state)
+
+    def advance(self, mode, x, state):
+        h, after = self.embed(x), []
+        for block, before in zip(self.blocks, state, strict=True):
+            y, s = getattr(block.mixer, mode)(block.norm(h), before)
+            h = h + F.glu(block.out(block.dropout(F.gelu(y))), dim=-1)  # as S4Block.forward
+            after.append(s)
+        return self.norm(h), after
+
+    @torch.no_grad()
+    def generate(self, prompt, n, head, temperature=0.0):
+        """n further tokens after prompt (B, L >= 1) int64: (B, n).
+
+        head: features (B, D) -> logits (B, vocab_size).  temperature 0 takes the likeliest token.
+        """
+        h, state = self.prefill(prompt, self.initial_state(len(prompt)))
+        logits, out = head(h[:, -1]), []
+        for i in range(n):
+            if temperature > 0:
+                token = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+            else:
+                token = logits.argmax(-1)
+            out.append(token)
+            if i < n - 1:
+                h, state = self.step(token, state)
+                logits = head(h)
+        return torch.stack(out, 1) if out else prompt[:, :0]
+
     def param_groups(self, lr, weight_decay):
         """AdamW groups as the papers use them.
 
@@ -289,15 +613,226 @@ class S4Model(nn.Module):
         decay; the weights of linear maps and embeddings at lr with decay.
         """
         mixers = [m for m in self.modules() if isinstance(m, S4)]
-        slow = {id(p) for m in mixers for p in (m.log_dt, m.log_decay, m.frequency, m.P, m.B)}
+        own = {id(p) for m in mixers for p in m.parameters()}
         plain = {id(p) for m in mixers for p in (m.C, m.D_skip)}
-        plain |= {id(p) for p in self.parameters() if p.ndim < 2}
+        slow = own - plain
         groups = {"slow": [], "plain": [], "decayed": []}
         for p in self.parameters():
-            kind = "slow" if id(p) in slow else "plain" if id(p) in plain else "decayed"
-            groups[kind].append(p)
+            free = id(p) in plain or p.ndim < 2
+            groups["slow" if id(p) in slow else "plain" if free else "decayed"].append(p)
         return [
             {"params": groups["slow"], "lr": min(lr, 1e-3), "weight_decay": 0.0},
             {"params": groups["plain"], "lr": lr, "weight_decay": 0.0},
             {"params": groups["decayed"], "lr": lr, "weight_decay": weight_decay},
         ]
+
+
+# ---------------------------------------------------------------------------------------------
+# Self-check, demonstration, timing
+# ---------------------------------------------------------------------------------------------
+
+
+def rel_err(a, b):
+    """max|a - b| / max|b|, the one error measure here."""
+    a, b = (torch.as_tensor(v).detach().double().cpu() for v in (a, b))
+    assert b.abs().max() > 0 and a.shape == b.shape, (a.shape, b.shape)
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def check_reference(N=8, L=63, dt=0.05):
+    """The ladder of the paper in numpy, float64; each rung against the one before."""
+    A, B = hippo_legs(N)
+    Lam, P, B_half, V = nplr_legs(N)
+    C = np.cos(np.arange(N))
+    A_bar, B_bar = discretize_ref(A, B, dt)
+    u, K = np.sin(np.arange(L) ** 2), kernel_ref(A_bar, B_bar, C, L)
+    y = recurrence_ref(A_bar, B_bar, C, u)
+    yield "recurrence == convolution with K", rel_err(convolution_ref(u, K), y), 1e-10
+    yield "generating function == K", rel_err(generating_ref(A_bar, B_bar, C, L), K), 1e-10
+    full = [both(v) for v in (Lam, P, B_half, C @ V)]
+    yield "Cauchy sums, Woodbury == K", rel_err(cauchy_ref(*full, dt, L), K), 1e-10
+
+
+def check_kernels(dtype, device, limit, N=8, dt=0.05):
+    """The fast kernels and their gradients against the reference, L odd and even."""
+    Lam, P, B, V = nplr_legs(N)
+    A, B_real = hippo_legs(N)
+    C = np.cos(np.arange(N))
+    to = lambda v: torch.as_tensor(v, device=device)[None]  # noqa: E731
+    c = to((C @ V)[None]).to(dtype.to_complex()).requires_grad_()
+    step = to(np.array([dt]))
+    system = discretize(to(Lam), to(P), to(B), c, step)
+    for L in (1, 63, 200):
+        K = kernel_ref(*discretize_ref(A, B_real, dt), C, L)
+        fast = two_level_kernel(system, L)
+        yield f"two-level kernel, L = {L} == K", rel_err(fast[0, 0], K), limit
+        slow = cauchy_kernel(system, to(Lam), to(P), to(B), step, L)
+        yield f"stable Cauchy kernel, L = {L} == K", rel_err(slow[0, 0], K), limit
+        weight = torch.cos(torch.arange(L, dtype=dtype, device=device))
+        g = [torch.autograd.grad((k * weight).sum(), c, retain_graph=True)[0] for k in (fast, slow)]
+        yield f"its gradient == Cauchy's, L = {L}", rel_err(*map(torch.view_as_real, g)), limit
+    Lam, B = s4d_inv(N)
+    K = diagonal_kernel_ref(Lam, B, C[: N // 2], dt, 200)
+    c = to(C[None, : N // 2] + 0j).to(dtype.to_complex())
+    B_bar = hold(to(Lam), to(B), c, step).B_bar
+    fast = diagonal_kernel(to(Lam), B_bar, c, step, 200)
+    yield "S4D two-level kernel == direct sum", rel_err(fast[0, 0], K), limit
+
+
+def check_layers(dtype, device, limit):
+    """The layers against the definition of the convolution, the recurrence, and each other."""
+    x = torch.randn(2, 150, 4, dtype=dtype, device=device)
+    for kind in (S4, S4D):
+        layer, name = kind(4, 16).to(device, dtype), kind.__name__
+        K, D_skip = (v.detach().cpu().numpy() for v in (layer.kernel(150), layer.D_skip))
+        u = x.cpu().numpy()
+        y = [[convolution_ref(u[b, :, d], K[d]) for d in range(4)] for b in range(2)]
+        y = np.swapaxes(y, 1, 2) + D_skip * u
+        yield f"{name} layer == convolution and skip", rel_err(layer(x), y), limit
+        state, out = layer.initial_state(2), []
+        for x_t in x.unbind(1):
+            y_t, state = layer.step(x_t, state)
+            out.append(y_t)
+        yield f"{name} step by step == convolution", rel_err(torch.stack(out, 1), y), limit
+        last, state, out = state, layer.initial_state(2), []
+        for chunk in x.split([1, 70, 64, 15], 1):
+            y_t, state = layer.prefill(chunk, state)
+            out.append(y_t)
+        yield f"{name} in chunks == convolution", rel_err(torch.cat(out, 1), y), limit
+        states = (torch.view_as_real(s.x) for s in (state, last))
+        yield f"{name} state after chunks == after steps", rel_err(*states), limit
+        both_ways = kind(4, 16, bidirectional=True).to(device, dtype)
+        ahead, back = both_ways.kernel(150)
+        want = fft_conv(x, ahead) + both_ways.D_skip * x
+        want[:, :-1] += fft_conv(x.flip(1), back).flip(1)[:, 1:]
+        yield f"{name} both ways == there and back", rel_err(both_ways(x), want), limit
+
+
+def check_model(dtype, device, limit):
+    """The whole model: padding, recurrent mode."""
+    tokens = torch.arange(2 * 90, device=device).view(2, 90) ** 2 % 11
+    for kind in (s4_mixer, s4d_mixer):
+        for causal in (True, False):
+            config = S4Config(d_model=8, d_state=16, vocab_size=11, causal=causal)
+            model, name = S4Model(config, kind).to(device, dtype), kind.__name__[:-6].upper()
+            keep = torch.arange(90, device=device).expand(2, 90) < 50
+            way = "causal" if causal else "both ways"
+            alone = model(tokens[:, :50])
+            padded = model(tokens, keep)[:, :50]
+            yield f"{name} model, {way}: padded == alone", rel_err(padded, alone), limit
+            if causal:
+                h, state = model.prefill(tokens[:, :77], model.initial_state(2))
+                out = [h]
+                for token in tokens[:, 77:].unbind(1):
+                    h, state = model.step(token, state)
+                    out.append(h[:, None])
+                y = rel_err(torch.cat(out, 1), model(tokens))
+                yield f"{name} model, prefill and step == forward", y, limit
+
+
+def check_float32(L=16384, N=64, dt=0.01):
+    """float32 kernels against a float64 recurrence of the same parameters."""
+    for kind in (S4, S4D):
+        layer = kind(2, N, dt_min=dt, dt_max=dt)
+        E, x, C = real_form(*layer.double().system())
+        K = []
+        for _ in range(L):
+            K.append((C @ x)[:, 0, 0])
+            x = torch.baddbmm(x, E, x)
+        K = torch.stack(K, 1)
+        layer = layer.float()
+        yield f"float32 {kind.__name__} kernel, L = {L}", rel_err(layer.kernel(L), K), 1e-5
+
+
+@torch.no_grad()
+def self_check(dtype=torch.float64, device="cpu"):
+    """List of (name, error, limit).  Also seeds torch with 0."""
+    torch.manual_seed(0)
+    limit = 1e-10 if dtype == torch.float64 else 1e-5
+    rows = list(check_reference())
+    with torch.enable_grad():
+        rows += check_kernels(dtype, device, limit)
+    rows += check_layers(dtype, device, limit)
+    rows += check_model(dtype, device, limit)
+    return rows + list(check_float32())
+
+
+def print_table(rows):
+    """Prints the check table; True when every error is within its limit (nan is not)."""
+    print(f"{'check':48} {'error':>10} {'limit':>10}")
+    for name, error, limit in rows:
+        print(f"  {name:46} {error:10.1e} {limit:10.0e}   {'ok' if error <= limit else 'FAILED'}")
+    return all(error <= limit for _, error, limit in rows)
+
+
+def demo(steps=120, L=256, target=0.95):
+    """Learns to name the one symbol before L blanks, then does so as a recurrence."""
+    torch.manual_seed(0)
+    model = S4Model(S4Config(d_model=32, n_layers=1, d_state=32, vocab_size=5, causal=True))
+    head = nn.Linear(32, 4)
+    groups = model.param_groups(2e-2, 0.0) + [{"params": head.parameters(), "lr": 2e-2}]
+    optimizer = torch.optim.AdamW(groups)
+    print(f"\ndemo: name the symbol before {L} blanks (chance 0.25), {steps} steps of 16 sequences")
+    for i in range(1, steps + 1):
+        x = F.pad(torch.randint(0, 4, (16, 1)), (0, L), value=4)  # (B, L + 1)
+        loss = F.cross_entropy(head(model(x)[:, -1]), x[:, 0])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if i % (steps // 6) == 0:
+            print(f"  step {i:4}  loss {loss.item():.3f}")
+    x = F.pad(torch.arange(4)[:, None], (0, L), value=4)  # all four cases
+    with torch.no_grad():
+        whole = (head(model(x)[:, -1]).argmax(-1) == x[:, 0]).double().mean().item()
+        _, state = model.prefill(x[:, :-1], model.initial_state(4))
+        h, _ = model.step(x[:, -1], state)
+        stepped = (head(h).argmax(-1) == x[:, 0]).double().mean().item()
+    ok = min(whole, stepped) >= target
+    print(f"  accuracy {whole:.2f}, as a recurrence {stepped:.2f}, target {target}", end="")
+    print("" if ok else "  MISSED")
+    return ok
+
+
+def timing(D=64, N=64, L=4096, rounds=3):
+    """Kernel and mixer, forward and backward, beside the convolution they feed."""
+    layer, u = S4(D, N), torch.randn(4, L, D, requires_grad=True)
+    k = torch.randn(D, L, requires_grad=True)
+
+    def cauchy():
+        Lam, B, _, dt = layer.continuous()
+        P = torch.view_as_complex(layer.P.double())
+        return cauchy_kernel(layer.system(), Lam, P, B, dt, L)
+
+    cells = {
+        "kernel, stable Cauchy form": cauchy,
+        "kernel, two-level form": lambda: layer.kernel(L),
+        "convolution of (4, L, D) alone": lambda: fft_conv(u, k),
+        "mixer: kernel, convolution, skip": lambda: layer(u),
+    }
+    print(f"\nforward and backward, D {D}, N {N}, L {L}, {torch.get_num_threads()} threads")
+    for name, run in cells.items():
+        best = math.inf
+        for _ in range(rounds):
+            start = time.perf_counter()
+            run().sum().backward()
+            best = min(best, time.perf_counter() - start)
+        print(f"  {name:34} {best * 1e3:8.1f} ms")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="print the check tables and stop")
+    parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    args = parser.parse_args(argv)
+    ok = True
+    for dtype in (torch.float64, torch.float32):
+        print(f"s4.py  torch {torch.__version__}  device {args.device}  {dtype}  seed 0")
+        ok = print_table(self_check(dtype, args.device)) and ok
+    if not args.check:
+        ok = demo() and ok
+        timing()
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
