@@ -37,14 +37,16 @@ import math
 import random
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 # ---------------------------------------------------------------- reference: numpy, the matrices
@@ -121,7 +123,7 @@ def grid_linear(x, V, U, bias=None):
         z = _products(x, V)  # (T, n_in, c)
         return F.linear(z.reshape(*lead, U.shape[2]), U[0], bias)
     z = torch.bmm(x, V.transpose(1, 2)).unflatten(2, (n_out, -1))  # (n_in, T, n_out, c)
-    z = z.permute(2, 1, 0, 3).reshape(n_out, x.shape[1], -1)  # -> (n_out, T, n_in c)
+    z = z.permute(2, 1, 0, 3).reshape(n_out, x.shape[1], U.shape[2])  # -> (n_out, T, n_in c)
     return _products(z, U, bias).reshape(*lead, n_out * U.shape[1])
 
 
@@ -231,9 +233,9 @@ class Grid(nn.Module):
         """U V x + bias, always by the factors."""
         if not self.shuffle_out:
             return grid_linear(x, self.V, self.U, self.bias)
-        y = grid_linear(x, self.V, self.U).unflatten(-1, (self.n_out, -1))  # (..., n_out, S)
-        y = y.transpose(-1, -2).flatten(-2)  # output s n_out + a
-        return y if self.bias is None else y + self.bias
+        bias = None if self.bias is None else self.bias.view(-1, self.n_out).T.flatten()
+        y = grid_linear(x, self.V, self.U, bias).unflatten(-1, (self.n_out, -1))  # (..., n_out, S)
+        return y.transpose(-1, -2).flatten(-2)  # output s n_out + a
 
     def forward(self, x):
         if x.shape[-1] != self.d_in:
@@ -257,20 +259,22 @@ class Grid(nn.Module):
         if self.W is not None:
             raise ValueError("a guided layer cannot be merged: finish the guide first")
         with torch.no_grad():
-            self._merged, self._merged_from = self.dense_weight(), self._version()
+            self._merged, self._merged_from = self.dense_weight(), self._written()
         self.threshold = self._measure() if threshold is None else threshold
         if self.threshold <= 0:
             self._merged = None
+        _watch_optimizers()
+        _MERGED.add(self)
         return self.threshold
 
-    def _version(self):
+    def _written(self):
         """Differs after torch wrote to U or V; without a counter it always differs."""
         return [(p.data_ptr(), getattr(p, "_version", object())) for p in (self.U, self.V)]
 
     def _merged_serves(self, x):
         if torch.compiler.is_compiling():
             return False
-        if self.training or torch.is_grad_enabled() or self._version() != self._merged_from:
+        if self.training or torch.is_grad_enabled() or self._written() != self._merged_from:
             self._merged = None
             return False
         return x.numel() <= self.threshold * self.d_in
@@ -296,6 +300,21 @@ class Grid(nn.Module):
 
 
 _THRESHOLDS: dict[tuple, int] = {}  # measured by Grid.merge: shape, type, device, threads -> tokens
+_MERGED: weakref.WeakSet[Grid] = weakref.WeakSet()
+
+
+@cache
+def _watch_optimizers():
+    """Fused optimisers write to U and V past torch's version counter: watch their steps."""
+
+    def drop_merged(optimizer, *_):
+        groups = optimizer.param_groups if _MERGED else ()
+        written = {id(p) for group in groups for p in group["params"]}
+        for layer in _MERGED:
+            if id(layer.U) in written or id(layer.V) in written:
+                layer._merged = None
+
+    register_optimizer_step_post_hook(drop_merged)
 
 
 class LowRank(Grid):
@@ -480,7 +499,7 @@ def convert(model, make, pick):
         parent, _, last = name.rpartition(".")
         new = from_linear(old, make)
         setattr(model.get_submodule(parent), last, new)
-        errors[name] = float((new.dense_weight() - old.weight).norm() / old.weight.norm())
+        errors[name] = ((new.dense_weight() - old.weight).norm() / old.weight.norm()).item()
     return errors
 
 
