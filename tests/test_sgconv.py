@@ -254,8 +254,11 @@ def test_float32_and_bfloat16_autocast():
     x = torch.randint(7, (1, 4096))
     exact = model.double()(x)
     assert rel_err(model.float()(x), exact) < 1e-5
+    mixer = model.blocks[0].mixer
+    K = mixer.kernel(4096)
     with torch.autocast("cpu", torch.bfloat16):
         y = model(x)
+        assert torch.equal(mixer.kernel(4096), K)
     assert rel_err(y, exact) < 5e-2
 
 
@@ -275,6 +278,17 @@ def test_every_parameter_is_in_one_group():
     assert {names[id(p)] for p in decayed["params"]} == expected
 
 
+def test_config_hands_the_variant_to_every_mixer():
+    torch.manual_seed(0)
+    config = SGConvConfig(d_model=6, max_len=256, vocab_size=7, causal=True, **PUBLISHED["pathx"])
+    for block in SGConvModel(config).blocks:
+        layer = block.mixer
+        assert layer.w.shape == (2, 6, 64)  # 256 = 2 * 64 * 2: two scales
+        w = (layer.w / layer.norm).detach().double()
+        assert rel_err(layer.kernel(256), multi_scale_kernel(w, 256, ramp_decay, 2)) < 1e-5
+        assert rel_err(layer.w[0].sort(0)[0], cosine_init((1, 6, 64))[0].sort(0)[0]) < 1e-6
+
+
 def test_losses_golden():
     losses = torch.tensor(make_golden.sgconv_losses(), dtype=torch.float64)
     assert rel_err(losses, GOLDEN["losses"]) < 1e-10
@@ -291,6 +305,8 @@ def test_bad_input_says_the_numbers():
         (lambda: layer(torch.zeros(1, 33, 3)), "33.*32"),
         (lambda: layer(torch.zeros(1, 8, 4)), "3.*4"),
         (lambda: layer(torch.zeros(8, 3)), r"\(8, 3\)"),
+        (lambda: layer(torch.zeros(2, 8, 3), torch.ones(8) > 0), r"\(2, 8\).*\(8,\)"),
+        (lambda: layer(torch.zeros(2, 0, 3)), r"\(2, 0, 3\)"),
         (lambda: layer.kernel(0), "0.*32"),
         (lambda: layer.resample(0), "0"),
         (lambda: SGConv2d(3, 4, 5, 2)(torch.zeros(1, 3, 5, 4)), "4, 5.*5, 4"),
@@ -354,6 +370,7 @@ def tree(file, name):
         ("fft_length", "fft_length"),
         ("CircularConv", "CircularConv"),
         ("fft_conv", "fft_conv"),
+        ("SGConv.check", "S4.check"),
         ("SGConv.skip_at_zero", "S4.skip_at_zero"),
         ("SGConvBlock", "S4Block"),
         ("SGConvModel.forward", "S4Model.forward"),
