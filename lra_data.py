@@ -11,14 +11,28 @@ The same task, options and seed give the same bytes, whatever the number of proc
 
 import argparse
 import hashlib
+import http.client
+import io
+import lzma
+import math
+import multiprocessing
 import os
+import shutil
+import struct
 import sys
+import tarfile
+import urllib.request
+import wave
 import zipfile
 import zlib
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import count, pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -102,6 +116,41 @@ def cached(folder, make):
     return [read_npz(folder / f"{name}.npz") for name in SPLITS]
 
 
+def save_npy(path, array):
+    """Written under another name and renamed."""
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    with open(part, "wb") as file:
+        np.save(file, array)
+    os.replace(part, path)
+
+
+def read_npy(path):
+    """An array; above 1 GiB it stays on disk, memory-mapped."""
+    try:
+        large = path.stat().st_size > 2**30
+        return np.load(path, mmap_mode="r" if large else None)
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(
+            f"{path}: damaged ({error}); delete its folder to make it again"
+        ) from error
+
+
+def run_all(function, jobs, processes, name, total):
+    """function(job) for all jobs, on several cores, with a progress bar."""
+    processes = min(processes or os.cpu_count(), len(jobs))
+    bar = tqdm(total=total, initial=total - len(jobs), desc=name, unit=" shards", disable=None)
+    with bar:
+        if processes < 2:
+            for job in jobs:
+                function(job)
+                bar.update()
+        else:
+            with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+                for done in as_completed([pool.submit(function, job) for job in jobs]):
+                    done.result()
+                    bar.update()
+
+
 def read_npz(path):
     """One split that `cached` wrote."""
     try:
@@ -128,9 +177,9 @@ def lattice(
     beta=0.45,
     side=8,
     sweeps=12,
-    n_train=1000,
-    n_val=500,
-    n_test=2000,
+    n_train=4000,
+    n_val=1000,
+    n_test=4000,
 ):
     """Binary textures on a torus, flattened to L = side^2: at which distance are sites coupled?
 
@@ -141,22 +190,13 @@ def lattice(
     ignores positions agrees too. Tokens 0 and 1. Not part of the Long Range Arena: it is the task
     that fits a laptop's minutes.
     """
-    if (
-        len(distances) != 2
-        or not all(0 < d < side for d in distances)
-        or distances[0] == distances[1]
-    ):
-        raise ValueError(
-            f"distances {distances}: expected two different integers between 1 and {side - 1}"
-        )
-    if min(n_train, n_val, n_test) < 2 or sweeps < 0:
-        raise ValueError(
-            f"sizes {n_train}, {n_val}, {n_test}, sweeps {sweeps}: expected sizes >= 2, sweeps >= 0"
-        )
-    rng = np.random.RandomState(
-        [seed, 1]
-    )  # RandomState: its stream is frozen in all versions of numpy
-    n = n_train + n_val + n_test
+    if len(set(distances)) != 2 or not 0 < min(distances) <= max(distances) < side:
+        raise ValueError(f"distances {distances}: expected two different ones, 1 .. {side - 1}")
+    sizes = [n_train, n_val, n_test]
+    if min(sizes) < 2 or sweeps < 0:
+        raise ValueError(f"sizes {sizes}, sweeps {sweeps}: expected sizes >= 2, sweeps >= 0")
+    rng = np.random.RandomState([seed, 1])  # its stream is frozen in all versions of numpy
+    n = sum(sizes)
     labels = rng.permutation(n) % 2
     tokens = np.zeros((n, side * side), np.uint8)
     for c, distance in enumerate(distances):
@@ -164,7 +204,7 @@ def lattice(
         spins *= rng.choice([-1, 1], (len(spins), 1)).astype(np.int8)
         tokens[labels == c] = spins > 0
     lengths = np.full(n, side * side)
-    splits = cut(tokens, labels, lengths, [n_train, n_val, n_test])
+    splits = cut(tokens, labels, lengths, sizes)
     return Data("lattice", *splits, vocab_size=2, n_classes=2)
 
 
@@ -231,7 +271,7 @@ def listops(
         )
     else:
         limits = (max_depth, max_args, above, below)
-        key = "-".join(map(str, ["listops", *limits, *sizes, f"seed{seed}"]))
+        key = "-".join(map(str, [name, *limits, *sizes, f"seed{seed}"]))
         splits = cached(
             Path(data_dir) / key, lambda: cut(*listops_trees(seed, sum(sizes), *limits), sizes)
         )
@@ -358,21 +398,19 @@ def apply(operator, args):
 
 
 def read_listops(source, data_dir):
-    """The published files: header `Source<tab>Target`; lines of a tree and its value."""
+    """The published files: a header `Source<tab>Target`, then lines of a tree and its value."""
     names = [f"basic_{name}.tsv" for name in SPLITS]
-    folder = find(
-        source, data_dir, [place + names[0] for place in places("listops-1000", "listops")]
-    ).parent
-    files = [folder / name for name in names]
-    return cached(
-        Path(data_dir) / fingerprint("listops", files), lambda: list(map(read_listops_file, files))
-    )
+    above = places("listops-1000", "listops")
+    folder = find(source, data_dir, [place + names[0] for place in above], RELEASE).parent
+    key = fingerprint("listops-files", [folder / name for name in names])
+    read = partial(map, read_listops_file, [folder / name for name in names])
+    return cached(Path(data_dir) / key, read)
 
 
 def read_listops_file(path):
     index = {word: i for i, word in enumerate(LISTOPS_VOCAB)}
     rows, labels = [], []
-    for number, (tree, label) in read_table(path, ["Source", "Target"]):
+    for number, (tree, label) in read_table(path, 2, ["Source", "Target"]):
         words = tree.replace("(", " ").replace(")", " ").split()
         try:
             row = [index[word] for word in words]
@@ -393,85 +431,981 @@ def read_listops_file(path):
     return Split(tokens, np.array(labels, np.int64), lengths)
 
 
+# --------------------------------------------------------------------------------------- pathfinder
+
+
+class Sheet(NamedTuple):
+    """The published parameters of one picture size, in pixels (contrasts: markers are 1)."""
+
+    border: int  # nothing is drawn this close to the edge
+    length: int  # of a segment ("paddle")
+    thickness: float
+    margins: tuple[int, ...]  # about half the gap between segments; one is drawn for each picture
+    seed_distance: int  # between the starts of the two snakes
+    marker: float  # radius of the two disks
+    stiffness: float  # "continuity": a next segment bends by at most 90 degrees / stiffness
+    paddles: int  # segments in all distractor snakes
+    contrast: float  # of the segments
+
+
+SHEETS = {
+    32: Sheet(1, 2, 0.5, (1,), 7, 1.5, 1.0, 20, 1.5),
+    64: Sheet(1, 5, 1.0, (1,), 12, 2.5, 1.8, 22, 0.6),
+    128: Sheet(1, 5, 1.5, (2, 3), 20, 3.0, 1.8, 35, 0.9),
+    256: Sheet(22, 5, 2.0, (3,), 27, 5.0, 1.8, 30, 1.0),
+}
+SCALE = 2  # shapes are drawn this much larger, then shrunk
+SHARD = 500  # pictures that are drawn from one seed and kept together
+LANES = 256  # pictures that grow in lock-step
+
+
+def pathfinder(
+    data_dir,
+    seed,
+    *,
+    name="pathfinder32",
+    size=32,
+    contour=14,
+    n=200_000,
+    processes=None,
+    source=None,
+):
+    """Pathfinder (Linsley et al. 2018, arXiv:1805.08315): are the two disks the ends of one snake?
+
+    Two dashed snakes of `contour` segments start near the middle of a size x size picture and grow
+    without touching anything older; short snakes distract. One disk sits on the start of a snake,
+    the other on the end of the same (label 1) or the other snake (label 0): the label is drawn
+    after the geometry and the geometry says nothing about it. contour 14 is the task of the Long
+    Range Arena, 9 and 6 are easier; size 128 is Path-X, 256 PathX-256. L = size^2 pixels, row by
+    row, (x - 127.5) / 127.5. Of n pictures 80 % train, 10 % validate, 10 % test.
+
+    Drawing takes (one core) about 3, 50, 50, 10 ms a picture at 32, 64, 128, 256; `processes`
+    (default: all cores) share it. A killed run goes on where it stopped. Pictures above 1 GiB stay
+    on disk, memory-mapped. source: the published folders of png files and text metadata instead.
+    """
+    if size not in SHEETS or contour not in (6, 9, 14) or n < 10:
+        raise ValueError(
+            f"size {size}, contour {contour}, n {n}: expected size 32, 64, 128 or 256, "
+            "contour 6, 9 or 14, n >= 10"
+        )
+    if source is not None:
+        images, labels = read_pathfinder(source, data_dir, seed, size, contour)
+    else:
+        images, labels = draw_pathfinder(data_dir, seed, size, contour, n, processes)
+    sizes = [len(labels) - 2 * (len(labels) // 10), len(labels) // 10, len(labels) // 10]
+    splits = cut(images, labels, np.full(len(labels), size * size), sizes)
+    return Data(name, *splits, 256, 2, (127.5,), (127.5,))
+
+
+def draw_pathfinder(data_dir, seed, size, contour, n, processes):
+    """Draws what the folder lacks, shard by shard: images (n, L, 1) uint8 and labels (n,)."""
+    folder = Path(data_dir) / f"pathfinder{size}-{contour}-{n}-seed{seed}"
+    part = folder / "images.part.npy"
+    shards = [folder / f"labels-{first:09}.npy" for first in range(0, n, SHARD)]
+    if not (folder / "images.npy").exists():
+        if not part.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            new = part.with_name(f"new{os.getpid()}.npy")
+            np.lib.format.open_memmap(new, "w+", np.uint8, (n, size * size, 1)).flush()
+            os.replace(new, part)
+        todo = [(part, shard, seed, size, contour) for shard in shards if not shard.exists()]
+        run_all(pathfinder_shard, todo, processes, folder.name, len(shards))
+        save_npy(folder / "labels.npy", np.concatenate([read_npy(shard) for shard in shards]))
+        os.replace(part, folder / "images.npy")
+    for shard in shards:
+        shard.unlink(missing_ok=True)
+    return read_pictures(folder, n, size)
+
+
+def read_pictures(folder, n, size):
+    images, labels = read_npy(folder / "images.npy"), read_npy(folder / "labels.npy")
+    if images.shape != (n, size * size, 1) or labels.shape != (n,):
+        raise ValueError(
+            f"{folder}: images {images.shape}, labels {labels.shape}, expected "
+            f"{(n, size * size, 1)} and {(n,)}; delete the folder to make it again"
+        )
+    return images, labels
+
+
+def pathfinder_shard(job):
+    """Draws one shard into its place among the images; its labels, written last, say it is done."""
+    part, shard, seed, size, contour = job
+    first = int(shard.stem.split("-")[1])
+    images = np.lib.format.open_memmap(part, "r+")
+    rng = np.random.RandomState([seed, 3, first // SHARD])
+    pictures, labels, _ = draw_pictures(rng, size, contour, min(SHARD, len(images) - first))
+    images[first : first + len(labels)] = pictures.reshape(len(labels), -1, 1)
+    images.flush()
+    save_npy(shard, labels)
+
+
+def draw_pictures(rng, size, contour, n):
+    """n pictures (n, size, size) uint8, labels (n,), row and column of the markers (n, 2, 2)."""
+    margins = SHEETS[size].margins
+    share = np.bincount(rng.randint(0, len(margins), n), minlength=len(margins))
+    parts = []
+    for margin, want in zip(margins, share, strict=True):
+        brush = make_brush(size, margin)
+        for scene, at, way in snake_pairs(rng, brush, contour, want):
+            more_at, more_way = distract(rng, scene, contour // 3)
+            at, way = np.concatenate([at, more_at], 1), np.concatenate([way, more_way], 1)
+            parts.append(paint(rng, brush, contour, at, way))
+    order = rng.permutation(n)
+    return [np.concatenate(part)[order] for part in zip(*parts, strict=True)]
+
+
+def unit(angle):
+    """(sin, cos): a step of length 1 as (row, column)."""
+    return np.stack([np.sin(angle), np.cos(angle)], -1)
+
+
+def shrink(image, side):
+    """Lanczos resampling of a square image of 0 .. 255, rounded to 8 bits after each axis."""
+    n = len(image)
+    scale = n / side
+    x = (np.arange(n) + 0.5) / scale - (np.arange(side)[:, None] + 0.5)
+    weight = np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0)
+    weight /= weight.sum(1, keepdims=True)
+    across = np.clip(np.round(image @ weight.T), 0, 255)
+    return np.clip(np.round(weight @ across), 0, 255).astype(np.uint8)
+
+
+def dilate(images, radius):
+    """The maximum over a disk around every pixel of (..., side, side)."""
+    side, reach = images.shape[-1], range(-radius, radius + 1)
+    around = np.pad(images, [(0, 0)] * (images.ndim - 2) + [(radius, radius)] * 2)
+    disk = [(y + radius, x + radius) for y in reach for x in reach if y * y + x * x <= radius**2]
+    out = images.copy()
+    for y, x in disk:
+        np.maximum(out, around[..., y : y + side, x : x + side], out)
+    return out
+
+
+@cache
+def make_brush(size, margin):
+    return Brush(size, margin)
+
+
+class Brush:
+    """Everything that can be stamped on a picture of one size and margin, by direction.
+
+    A direction is an index: 0 .. n_ring - 1 for the places of the ring around a pivot, where a next
+    segment ends, then 360 for the free angles of first segments. Places are flat indices into a map
+    of `side` rows, the picture inside a rim that is wide enough for every stamp. A stamp is a row
+    of offsets and a row of values; short rows repeat an entry.
+    """
+
+    def __init__(self, size, margin):
+        self.sheet = sheet = SHEETS[size]
+        self.size = size
+        reach = sheet.length + margin
+        radius = reach + int(np.ceil(sheet.thickness))
+        self.rim = radius + 2 * margin + 3
+        self.side = size + 2 * self.rim
+        turns = np.deg2rad(np.arange(0, 360, 180 / np.pi / reach))  # one pixel of arc
+        ring = np.unique(np.floor(reach * unit(turns) + 1e-9).astype(int), axis=0)
+        ring_angle = np.arctan2(ring[:, 0], ring[:, 1])
+        free_angle = np.deg2rad(np.arange(360))
+        angle = np.concatenate([ring_angle, free_angle])  # of travel
+        self.n_ring, self.ring = len(ring), self.flat(ring)
+        bend = np.abs((angle[:, None] - ring_angle + np.pi) % (2 * np.pi) - np.pi)
+        self.weight = np.cos(np.minimum(sheet.stiffness * bend, np.pi / 2)) ** 2  # (angles, n_ring)
+        self.step = self.flat(np.ceil((reach + margin) * unit(angle) - 1e-9))
+        first = np.ceil(sheet.length * unit(free_angle)) + np.ceil(-reach * unit(free_angle))
+        self.pivot = self.flat(first)  # from the start of a first segment
+        self.draw_stamps(np.concatenate([ring_angle + np.pi, free_angle]), margin, radius)
+        self.mark_borders(margin)
+
+    def flat(self, steps):
+        """(n, 2) rows and columns as flat offsets."""
+        return steps.astype(np.int64) @ [self.side, 1]
+
+    def draw_stamps(self, angles, margin, radius):
+        """line: what is seen. mask: what it occupies. wide: where no tip may lie. dot: marker."""
+        sheet = self.sheet
+        large = np.stack([self.segment(angle, radius * SCALE) for angle in angles])
+        lines, masks = [
+            np.stack([shrink(image, 2 * radius + 1) for image in images])
+            for images in (large, dilate(large, margin * SCALE))
+        ]
+        wide = dilate(np.pad(masks, [(0, 0), (margin, margin), (margin, margin)]), margin)
+        self.line, self.mask, self.wide = map(self.sparse, (lines, masks, wide))
+        # a segment hits what is there where old + new >= 1.8 of full, that is old > room
+        self.room = (458 - self.mask[1].astype(int)).clip(0, 255).astype(np.uint8)
+        r = int(np.ceil(sheet.marker)) + 1
+        y, x = np.mgrid[-r * SCALE : r * SCALE + 1, -r * SCALE : r * SCALE + 1]
+        disk = 255 * (y * y + x * x <= (sheet.marker * SCALE) ** 2)
+        self.dot = self.sparse(shrink(disk, 2 * r + 1)[None])
+
+    def segment(self, angle, reach):
+        """One enlarged segment that starts in the middle of a square: 0 or 255."""
+        y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
+        sin, cos = unit(angle)
+        along, across = sin * y + cos * x, sin * x - cos * y
+        width = max(1, round(self.sheet.thickness * SCALE))
+        half = width / 2 * (max(abs(sin), abs(cos)) if width == 1 else 1)  # 1: no double pixels
+        inside = (across > 1e-9 - half) & (across < half + 1e-9)
+        inside &= (along > -1e-9) & (
+            along < self.sheet.length * SCALE + (0.5 if width == 1 else 1e-9)
+        )
+        return (255 * inside).astype(np.uint8)
+
+    def sparse(self, images):
+        """Offsets (n, most) and values (n, most) uint8 of the pixels that are not 0."""
+        r = images.shape[-1] // 2
+        most = np.arange((images > 0).sum((1, 2)).max())
+        offsets = np.zeros((len(images), len(most)), np.int64)
+        values = np.zeros(offsets.shape, np.uint8)
+        for i, image in enumerate(images):
+            y, x = np.nonzero(image)
+            chosen = most % len(y)
+            offsets[i] = ((y - r) * self.side + x - r)[chosen]
+            values[i] = image[y, x][chosen]
+        return offsets, values
+
+    def mark_borders(self, margin):
+        """Maps of what is occupied from the start, and where first segments may lie."""
+        sheet = self.sheet
+
+        def frame(border):
+            inside = np.zeros((self.size - 2 * border,) * 2, np.uint8)
+            return np.pad(inside, self.rim + border, constant_values=255)
+
+        self.blank = [frame(sheet.border).ravel(), dilate(frame(sheet.border), margin).ravel()]
+        self.frame = frame(sheet.border + 1).ravel()
+        self.places = np.flatnonzero(self.frame == 0)
+        # the two snakes start in the middle, 2 seed_distance away from all edges
+        # differs from the paper: both ends of the segment lie there, not its whole blurred stamp,
+        # which hardly ever fits the 4 x 4 pixels that this leaves at size 32
+        end = np.round(sheet.length * unit(np.deg2rad(np.arange(360)))).astype(int)
+        self.home = 2 * sheet.seed_distance - np.minimum(0, end)  # (360, 2) first row and column
+        self.home_span = self.size - 4 * sheet.seed_distance - np.abs(end)
+
+
+class Scene:
+    """What is occupied in many pictures at once: maps `taken` and, where no tip may lie, `near`."""
+
+    def __init__(self, brush, n):
+        self.brush = brush
+        self.base = np.arange(n) * brush.side**2
+        self.taken, self.near = (np.tile(blank, n) for blank in brush.blank)
+
+    def maps(self):
+        return [each.reshape(len(self.base), -1) for each in (self.taken, self.near)]
+
+    def occupy(self, lanes, at, way):
+        """Adds the segments of direction `way` at `at` to the pictures `lanes`."""
+        press(self.taken, self.base[lanes] + at, self.brush.mask, way)
+        press(self.near, self.base[lanes] + at, self.brush.wide, way)
+
+
+def press(maps, at, stamps, which):
+    """Stamps on flat maps: the larger value wins."""
+    offsets, values = stamps
+    pixels = at[:, None] + offsets[which]
+    maps[pixels] = np.maximum(maps[pixels], values[which])
+
+
+def snake_pairs(rng, brush, contour, n):
+    """Grows n pairs of snakes; yields batches (Scene, at, way), at and way (batch, 2 contour).
+
+    Segment 2 i + s is the i-th of snake s; at is its tip (of a first segment the start), way its
+    direction. All lanes take one step at a time; a lane whose snake is stuck starts anew, a
+    finished one is handed out and starts anew. Every pair takes the same number of steps, so who
+    finishes first is no selection.
+    """
+    last = 2 * contour
+    scene, lane = Scene(brush, LANES), np.arange(LANES)
+    at, way = np.zeros((2, LANES, last), np.int64)
+    pivot = np.zeros((LANES, 2), np.int64)
+    step = np.full(LANES, last)  # "finished": all lanes start below
+    finished = []
+    while n > 0:
+        anew = np.flatnonzero(step == last)
+        for each, blank in zip(scene.maps(), brush.blank, strict=True):
+            each[anew] = blank
+        at[anew, :2], way[anew, :2] = first_segments(rng, brush, len(anew))
+        pivot[anew] = at[anew, :2] + brush.pivot[way[anew, :2] - brush.n_ring]
+        step[anew] = 2
+        snake = step % 2
+        tip, turn, ahead = extend(rng, scene, lane, pivot[lane, snake], way[lane, step - 2], 3)
+        stuck, ok = np.flatnonzero(turn < 0), np.flatnonzero(turn >= 0)
+        # only now does the segment before count: neighbours in a snake may touch
+        scene.occupy(ok, at[ok, step[ok] - 2], way[ok, step[ok] - 2])
+        at[ok, step[ok]], way[ok, step[ok]], pivot[ok, snake[ok]] = tip[ok], turn[ok], ahead[ok]
+        step[ok] += 1
+        step[stuck] = last
+        done = ok[step[ok] == last][:n]
+        if len(done):
+            # as published, the last segment of the second snake counts, that of the first does not
+            scene.occupy(done, at[done, last - 1], way[done, last - 1])
+            finished.append([each[done] for each in (*scene.maps(), at, way)])
+            n -= len(done)
+        if finished and (n == 0 or sum(len(each[0]) for each in finished) >= LANES // 4):
+            taken, near, ats, ways = (np.concatenate(each) for each in zip(*finished, strict=True))
+            finished = []
+            batch = Scene(brush, len(ats))
+            batch.taken, batch.near = taken.ravel(), near.ravel()
+            yield batch, ats, ways
+
+
+def first_segments(rng, brush, n):
+    """Starts and directions of the first segments of n pairs, (2, n, 2), flat places."""
+    angle = rng.randint(0, 360, (n, 2))
+    start = brush.home[angle[:, 0]] + (rng.random_sample((n, 2)) * brush.home_span[angle[:, 0]])
+    away = brush.sheet.seed_distance * unit(np.deg2rad(rng.randint(0, 360, n)))
+    start = brush.rim + start.astype(np.int64)  # (n, 2) row and column
+    places = [brush.flat(start), brush.flat(start + np.round(away))]
+    return np.stack(places, 1), brush.n_ring + angle
+
+
+def extend(rng, scene, lanes, pivot, way, tries):
+    """One more segment for each of the lanes: tip, direction (-1 when none fits) and next pivot.
+
+    The pivot moves one segment and gap straight on; the tip is drawn from the ring around it, with
+    probability cos^2(stiffness x bend) where `near` is free, and refused when the segment, which
+    runs back from the tip, hits one that is there.
+    """
+    brush = scene.brush
+    ahead = pivot + brush.step[way]
+    base = scene.base[lanes] + ahead
+    free = 255 - scene.near[base[:, None] + brush.ring]  # (lanes, n_ring)
+    weight = np.cumsum(brush.weight[way] * free, 1)
+    total = weight[:, -1]
+    turn = np.full(len(pivot), -1)
+    todo = np.flatnonzero(total > 255e-4)
+    for _ in range(tries):
+        drawn = rng.random_sample(len(todo)) * total[todo]
+        choice = (weight[todo] <= drawn[:, None]).sum(1)
+        pixels = (base[todo] + brush.ring[choice])[:, None] + brush.mask[0][choice]
+        good = (scene.taken[pixels] <= brush.room[choice]).all(1)
+        turn[todo[good]] = choice[good]
+        todo = todo[~good]
+    return ahead + brush.ring[turn], turn, ahead
+
+
+def distract(rng, scene, length):
+    """Adds short snakes: at and way (pictures, snakes x length), way -1 where there is none.
+
+    Each has 5 attempts; where they fail, the picture gets no more.
+    differs from the paper: there, a first segment may lie where its stamp meets nothing, and
+    crowding is measured on the whole map (stop below 1 % free); here it keeps a margin, its later
+    segments have one try, and 100 probes without a free place count as crowded. Chosen so that
+    the shares of empty pixels and the means agree with the original's.
+    """
+    n, count = len(scene.base), scene.brush.sheet.paddles // length
+    at, way = np.zeros((n, count, length), np.int64), np.full((n, count, length), -1)
+    alive = np.arange(n)
+    for snake in range(count):
+        todo = alive
+        for _ in range(5):
+            saved = [each[todo] for each in scene.maps()]
+            at[todo, snake], way[todo, snake] = grow_one(rng, scene, todo, length)
+            failed = way[todo, snake, -1] < 0
+            for each, before in zip(scene.maps(), saved, strict=True):
+                each[todo[failed]] = before[failed]
+            todo = todo[failed & (at[todo, snake, 0] >= 0)]
+        grown = way[alive, snake, -1] >= 0
+        way[alive[~grown], snake] = -1
+        alive = alive[grown]
+    return at.reshape(n, -1), way.reshape(n, -1)
+
+
+def grow_one(rng, scene, lanes, length):
+    """One short snake in each lane: at and way (lanes, length), way -1 from a failure on."""
+    brush = scene.brush
+    at, way = np.zeros((len(lanes), length), np.int64), np.full((len(lanes), length), -1)
+    angle = rng.randint(0, 360, len(lanes))
+    at[:, 0] = free_places(rng, scene, lanes, angle)
+    row = np.flatnonzero(at[:, 0] >= 0)
+    way[row, 0] = brush.n_ring + angle[row]
+    pivot = at[:, 0] + brush.pivot[angle]
+    for i in range(1, length):
+        tip, turn, ahead = extend(rng, scene, lanes[row], pivot[row], way[row, i - 1], 1)
+        good = turn >= 0
+        row = row[good]
+        at[row, i], way[row, i], pivot[row] = tip[good], turn[good], ahead[good]
+        scene.occupy(lanes[row], at[row, i - 1], way[row, i - 1])
+    scene.occupy(lanes[row], at[row, -1], way[row, -1])
+    return at, way
+
+
+def free_places(rng, scene, lanes, angle):
+    """A uniform free place for a first segment in each lane, -1 where 100 probes find none."""
+    brush, place = scene.brush, np.full(len(lanes), -1)
+    todo = np.arange(len(lanes))
+    for _ in range(10):
+        probe = brush.places[rng.randint(0, len(brush.places), (len(todo), 10))]
+        pixels = probe[:, :, None] + brush.wide[0][brush.n_ring + angle[todo], None]
+        meets = scene.taken[scene.base[lanes[todo], None, None] + pixels] | brush.frame[pixels]
+        free = ~meets.any(2)
+        good = free.any(1)
+        place[todo[good]] = probe[good, free[good].argmax(1)]
+        todo = todo[~good]
+    return place
+
+
+def paint(rng, brush, contour, at, way):
+    """Pictures (n, size, size) uint8, labels (n,), markers (n, 2, 2) of finished scenes."""
+    n = len(at)
+    base, row = np.arange(n) * brush.side**2, np.arange(n)
+    lines, dots = np.zeros((2, n * brush.side**2), np.uint8)
+    for i in range(at.shape[1]):
+        there = np.flatnonzero(way[:, i] >= 0)
+        press(lines, base[there] + at[there, i], brush.line, way[there, i])
+    labels, snake = rng.randint(0, 2, (2, n))
+    end = 2 * contour - 2 + np.where(labels == 1, snake, 1 - snake)
+    marks = np.stack([at[row, snake], at[row, end]], 1)  # (n, 2) flat
+    for mark in marks.T:
+        press(dots, base + mark, brush.dot, np.zeros(n, np.int64))
+    pictures = np.maximum(lines * brush.sheet.contrast, dots).reshape(n, brush.side, brush.side)
+    pictures = np.round(pictures * (255 / pictures.max((1, 2), keepdims=True))).astype(np.uint8)
+    inside = slice(brush.rim, -brush.rim)
+    markers = np.stack(np.divmod(marks, brush.side), -1) - brush.rim
+    return pictures[:, inside, inside], labels, markers
+
+
+def read_pathfinder(source, data_dir, seed, size, contour):
+    """The published tree `curv_*/{imgs/<k>/sample_<i>.png, metadata/<k>.npy}`, in an order by seed.
+
+    The metadata are text in spite of their name: folder, file, number, label, ... One published png
+    is empty (pathfinder32/curv_baseline/imgs/0/sample_172.png): an empty file is reported and left
+    out, a second one is an error.
+    """
+    name = "curv_baseline" if contour == 6 else f"curv_contour_length_{contour}"
+    above = places(f"pathfinder{size}", f"pathfinder/pathfinder{size}")
+    found = find(source, data_dir, [f"{place}{name}/metadata" for place in above], RELEASE)
+    tables = sorted(found.glob("*.npy"), key=lambda path: (len(path.name), path.name))
+    target = Path(data_dir) / fingerprint(f"pathfinder{size}-{contour}-files-seed{seed}", tables)
+    if not (target / "images.npy").exists():
+        rows = [row for table in tables for row in read_metadata(table)]
+        empty = [path for path, _ in rows if path.exists() and path.stat().st_size == 0]
+        if len(empty) > 1 or len(rows) < 10 + len(empty):
+            raise ValueError(
+                f"{found}: {len(rows)} pictures, {len(empty)} of them empty files "
+                f"({', '.join(map(str, empty[:3]))}), expected 10 or more and at most one"
+            )
+        for path in empty:
+            print(f"{path}: empty, left out", file=sys.stderr)
+        rows = [row for row in rows if row[0] not in empty]
+        order = np.random.RandomState([seed, 4]).permutation(len(rows))
+        store_pictures([rows[i] for i in order], target, size)
+    return read_pictures(target, len(np.load(target / "labels.npy")), size)
+
+
+def read_metadata(path):
+    """(png path, label) of every line."""
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        fields = line.split()
+        if len(fields) < 4 or fields[3] not in ("0", "1", "0.0", "1.0"):
+            raise ValueError(
+                f"{path}:{number}: {line[:80]!r}, expected folder, file, number, label 0 or 1, ..."
+            )
+        yield path.parent.parent / fields[0] / fields[1], int(fields[3][0])
+
+
+def store_pictures(rows, target, size):
+    """Reads the png files into target/images.npy and writes target/labels.npy."""
+    target.mkdir(parents=True, exist_ok=True)
+    part = target / f"images.part{os.getpid()}.npy"
+    try:
+        images = np.lib.format.open_memmap(part, "w+", np.uint8, (len(rows), size * size, 1))
+        for first in tqdm(range(0, len(rows), SHARD), desc="png files", disable=None):
+            paths = [path for path, _ in rows[first : first + SHARD]]
+            lines = np.stack([read_png(path, size) for path in paths])
+            images[first : first + len(paths)] = unfilter(lines).reshape(len(paths), -1, 1)
+        images.flush()
+        save_npy(target / "labels.npy", np.array([label for _, label in rows]))
+        os.replace(part, target / "images.npy")
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_png(path, size):
+    """The filtered lines (size, 1 + size) of an 8-bit grey png without interlacing, the only kind
+    in these files: the standard library suffices."""
+    content = read_bytes(path)
+    data, at, kind = b"", 8, b""
+    while kind != b"IEND":
+        length, kind = struct.unpack_from(">I4s", content.ljust(at + 8, b"\0"), at)
+        body = content[at + 8 : at + 8 + length]
+        crc = content[at + 8 + length : at + 12 + length]
+        if content[:8] != b"\x89PNG\r\n\x1a\n" or crc != struct.pack(">I", zlib.crc32(kind + body)):
+            raise ValueError(f"{path}: expected a png file: damaged at byte {at}")
+        if kind == b"IHDR" and body != struct.pack(">IIBBBBB", size, size, 8, 0, 0, 0, 0):
+            raise ValueError(f"{path}: header {body.hex()}, expected {size} x {size}, 8 bit grey")
+        data += body if kind == b"IDAT" else b""
+        at += 12 + length
+    try:
+        lines = zlib.decompressobj().decompress(data, size * (size + 1) + 1)
+    except zlib.error as error:
+        raise ValueError(f"{path}: {error}, expected a png file") from error
+    lines = np.frombuffer(lines, np.uint8)
+    if len(lines) != size * (size + 1) or lines[:: size + 1].max() > 4:
+        raise ValueError(f"{path}: {len(lines)} bytes of pixels, expected {size} lines of {size}")
+    return lines.reshape(size, size + 1)
+
+
+def unfilter(lines):
+    """Undoes the png filters of many pictures at once: (n, side, 1 + side) -> (n, side, side)."""
+    n, side, _ = lines.shape
+    out = np.zeros((side + 1, side + 1, n), np.int16)  # a line and a column of zeros come first
+    lines = lines.transpose(1, 2, 0)
+    for y, x in np.ndindex(side, side):
+        left, above, corner = out[y + 1, x], out[y, x + 1], out[y, x]
+        near_left, near_above = abs(above - corner), abs(left - corner)
+        near_corner = abs(left + above - 2 * corner)
+        paeth = np.where(near_above <= near_corner, above, corner)
+        paeth = np.where((near_left <= near_above) & (near_left <= near_corner), left, paeth)
+        guess = np.choose(lines[y, 0], [0, left, above, (left + above) // 2, paeth])
+        out[y + 1, x + 1] = (lines[y, x + 1] + guess) & 255
+    return out[1:, 1:].transpose(2, 0, 1).astype(np.uint8)
+
+
+# -------------------------------------------------------------------------------------------- image
+
+
+def image(data_dir, seed, *, source=None):
+    """CIFAR-10 in grey, the Image task: L = 1024 symbols 0 .. 255, one a pixel, row by row.
+
+    Grey as in the Long Range Arena: tf.image.rgb_to_grayscale, .2989 R + .5870 G + .1140 B, times
+    255.5 / 255 and cut to an integer. 45,000 / 5,000 / 10,000: a tenth of train is held out.
+    """
+
+    def grey(rgb):
+        return np.floor(rgb @ (np.array([0.2989, 0.5870, 0.1140]) * 255.5 / 255)).astype(np.uint8)
+
+    return Data("image", *read_cifar(source, data_dir, seed, grey), 256, 10)
+
+
+def image_real(data_dir, seed, *, source=None):
+    """CIFAR-10 in grey as numbers (x - 122.6) / 61.0, as state-space models read it.
+
+    Grey as PIL's "L": (19595 R + 38470 G + 7471 B + 32768) >> 16.
+    """
+
+    def grey(rgb):
+        mixed = (rgb.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32) + 32768) >> 16
+        return mixed.astype(np.uint8)[..., None]
+
+    splits = read_cifar(source, data_dir, seed, grey)
+    return Data("image-real", *splits, 256, 10, (122.6,), (61.0,))
+
+
+def scifar(data_dir, seed, *, source=None):
+    """Sequential CIFAR-10 in colour: (n, 1024, 3), normalised by the usual means and deviations."""
+    splits = read_cifar(source, data_dir, seed, lambda rgb: rgb)
+    mean, std = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
+    return Data(
+        "scifar", *splits, 256, 10, tuple(255 * m for m in mean), tuple(255 * s for s in std)
+    )
+
+
+def read_cifar(source, data_dir, seed, convert):
+    """The binary version (the python version is pickles, which can run code: never loaded).
+
+    A record is a label and 3 x 1024 bytes, R, G, B. convert: (n, 1024, 3) -> tokens.
+    """
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    above = ("cifar-10-batches-bin/", "cifar10/cifar-10-batches-bin/", "cifar10/", "")
+    folder = find(source, data_dir, [place + names[0] for place in above], CIFAR).parent
+    parts = []
+    for name in names:
+        content = np.frombuffer(read_bytes(folder / name), np.uint8)
+        if len(content) == 0 or len(content) % 3073:
+            raise ValueError(f"{folder / name}: {len(content)} bytes, expected a multiple of 3073")
+        records = content.reshape(-1, 3073)
+        if records[:, 0].max() > 9:
+            raise ValueError(f"{folder / name}: label {records[:, 0].max()}, expected 0 .. 9")
+        rgb = records[:, 1:].reshape(-1, 3, 1024).swapaxes(1, 2)  # (n, 1024, 3)
+        parts.append((convert(rgb), records[:, 0]))
+    tokens, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
+    n_test = len(parts[-1][1])
+    return hold_out(tokens, labels, np.full(len(labels), 1024), n_test, seed)
+
+
+def hold_out(tokens, labels, lengths, n_test, seed):
+    """Splits of (train, test): train is shuffled by the seed and its last tenth becomes val."""
+    n = len(labels) - n_test
+    if n < 10:
+        raise ValueError(f"{n} training examples, expected 10 or more to hold a tenth out")
+    order = np.random.RandomState([seed, 5]).permutation(n)
+    order = np.concatenate([order, np.arange(n, n + n_test)])
+    return cut(tokens[order], labels[order], lengths[order], [n - n // 10, n // 10, n_test])
+
+
+# --------------------------------------------------------------------------------- text, retrieval
+
+
+def text(data_dir, seed, *, name="text", characters=False, max_len=4096, min_count=15, source=None):
+    """IMDB reviews, positive (1) or negative (0), from the tree aclImdb/{train,test}/{pos,neg}.
+
+    Cut to max_len bytes (0 .. 255) or characters, of which those seen min_count times in train are
+    symbols and all others <unk>: both conventions exist. A tenth of train is held out for val (many
+    published numbers select on test instead).
+    """
+    root = find(source, data_dir, ["aclImdb/train/pos", "train/pos"], IMDB).parent.parent
+    texts, labels, counts = [], [], []
+    for split in ("train", "test"):
+        for label, folder in enumerate(("neg", "pos")):
+            files = sorted((root / split / folder).glob("*.txt"))
+            texts += [
+                read_text(path) for path in tqdm(files, desc=f"{split}/{folder}", disable=None)
+            ]
+            labels += [label] * len(files)
+            if not files:
+                raise ValueError(f"{root / split / folder}: no .txt files, expected reviews")
+        counts.append(len(labels))
+    order = np.random.RandomState([seed, 5]).permutation(counts[0])  # as in hold_out
+    train = [texts[i] for i in order[: counts[0] - counts[0] // 10]]
+    symbols = vocabulary(train, max_len, min_count) if characters else None
+    tokens, lengths = encode(texts, symbols, max_len, root)
+    splits = hold_out(tokens, np.array(labels), lengths, counts[1] - counts[0], seed)
+    return Data(name, *splits, len(symbols) if characters else 256, 2, symbols=symbols)
+
+
+def retrieval(
+    data_dir, seed, *, name="retrieval", characters=False, max_len=4000, min_count=15, source=None
+):
+    """AAN: does one paper cite the other? tokens (n, 2, L) and lengths (n, 2), two documents each.
+
+    Reads the published new_aan_pairs.{train,eval,test}.tsv: label, id, id, text, text, separated by
+    tabs; quotes are characters like others. Bytes or characters as in `text`. The splits are the
+    published ones: the seed changes nothing.
+    """
+    names = [f"new_aan_pairs.{split}.tsv" for split in ("train", "eval", "test")]
+    above = places("tsv_data", "aan")
+    folder = find(source, data_dir, [place + names[0] for place in above], RELEASE).parent
+    symbols, splits = None, []
+    for path in (folder / name for name in names):
+        texts, labels = [], []
+        for number, (label, _, _, *pair) in read_table(path, 5):
+            if label not in ("0", "1", "0.0", "1.0"):
+                raise ValueError(f"{path}:{number}: label {label!r}, expected 0.0 or 1.0")
+            labels.append(int(label[0]))
+            texts += [document[:max_len] for document in pair]
+        if characters and not splits:
+            symbols = vocabulary(texts, max_len, min_count)
+        tokens, lengths = encode(texts, symbols, max_len, path)
+        tokens, lengths = tokens.reshape(len(labels), 2, -1), lengths.reshape(-1, 2)
+        splits.append(Split(tokens, np.array(labels, np.int64), lengths))
+    return Data(name, *splits, len(symbols) if characters else 256, 2, symbols=symbols)
+
+
+def vocabulary(texts, max_len, min_count):
+    """<unk>, then the characters that occur min_count times or more, most frequent first."""
+    counts = Counter()
+    for document in texts:
+        counts.update(document[:max_len])
+    known = sorted((c for c in counts if counts[c] >= min_count), key=lambda c: (-counts[c], c))
+    return ("<unk>", *known[:254])
+
+
+def encode(texts, symbols, max_len, path):
+    """Tokens (n, L) uint8 and lengths (n,): bytes, or indices into symbols."""
+    index = np.zeros(0x110000, np.uint8)
+    if symbols is not None:
+        index[[ord(symbol) for symbol in symbols[1:]]] = np.arange(1, len(symbols))
+    rows = []
+    for document in texts:
+        if symbols is None:
+            rows.append(np.frombuffer(document[:max_len].encode()[:max_len], np.uint8))
+        else:
+            rows.append(index[np.frombuffer(document[:max_len].encode("utf-32-le"), np.uint32)])
+        if not len(rows[-1]):
+            raise ValueError(f"{path}: text {len(rows)} is empty, expected characters")
+    return pad(rows)
+
+
+# ------------------------------------------------------------------------------------------- speech
+
+
+def speech(data_dir, seed, *, name="speech", rate=16_000, source=None):
+    """Speech Commands v0.02, all 35 words, one second each: (n, 16000, 1) int16, one channel.
+
+    The folders are the classes, in alphabetical order; validation_list.txt and testing_list.txt are
+    the official splits, so the seed changes nothing. rate 8000 keeps every second sample. Shorter
+    clips are zero padded. Normalised by mean and deviation over the training samples.
+    """
+    if rate not in (16_000, 8_000):
+        raise ValueError(f"rate {rate}, expected 16000 or 8000 Hz")
+    above = (
+        "speech_commands_v0.02/",
+        "SpeechCommands/speech_commands_v0.02/",
+        "speech_commands/",
+        "",
+    )
+    lists = [find(source, data_dir, [a + "validation_list.txt" for a in above], SPEECH)]
+    lists.append(lists[0].with_name("testing_list.txt"))
+    root = lists[0].parent
+    words = sorted(
+        path.name for path in root.iterdir() if path.is_dir() and path.name[0] not in "._"
+    )
+    key = fingerprint(f"speech-{rate}", lists + [root / word for word in words])
+    splits = cached(Path(data_dir) / key, lambda: read_speech(root, words, lists, 16_000 // rate))
+    train = splits[0].tokens
+    total = splits[0].lengths.sum()
+    mean = train.sum(dtype=np.float64) / total  # the padding is zero
+    std = np.sqrt(sum(np.square(clip, dtype=np.float64).sum() for clip in train) / total - mean**2)
+    return Data(name, *splits, None, len(words), (float(mean),), (float(std) or 1.0,))
+
+
+def read_speech(root, words, lists, stride):
+    """Splits train, val, test of all wav files; the two lists name those that are not for train."""
+    official = [read_text(path).split() for path in lists]
+    files = [
+        f"{word}/{path.name}" for word in words for path in sorted((root / word).glob("*.wav"))
+    ]
+    for path, names in zip(lists, official, strict=True):
+        missing = sorted(set(names) - set(files))
+        if missing or not names:
+            raise ValueError(f"{path}: names {missing[:3]}, expected files below {root}")
+    others = set(official[0]) | set(official[1])
+    splits = []
+    for part in ([name for name in files if name not in others], *official):
+        clips = [read_wav(root / name)[::stride] for name in tqdm(part, desc="wav", disable=None)]
+        if not clips:
+            raise ValueError(f"{root}: no training clips besides those in the lists")
+        tokens, lengths = pad(clips)
+        labels = np.array([words.index(name.split("/")[0]) for name in part], np.int64)
+        splits.append(Split(tokens[..., None], labels, lengths))
+    return splits
+
+
+def read_wav(path):
+    """Samples (n,) int16 of a 16-bit, one-channel, 16 kHz file of at most a second."""
+    try:
+        with wave.open(io.BytesIO(read_bytes(path))) as file:
+            form = file.getnchannels(), file.getsampwidth(), file.getframerate()
+            n, data = file.getnframes(), file.readframes(16_001)
+    except (wave.Error, EOFError) as error:
+        raise ValueError(f"{path}: {error or 'cut'}, expected a wav file") from error
+    if form != (1, 2, 16_000) or not 0 < n <= 16_000 or len(data) != 2 * n:
+        raise ValueError(
+            f"{path}: channels, bytes, rate {form}, {n} samples in {len(data)} bytes, "
+            "expected (1, 2, 16000) and 1 .. 16000 samples"
+        )
+    return np.frombuffer(data, "<i2").astype(np.int16)
+
+
 # --------------------------------------------------------------- directories, archives, text files
 
 
+class Remote(NamedTuple):
+    """A published archive. What its checksum is worth: None was ever published for the release."""
+
+    url: str
+    sha256: str | None
+
+
+RELEASE = Remote("https://storage.googleapis.com/long-range-arena/lra_release.gz", None)
+CIFAR = Remote(
+    "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+)
+IMDB = Remote(
+    "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
+    "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe",
+)
+SPEECH = Remote(
+    "http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz",
+    "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58",
+)
+
+
 def places(*names):
-    """Where the release has a folder: its inner tree first, the outer copies differ."""
-    return [
-        f"{above}{name}/"
-        for above in ("lra_release/lra_release/", "lra_release/", "")
-        for name in names
-    ] + [""]
+    """Where the release has a folder: the inner tree first, the copies in the outer one differ."""
+    above = ("lra_release/lra_release/", "lra_release/", "")
+    return [f"{place}{name}/" for place in above for name in names] + [""]
 
 
-def find(source, data_dir, candidates):
-    """The first of the relative paths that exists under `source`."""
+def find(source, data_dir, candidates, remote):
+    """The first of the relative paths under `source`, a directory or a tar archive (unpacked once).
+
+    Without source: under data_dir, or in the archive that --download leaves there.
+    """
     root = Path(data_dir if source is None else source)
+    archive = root / remote.url.split("/")[-1]
+    if (
+        source is None
+        and archive.exists()
+        and not any((root / path).exists() for path in candidates)
+    ):
+        root = archive
+    if root.is_file():
+        root = unpack(root, data_dir)
     for candidate in candidates:
         if (root / candidate).exists():
             return root / candidate
-    raise ValueError(f"{root}: expected one of {', '.join(candidates)} in it")
+    raise ValueError(
+        f"{root}: expected one of {', '.join(candidates)} in it; published as {remote.url}"
+    )
+
+
+def unpack(archive, data_dir):
+    """Unpacks a tar archive under data_dir, once. Refuses all but files and folders inside."""
+    target = Path(data_dir) / fingerprint(f"unpacked-{archive.name}", [archive])
+    if target.exists():
+        return target
+    if not hasattr(tarfile, "data_filter"):
+        raise ValueError(
+            f"{archive}: this Python unpacks no archive safely, expected 3.10.12 or newer"
+        )
+    part = target.with_name(f"{target.name}.part{os.getpid()}")
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tqdm(tar, desc=archive.name, unit=" files", disable=None):
+                path = PurePosixPath(member.name)
+                if (
+                    not (member.isreg() or member.isdir())
+                    or path.is_absolute()
+                    or ".." in path.parts
+                ):
+                    raise ValueError(f"{member.name!r} is no file or folder inside the archive")
+                tar.extract(member, part, filter="data")
+        part.mkdir(parents=True, exist_ok=True)
+        part.rename(target)
+    except (tarfile.TarError, ValueError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"{archive}: {error}, expected a whole tar archive") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def download(remote, data_dir):
+    """Fetches an archive into data_dir, under a temporary name until it is there and right."""
+    path = Path(data_dir) / remote.url.split("/")[-1]
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, digest = path.with_name(f"{path.name}.part{os.getpid()}"), hashlib.sha256()
+    try:
+        with urllib.request.urlopen(remote.url, timeout=60) as answer, open(part, "wb") as file:
+            total = int(answer.headers.get("Content-Length") or 0)
+            bar = tqdm(total=total or None, desc=path.name, unit="B", unit_scale=True, disable=None)
+            while block := answer.read(2**20):
+                digest.update(block)
+                bar.update(file.write(block))
+            bar.close()
+        if total not in (0, part.stat().st_size):
+            raise OSError(f"{part.stat().st_size} bytes came, expected {total}")
+        if remote.sha256 not in (None, digest.hexdigest()):
+            raise OSError(f"sha256 {digest.hexdigest()}, expected {remote.sha256}")
+        os.replace(part, path)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise ValueError(
+            f"{remote.url}: {error}. Get the file in another way and put it at {path}, or its "
+            f"unpacked tree anywhere, and pass --source"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path
 
 
 def fingerprint(name, files):
     """A cache name that changes when one of the files does."""
     stats = [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()
+        (str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()
     ]
     return f"{name}-{hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}"
+
+
+def read_bytes(path):
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}, expected a readable file") from error
 
 
 def read_text(path):
     """A whole UTF-8 file."""
     try:
-        return path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected a UTF-8 text file: {error}") from error
+        return read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text: {error}") from error
 
 
-def read_table(path, header):
-    """Lines of a tab separated file with a header, no quoting: yields (line number, fields)."""
-    lines = read_text(path).split("\n")
-    if lines[0].rstrip("\r").split("\t") != header:
-        raise ValueError(
-            f"{path}:1: header {lines[0][:80]!r}, expected {header} separated by a tab"
-        )
-    if lines[-1] != "":
-        raise ValueError(f"{path}:{len(lines)}: the last line has no end: the file is cut")
-    if len(lines) < 3:
-        raise ValueError(f"{path}: no examples after the header")
-    for number, line in enumerate(lines[1:-1], 2):
-        fields = line.rstrip("\r").split("\t")
-        if len(fields) != len(header):
-            raise ValueError(
-                f"{path}:{number}: {len(fields)} columns, expected {len(header)}: {header}"
-            )
-        yield number, fields
+def read_table(path, columns, header=None):
+    """Lines of a tab separated UTF-8 file without quoting, one by one: (line number, fields)."""
+    number = 0
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                fields = line.decode().rstrip("\r\n").split("\t")
+                if len(fields) != columns or (number == 1 and header not in (None, fields)):
+                    raise ValueError(
+                        f"{len(fields)} columns {line[:60]!r}, expected {header or columns}"
+                    )
+                if not line.endswith(b"\n"):
+                    raise ValueError("no end of line: the file is cut, expected whole lines")
+                if number > 1 or header is None:
+                    yield number, fields
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}:{number}: {error}") from error
+    if number < 1 + (header is not None):
+        raise ValueError(f"{path}: no examples, expected {columns} columns, separated by tabs")
 
 
 # -------------------------------------------------------------------------------------------- tasks
 
+
+class Task(NamedTuple):
+    function: Callable  # (data_dir, seed, **options) -> Data
+    size: str
+    origin: Remote | str
+    stem: str  # of what it keeps under data_dir
+
+
+LISTOPS_SMALL = partial(listops, name="listops-small", above=100, below=500)
+LISTOPS_TINY = partial(
+    listops, name="listops-tiny", above=16, below=128, max_args=5, n_train=20_000
+)
+MADE = "generated"
 TASKS = {
-    "lattice": lattice,
-    "listops": listops,
-    "listops-small": partial(listops, name="listops-small", above=100, below=500),
-    "listops-tiny": partial(
-        listops, name="listops-tiny", above=16, below=128, max_args=5, n_train=20_000
+    "lattice": Task(lattice, "4,000/1,000/4,000, L 64", MADE, "lattice"),
+    "listops": Task(listops, "96,000/2,000/2,000, L < 2000", MADE, "listops-1"),
+    "listops-small": Task(LISTOPS_SMALL, "96,000/2,000/2,000, L < 500", MADE, "listops-small"),
+    "listops-tiny": Task(LISTOPS_TINY, "20,000/2,000/2,000, L < 128", MADE, "listops-tiny"),
+    "text": Task(text, "22,500/2,500/25,000, L <= 4096 bytes", IMDB, "aclImdb"),
+    "text-characters": Task(
+        partial(text, name="text-characters", characters=True), "as text", IMDB, "aclImdb"
     ),
+    "retrieval": Task(retrieval, "147,086 pairs to train, L <= 4000 bytes", RELEASE, "lra_release"),
+    "retrieval-characters": Task(
+        partial(retrieval, name="retrieval-characters", characters=True),
+        "as retrieval",
+        RELEASE,
+        "lra_release",
+    ),
+    "image": Task(image, "45,000/5,000/10,000, L 1024", CIFAR, "cifar-10"),
+    "image-real": Task(image_real, "as image, numbers", CIFAR, "cifar-10"),
+    "scifar": Task(scifar, "as image, in colour", CIFAR, "cifar-10"),
+    "speech": Task(speech, "84,843 clips to train, L 16000", SPEECH, "speech"),
+    "speech-8k": Task(
+        partial(speech, name="speech-8k", rate=8_000), "as speech, L 8000", SPEECH, "speech"
+    ),
+} | {
+    f"pathfinder{size}{suffix}": Task(
+        partial(pathfinder, name=f"pathfinder{size}{suffix}", size=size, contour=contour),
+        f"160,000/20,000/20,000, L {size**2}",
+        MADE,
+        f"pathfinder{size}-{contour}",
+    )
+    for size in SHEETS
+    for suffix, contour in (("", 14), ("-medium", 9), ("-easy", 6))
 }
 
 
 def load(task, data_dir="data", seed=0, **options):
     """The named task as `Data`. `options` are the keyword arguments of the function in `TASKS`.
 
-    ValueError for an unknown task or a bad option value, TypeError for an unknown option.
+    ValueError for an unknown task, a bad option value or file; TypeError for an unknown option.
     """
     if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}: expected one of {', '.join(sorted(TASKS))}")
+        raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed {seed}: expected 0 <= seed < 2^32")
-    return TASKS[task](data_dir, seed, **options)
+    return TASKS[task].function(data_dir, seed, **options)
 
 
 def checksum(data):
@@ -479,14 +1413,40 @@ def checksum(data):
     digest = hashlib.sha256()
     for split in (data.train, data.val, data.test):
         for array in (split.tokens, split.labels, split.lengths):
-            digest.update(np.ascontiguousarray(array).data)
+            for block in np.array_split(array, max(1, array.nbytes >> 26)):
+                digest.update(np.ascontiguousarray(block).data)
     return digest.hexdigest()
+
+
+def trivial_levels(data):
+    """Test accuracy of the most frequent label, and of the most frequent one by first token
+    and by length (numbers in twenty bins), learned on train."""
+
+    def score(feature):
+        table = np.zeros((1 + max(map(np.max, feature)), data.n_classes), np.int64)
+        np.add.at(table, (feature[0], data.train.labels), 1)
+        return (data.test.labels == table.argmax(1)[feature[1]]).mean()
+
+    def binned(values):
+        edges = np.quantile(values[0], np.arange(0.05, 1, 0.05))
+        return [np.searchsorted(edges, each) for each in values]
+
+    pair = (data.train, data.test)
+    symbols = data.mean is None
+    first = [each.tokens.reshape(len(each), -1)[:, 0].astype(np.int64) for each in pair]
+    lengths = [each.lengths.reshape(len(each), -1).sum(1) for each in pair]
+    return {
+        "most frequent label": score([np.zeros(len(each), np.int64) for each in pair]),
+        "by first token": score(first if symbols else binned(first)),
+        "by length": score(binned(lengths)),
+    }
 
 
 def summary(data):
     """What a reader wants to know of a task before training, as text."""
-    lines = [f"{data.name}: vocabulary {data.vocab_size}, {data.n_classes} classes"]
-    for name in ("train", "val", "test"):
+    kind = "symbols" if data.mean is None else f"numbers, mean {data.mean}, deviation {data.std}"
+    lines = [f"{data.name}: {data.n_classes} classes, {data.vocab_size} {kind}"]
+    for name in SPLITS:
         split = getattr(data, name)
         share = np.bincount(split.labels, minlength=data.n_classes) / len(split)
         low, mid, high = split.lengths.min(), int(np.median(split.lengths)), split.lengths.max()
@@ -494,39 +1454,91 @@ def summary(data):
             f"  {name:5} {len(split):7,} examples, length {low} .. {mid} .. {high}, "
             f"label shares {share.min():.3f} .. {share.max():.3f}"
         )
-    majority, first = trivial_levels(data)
-    lines.append(
-        f"  most frequent label {100 * majority:.1f} %, label by first token {100 * first:.1f} %"
-    )
+    levels = trivial_levels(data).items()
+    lines.append("  without a model: " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in levels))
     lines.append(f"  sha256 {checksum(data)}")
     return "\n".join(lines)
 
 
-def trivial_levels(data):
-    """Test accuracy of the most frequent label, and of the most frequent one by first token."""
-    first = [
-        split.tokens.reshape(len(split), -1)[:, 0].astype(np.int64)
-        for split in (data.train, data.test)
-    ]
-    table = np.zeros((int(max(map(np.max, first))) + 1, data.n_classes), np.int64)
-    np.add.at(table, (first[0], data.train.labels), 1)
-    majority = table.sum(0).argmax()
-    return (data.test.labels == majority).mean(), (
-        data.test.labels == table.argmax(1)[first[1]]
-    ).mean()
+def listing(data_dir):
+    """One line a task: name, size, where it comes from, what is on disk."""
+    lines = []
+    for name, task in TASKS.items():
+        kept = [
+            path for top in Path(data_dir).glob(f"*{task.stem}*") for path in [top, *top.rglob("*")]
+        ]
+        size = sum(path.stat().st_size for path in kept if path.is_file())
+        origin = task.origin if isinstance(task.origin, str) else task.origin.url
+        lines.append(f"{name:22} {task.size:41} {size / 1e6 if size else 0:9,.1f} MB  {origin}")
+    return "\n".join(lines)
+
+
+def show(data, folder):
+    """Writes 4 x 8 training pictures to folder/<task>.png, or prints three training examples."""
+    tokens, lengths = data.train.tokens[:32], data.train.lengths[:32]
+    side = math.isqrt(tokens.shape[1])
+    if data.name.startswith(("image", "scifar", "pathfinder", "lattice")) and len(tokens) == 32:
+        pictures = tokens.reshape(4, 8, side, side, -1)
+        pictures = pictures * (255 if data.name == "lattice" else 1)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{data.name}.png"
+        write_png(path, pictures.transpose(0, 2, 1, 3, 4).reshape(4 * side, 8 * side, -1))
+        return f"wrote {path}"
+    lines = []
+    for row, label, length in zip(tokens[:3], data.train.labels, lengths, strict=False):
+        row = row.reshape(-1, row.shape[-1])[0] if lengths.ndim == 2 else row
+        row = row[: np.ravel(length)[0]][:400]
+        if data.symbols:
+            text = (" " if data.n_classes == 10 else "").join(data.symbols[token] for token in row)
+        elif data.mean is None:
+            text = bytes(row).decode(errors="replace")
+        else:
+            text = " ".join(map(str, row[:40, 0]))
+        lines.append(f"label {label}, length {length}: {text}")
+    return "\n".join(lines)
+
+
+def write_png(path, picture):
+    """(height, width, 1 or 3) uint8 as an 8-bit png."""
+    height, width, channels = picture.shape
+    lines = np.pad(picture.reshape(height, -1).astype(np.uint8), [(0, 0), (1, 0)]).tobytes()
+    head = struct.pack(">IIBBBBB", width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, body in chunks:
+        content += (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+    path.write_bytes(content)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("task", nargs="?", help="print the summary of this task")
-    parser.add_argument("--data-dir", default="data", help="cache directory (default: data)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of generated data (default: 0)")
-    parser.add_argument("--list", action="store_true", help="name every task")
+    parser.add_argument("task", nargs="?", help="load or generate this task and print its summary")
+    parser.add_argument("--list", action="store_true", help="every task and what is on disk")
+    parser.add_argument("--data-dir", default="data", help="where things are kept (default: data)")
+    parser.add_argument("--source", help="directory or tar archive to read (default: --data-dir)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of generation and of splits (default: 0)"
+    )
+    parser.add_argument("--n", type=int, help="pictures of a pathfinder task (default: 200000)")
+    parser.add_argument("--download", action="store_true", help="fetch the published archive first")
+    parser.add_argument("--show", action="store_true", help="write a picture or print examples")
     args = parser.parse_args()
     if args.list or not args.task:
-        print("\n".join(sorted(TASKS)))
+        print(listing(args.data_dir))
         return 0
-    print(summary(load(args.task, args.data_dir, args.seed)))
+    options = {key: getattr(args, key) for key in ("source", "n") if getattr(args, key) is not None}
+    try:
+        remote = TASKS[args.task].origin if args.task in TASKS else MADE
+        if args.download and remote != MADE:
+            print(f"wrote {download(remote, args.data_dir)}")
+        data = load(args.task, args.data_dir, args.seed, **options)
+    except (ValueError, TypeError) as error:
+        parser.exit(1, f"lra_data.py: {error}\n")
+    print(summary(data))
+    if args.show:
+        print(show(data, Path(args.data_dir)))
     return 0
 
 

@@ -208,5 +208,5 @@ def test_a_damaged_cache_is_named(damage, tmp_path):
 def test_command_line_prints_the_summary(tmp_path):
     command = [sys.executable, str(ROOT / "lra_data.py"), "lattice", "--data-dir", str(tmp_path)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "train   1,000 examples, length 64 .. 64 .. 64" in out
+    assert "examples, length 64 .. 64 .. 64" in out
     assert lra_data.checksum(lra_data.load("lattice", tmp_path)) in out
