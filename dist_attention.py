@@ -39,6 +39,7 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -503,17 +504,18 @@ def check_layout(layout, lengths, world):
     """Segments of all ranks. ValueError when a rank's length is not what the layout gives it."""
     L = int(sum(lengths))
     segments = layout(L, world)
-    for rank, (n, own) in enumerate(zip(lengths, segments, strict=True)):
-        if n != size(own):
-            raise ValueError(
-                f"rank {rank} holds {n} tokens, {layout.__name__} gives it {size(own)} of {L}"
-            )
+    given = [size(own) for own in segments]
+    if given != list(lengths):
+        raise ValueError(
+            f"the ranks hold {', '.join(map(str, lengths))} tokens; layout {layout.__name__} gives "
+            f"them {', '.join(map(str, given))}"
+        )
     return segments
 
 
 def find_problem(q, k, v, keep, refused):
     """What is wrong with the arguments of this rank, as text, or None."""
-    asked = [f"{name} ({value})" for name, value in refused.items() if value is not None]
+    asked = [name for name, value in refused.items() if value is not None]
     if asked:
         return f"not implemented: {', '.join(asked)}"
     if not q.ndim == k.ndim == v.ndim == 4 or k.shape != v.shape:
@@ -1183,14 +1185,14 @@ def main(argv=None):
     return 0 if ok else 1
 
 
-def guarded_main():
-    """`main`, and a message and exit status 1 when ranks disagree or one is lost."""
+def guarded(call, *args):
+    """call(*args); when ranks disagree or one is lost, a message and exit status 1 instead."""
     try:
-        return main()
+        return call(*args)
     except (ValueError, RankLost) as error:
-        print(f"dist_attention.py: {error}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # the transport's threads may still wait for the lost rank
 
 
 if __name__ == "__main__":
-    sys.exit(guarded_main())
+    sys.exit(guarded(main))
