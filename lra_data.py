@@ -104,15 +104,14 @@ def cached(folder, make):
         splits = make()
         part = folder.with_name(f"{folder.name}.part{os.getpid()}")
         part.mkdir(parents=True)
-        for name, split in zip(SPLITS, splits, strict=True):
-            rows = split.tokens.reshape(
-                split.lengths.size, -1, *split.tokens.shape[split.lengths.ndim + 1 :]
-            )
-            keep = np.arange(rows.shape[1]) < split.lengths.reshape(-1, 1)
-            np.savez(
-                part / f"{name}.npz", flat=rows[keep], labels=split.labels, lengths=split.lengths
-            )
-        part.rename(folder)
+        try:
+            for name, split in zip(SPLITS, splits, strict=True):
+                keep = np.arange(split.tokens.shape[split.lengths.ndim]) < split.lengths[..., None]
+                arrays = dict(labels=split.labels, lengths=split.lengths)
+                np.savez(part / f"{name}.npz", flat=split.tokens[keep], **arrays)
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     return [read_npz(folder / f"{name}.npz") for name in SPLITS]
 
 
@@ -127,6 +126,8 @@ def save_npy(path, array):
 def read_npy(path):
     """An array; above 1 GiB it stays on disk, memory-mapped."""
     try:
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)
         large = path.stat().st_size > 2**30
         return np.load(path, mmap_mode="r" if large else None)
     except (OSError, EOFError, ValueError) as error:
@@ -577,7 +578,7 @@ def dilate(images, radius):
     disk = [(y + radius, x + radius) for y in reach for x in reach if y * y + x * x <= radius**2]
     out = images.copy()
     for y, x in disk:
-        np.maximum(out, around[..., y : y + side, x : x + side], out)
+        np.maximum(out, around[..., y : y + side, x : x + side], out=out)
     return out
 
 
@@ -932,6 +933,8 @@ def read_png(path, size):
         crc = content[at + 8 + length : at + 12 + length]
         if content[:8] != b"\x89PNG\r\n\x1a\n" or crc != struct.pack(">I", zlib.crc32(kind + body)):
             raise ValueError(f"{path}: expected a png file: damaged at byte {at}")
+        if (at == 8) != (kind == b"IHDR"):
+            raise ValueError(f"{path}: chunk {kind} at byte {at}, expected one header at byte 8")
         if kind == b"IHDR" and body != struct.pack(">IIBBBBB", size, size, 8, 0, 0, 0, 0):
             raise ValueError(f"{path}: header {body.hex()}, expected {size} x {size}, 8 bit grey")
         data += body if kind == b"IDAT" else b""
@@ -1049,17 +1052,19 @@ def text(data_dir, seed, *, name="text", characters=False, max_len=4096, min_cou
     for split in ("train", "test"):
         for label, folder in enumerate(("neg", "pos")):
             files = sorted((root / split / folder).glob("*.txt"))
-            texts += [
+            found = [
                 read_text(path) for path in tqdm(files, desc=f"{split}/{folder}", disable=None)
             ]
+            if not all(found) or not files:
+                first = files[found.index("")] if files else root / split / folder
+                raise ValueError(f"{first}: empty, expected .txt files with reviews")
+            texts += found
             labels += [label] * len(files)
-            if not files:
-                raise ValueError(f"{root / split / folder}: no .txt files, expected reviews")
         counts.append(len(labels))
     order = np.random.RandomState([seed, 5]).permutation(counts[0])  # as in hold_out
     train = [texts[i] for i in order[: counts[0] - counts[0] // 10]]
     symbols = vocabulary(train, max_len, min_count) if characters else None
-    tokens, lengths = encode(texts, symbols, max_len, root)
+    tokens, lengths = encode(texts, symbols, max_len)
     splits = hold_out(tokens, np.array(labels), lengths, counts[1] - counts[0], seed)
     return Data(name, *splits, len(symbols) if characters else 256, 2, symbols=symbols)
 
@@ -1082,11 +1087,13 @@ def retrieval(
         for number, (label, _, _, *pair) in read_table(path, 5):
             if label not in ("0", "1", "0.0", "1.0"):
                 raise ValueError(f"{path}:{number}: label {label!r}, expected 0.0 or 1.0")
+            if not all(pair):
+                raise ValueError(f"{path}:{number}: an empty document, expected two texts")
             labels.append(int(label[0]))
             texts += [document[:max_len] for document in pair]
         if characters and not splits:
             symbols = vocabulary(texts, max_len, min_count)
-        tokens, lengths = encode(texts, symbols, max_len, path)
+        tokens, lengths = encode(texts, symbols, max_len)
         tokens, lengths = tokens.reshape(len(labels), 2, -1), lengths.reshape(-1, 2)
         splits.append(Split(tokens, np.array(labels, np.int64), lengths))
     return Data(name, *splits, len(symbols) if characters else 256, 2, symbols=symbols)
@@ -1101,7 +1108,7 @@ def vocabulary(texts, max_len, min_count):
     return ("<unk>", *known[:254])
 
 
-def encode(texts, symbols, max_len, path):
+def encode(texts, symbols, max_len):
     """Tokens (n, L) uint8 and lengths (n,): bytes, or indices into symbols."""
     index = np.zeros(0x110000, np.uint8)
     if symbols is not None:
@@ -1112,8 +1119,6 @@ def encode(texts, symbols, max_len, path):
             rows.append(np.frombuffer(document[:max_len].encode()[:max_len], np.uint8))
         else:
             rows.append(index[np.frombuffer(document[:max_len].encode("utf-32-le"), np.uint32)])
-        if not len(rows[-1]):
-            raise ValueError(f"{path}: text {len(rows)} is empty, expected characters")
     return pad(rows)
 
 
@@ -1263,6 +1268,8 @@ def unpack(archive, data_dir):
                 ):
                     raise ValueError(f"{member.name!r} is no file or folder inside the archive")
                 tar.extract(member, part, filter="data")
+            while tar.fileobj.read(2**20):
+                pass  # to the end, where a compressed file holds its checksum
         part.mkdir(parents=True, exist_ok=True)
         part.rename(target)
     except (tarfile.TarError, ValueError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:

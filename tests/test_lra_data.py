@@ -155,11 +155,123 @@ def test_listops_gives_up_when_too_few_trees_fit(tmp_path):
         ("lattice", dict(distances=(1, 8))),
         ("lattice", dict(n_train=0)),
         ("lattice", dict(sweeps=-1)),
+        ("pathfinder32", dict(size=33)),
+        ("pathfinder32", dict(contour=7)),
+        ("pathfinder32", dict(n=9)),
+        ("speech", dict(rate=44_100)),
     ],
 )
 def test_bad_options_are_refused_with_their_numbers(task, options, tmp_path):
     with pytest.raises(ValueError, match=r"expected .*"):
         lra_data.load(task, tmp_path, **options)
+
+
+# --------------------------------------------------------------------------------------- pathfinder
+
+
+def blobs(mask):
+    """Sizes of the 8-connected blobs of a picture, by flood fill."""
+    left, sizes = set(map(tuple, np.argwhere(mask))), []
+    while left:
+        edge, size = [left.pop()], 1
+        while edge:
+            y, x = edge.pop()
+            around = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
+            left -= around
+            size += len(around)
+            edge += around
+        sizes.append(size)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("size", "n", "zeros", "mean"),
+    [(32, 300, 0.66, 20), (64, 24, 0.74, 13), (128, 20, 0.86, 8), (256, 40, 0.96, 3)],
+)
+def test_pathfinder_looks_like_the_original(size, n, zeros, mean):
+    """Share of empty pixels and mean of the published generator, measured, within 10 %."""
+    pictures, labels, markers = lra_data.draw_pictures(np.random.RandomState(0), size, 14, n)
+    assert pictures.shape == (n, size, size) and pictures.dtype == np.uint8
+    assert abs((pictures == 0).mean() / zeros - 1) < 0.1
+    assert abs(pictures.mean() / mean - 1) < 0.1
+    assert (pictures.max((1, 2)) == 255).all()
+    assert abs(labels.mean() - 0.5) < 2 / n**0.5
+    at_marker = pictures[np.arange(n)[:, None], markers[..., 0], markers[..., 1]]
+    assert at_marker.min() > 160, "no disk where the marker should be"
+
+
+def test_pathfinder_segments_and_markers_are_counted():
+    """128 pixels without distractors: 2 disks, brighter than all else, and 2 snakes of 14 bars."""
+    brush = lra_data.make_brush(128, 3)
+    rng = np.random.RandomState(0)
+    for _, at, way in lra_data.snake_pairs(rng, brush, 14, 8):
+        pictures, _, markers = lra_data.paint(rng, brush, 14, at, way)
+        for picture, marker in zip(pictures, markers, strict=True):
+            disks = blobs(picture > 240)
+            if np.abs(marker[0] - marker[1]).max() > 10:
+                assert len(disks) == 2 and min(disks) > 20
+            parts = len(blobs(picture > 80))
+            assert 22 <= parts <= 28, "28 bars; a disk covers one, and the two snakes may meet"
+
+
+def test_pathfinder_label_says_whose_ends_are_marked():
+    """The label against the geometry, and the geometry: steps of one bar and one gap."""
+    brush = lra_data.make_brush(64, 1)
+    rng = np.random.RandomState(0)
+    for _, at, way in lra_data.snake_pairs(rng, brush, 6, 64):
+        _, labels, markers = lra_data.paint(rng, brush, 6, at, way)
+        places = np.stack(np.divmod(at, brush.side), -1) - brush.rim  # (n, 12, 2)
+        for place, label, (first, last) in zip(places, labels, markers, strict=True):
+            start = [s for s in (0, 1) if (place[s] == first).all()]
+            end = [s for s in (0, 1) if (place[10 + s] == last).all()]
+            assert len(start) == len(end) == 1
+            assert label == (start == end)
+        steps = np.linalg.norm(np.diff(places[:, 2:].reshape(-1, 5, 2, 2), axis=1), axis=-1)
+        assert 4 < steps.min() and steps.max() < 11, "bars of 5 pixels and gaps of about 2"
+        assert places.min() >= 1 and places.max() <= 62
+
+
+def test_pathfinder_markers_alone_say_nothing():
+    """Least squares on the positions, distances and squares of the two markers: chance."""
+    n = 1200
+    _, labels, markers = lra_data.draw_pictures(np.random.RandomState(2), 32, 14, n)
+    places = markers.reshape(n, 4) / 32 - 0.5
+    apart = np.linalg.norm(places[:, :2] - places[:, 2:], axis=1)
+    features = np.stack([*places.T, *places.T**2, apart, apart**2, np.ones(n)], 1)
+    half = n // 2
+    weights = np.linalg.lstsq(features[:half], labels[:half] * 2.0 - 1, rcond=None)[0]
+    score = ((features[half:] @ weights > 0) == labels[half:]).mean()
+    assert abs(score - 0.5) < 0.06, score
+
+
+def test_pathfinder_goes_on_after_a_kill(tmp_path, monkeypatch):
+    whole = lra_data.load("pathfinder32-easy", tmp_path / "a", n=1100, processes=1)
+    draw, calls = lra_data.pathfinder_shard, []
+
+    def killed(job):
+        calls.append(job)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        draw(job)
+
+    monkeypatch.setattr(lra_data, "pathfinder_shard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        lra_data.load("pathfinder32-easy", tmp_path / "b", n=1100, processes=1)
+    assert not list(tmp_path.glob("b/*/images.npy"))
+    again = lra_data.load("pathfinder32-easy", tmp_path / "b", n=1100, processes=1)
+    assert len(calls) == 4, "the finished shard is drawn again, or another is not"
+    assert lra_data.checksum(again) == lra_data.checksum(whole)
+    names = sorted(path.name for path in tmp_path.glob("b/*/*"))
+    assert names == ["images.npy", "labels.npy"]
+    assert [len(split) for split in (whole.train, whole.val, whole.test)] == [880, 110, 110]
+
+
+@pytest.mark.dist
+def test_pathfinder_is_the_same_with_any_number_of_processes(tmp_path):
+    options = dict(n=600, seed=5)
+    one = lra_data.load("pathfinder32-easy", tmp_path / "1", processes=1, **options)
+    two = lra_data.load("pathfinder32-easy", tmp_path / "2", processes=2, **options)
+    assert lra_data.checksum(one) == lra_data.checksum(two)
 
 
 # ---------------------------------------------------------------------------------- load and cache
@@ -179,6 +291,18 @@ def test_same_seed_same_bytes(task, tmp_path):
     first = lra_data.checksum(lra_data.load(task, tmp_path / "a", seed=3, **TINY))
     assert first == lra_data.checksum(lra_data.load(task, tmp_path / "b", seed=3, **TINY))
     assert first != lra_data.checksum(lra_data.load(task, tmp_path / "c", seed=4, **TINY))
+
+
+@pytest.mark.parametrize(
+    ("task", "sha256"),
+    [
+        ("lattice", "213d12bd9941e504b05cafd781b3cb6e45e229609a668b14ddb8dcff96110155"),
+        ("listops-tiny", "c05863506976f269f0f94ab5c2746c34a94a43d6a5a0ef51e990ce357ef6955d"),
+    ],
+)
+def test_the_bytes_never_change(task, sha256, tmp_path):
+    """Frozen: results of different days and machines are about the same examples."""
+    assert lra_data.checksum(lra_data.load(task, tmp_path, **TINY)) == sha256
 
 
 def test_the_cache_gives_back_what_was_made(tmp_path):
