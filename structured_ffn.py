@@ -1,7 +1,7 @@
 """Structured feed-forward layers: two small batched products in place of one large matrix.
 
-"Building on Efficient Foundations: Effective Training of LLMs with Structured Feedforward Layers"
-(Wei, Moalla, Pascanu, Gulcehre, NeurIPS 2024, arXiv:2406.16450).
+Structured feedforward layers for language models and self-guided training: Wei, Moalla, Pascanu,
+Gulcehre, NeurIPS 2024, arXiv:2406.16450.
 
 Cut W (d_out, d_in) into a grid of n_out x n_in blocks, each with its own product of rank c:
 
@@ -195,7 +195,7 @@ class Grid(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Every block of U and of V gets singular values 1 (section 4.1, orthonormal)."""
+        """Every block of U and of V gets singular values 1 (table 4, orthonormal)."""
         for block in (*self.V, *self.U):
             nn.init.orthogonal_(block)
 
@@ -318,7 +318,7 @@ def _watch_optimizers():
 
 
 class LowRank(Grid):
-    """W = U V of rank R; starts as the truncation of a Gaussian matrix (section 4.1, spectral)."""
+    """W = U V of rank R; starts as the truncation of a Gaussian matrix (spectral start)."""
 
     def __init__(self, d_in, d_out, R, bias=True, std=0.02):
         self.std = std
@@ -761,18 +761,18 @@ def demo(steps=1500, target=0.5):
     return ok
 
 
-def seconds(calls, rounds=5, least=2e-4):
+def seconds(calls, rounds=5, least=2e-4, clock=time.perf_counter):
     """Seconds a call: calls take turns, a turn lasts at least `least`, the fastest turn counts."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     best, repeats = [math.inf] * len(calls), [1] * len(calls)
     for _ in range(rounds):
         for i, call in enumerate(calls):
             wait()
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeats[i]):
                 call()
             wait()
-            best[i] = min(best[i], (time.perf_counter() - start) / repeats[i])
+            best[i] = min(best[i], (clock() - start) / repeats[i])
             repeats[i] = max(repeats[i], min(1000, math.ceil(least / best[i])))
     return best
 

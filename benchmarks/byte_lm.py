@@ -109,7 +109,7 @@ def train(config, data, seed, steps, lr, batch=16, L=64, guide=None, warmup=0.05
 
 def provenance():
     """What a result was measured with; the command without the options that only resume."""
-    resume = [i for i, a in enumerate(sys.argv) if a in ("--max-runs", "--out")]
+    resume = [i for i, a in enumerate(sys.argv) if a in ("--max-runs", "--out", "--budget")]
     kept = [a for i, a in enumerate(sys.argv[1:], 1) if i not in resume and i - 1 not in resume]
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")

@@ -368,7 +368,7 @@ def test_published_exact():
     ids=["m", "l"],
 )
 def test_published_wide(config, params, train, tokens):
-    """Wide and structured (table 2): weights, and the dense model's FLOPs over more tokens."""
+    """Wide and structured: weights, and the dense model's FLOPs over more tokens."""
     counts = count(config)
     assert counts["params"] / 1e6 == pytest.approx(params, abs=0.05)
     assert counts["flops"] * tokens == pytest.approx(train, rel=0.01)
@@ -376,7 +376,7 @@ def test_published_wide(config, params, train, tokens):
 
 @pytest.mark.parametrize("size", "s m l xl".split())
 def test_published_guided_fractions(size):
-    """The fraction that spends the dense model's FLOPs, 32 % layers (table 3's runs)."""
+    """The fraction that spends the dense model's FLOPs, 32 % layers."""
     dense, _ = PUBLISHED[size]
     D = dense.d_model
     low = guided_fraction(replace(dense, linear=partial(LowRank, R=D // 4)), dense)

@@ -1,0 +1,193 @@
+"""Latency of dense, structured and merged FFNs over tokens and widths, and one layer's efficiency.
+
+    python benchmarks/ffn_latency.py                all missing cells, then tables and plot (5 min)
+    python benchmarks/ffn_latency.py --budget 45    stop after about 45 s, resumable
+
+One thread, process CPU time, the forms take turns, the fastest round counts.  FFN: two matrices
+(d_model, 4 d_model) with GELU, 31 % of the weights, nothing recorded.  "merged" is LowRank after
+merge() with a threshold above the number of tokens: the dense product plus the dispatch.
+Efficiency = share of the FLOPs / share of the time.  Writes results/ffn_latency.json by cell.
+"""
+
+import argparse
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from byte_lm import ROOT, load, provenance, save
+from torch import nn
+
+sys.path.insert(0, str(ROOT))
+from structured_ffn import KINDS, Grid, StructuredFFN, ffn_weights, match, seconds
+
+WIDTHS, TOKENS = (256, 512, 1024, 2048), (1, 4, 16, 64, 256, 1024, 4096)
+LAYER = [("forward", 1), ("forward", 2048), ("forward + backward", 1024)]
+
+
+def random_(module):
+    """Fill quickly: the spectral start of LowRank costs an SVD and does not change the time."""
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.02)
+    return module.eval()
+
+
+def build(linear, d_model):
+    with torch.device("meta"):
+        ffn = StructuredFFN(d_model, 4 * d_model, linear)
+    return random_(ffn.to_empty(device="cpu"))
+
+
+def latency(width, tokens):
+    """Returns {form: milliseconds a call} of one FFN."""
+    forms = {
+        kind: build(match(width, 4 * width, kind, 0.3125), width) for kind in ("dense", *KINDS)
+    }
+    forms["merged"] = build(match(width, 4 * width, "lowrank", 0.3125), width)
+    for layer in (forms["merged"].fc1, forms["merged"].fc2):
+        layer.merge(threshold=10**9)
+    x = torch.randn(tokens, width)
+    heavy = width * width * tokens > 2**30
+    with torch.no_grad():
+        calls = [partial(ffn, x) for ffn in forms.values()]
+        times = seconds(calls, 2 if heavy else 7, 2e-3, time.process_time)
+    return {form: 1e3 * t for form, t in zip(forms, times, strict=True)}
+
+
+def thresholds(width):
+    """Returns {kind: [tokens for fc1, tokens for fc2]} that merge() measures."""
+    found = {}
+    for kind in KINDS:
+        ffn = build(match(width, 4 * width, kind, 0.3125), width)
+        found[kind] = [layer.merge() for layer in ffn.modules() if isinstance(layer, Grid)]
+    return found
+
+
+def efficiency(what, tokens, rounds, d_in=1024, d_out=4096):
+    """Returns {form: {"ms", "share" of the FLOPs, "efficiency"}} of one layer, 63 % and 31 %."""
+    layers = {"dense": nn.Linear(d_in, d_out)}
+    for ratio in (0.625, 0.3125):
+        for kind in KINDS:
+            with torch.device("meta"):
+                layer = match(d_in, d_out, kind, ratio)(d_in, d_out)
+            layers[f"{kind} {ratio:.0%}"] = random_(layer.to_empty(device="cpu"))
+    recorded = what != "forward"
+    x = torch.randn(tokens, d_in, requires_grad=recorded)
+    g = torch.randn(tokens, d_out)
+
+    def backward(layer):
+        torch.autograd.grad(layer(x), [x, *layer.parameters()], g)
+
+    calls = [partial(backward, l) if recorded else partial(l, x) for l in layers.values()]
+    with torch.set_grad_enabled(recorded):
+        times = seconds(calls, rounds, 2e-3, time.process_time)
+    result = {}
+    for (name, layer), t in zip(layers.items(), times, strict=True):
+        share = sum(p.numel() for p in layer.parameters() if p.dim() > 1) / (d_in * d_out)
+        result[name] = {"ms": 1e3 * t, "share": share, "efficiency": share * times[0] / t}
+    return result
+
+
+def better(old, new):
+    """Cells are measured several times; of each form the fastest counts."""
+    if old is None:
+        return new
+    merged = {n: min(old[n], new[n], key=lambda v: v["ms"]) for n in new}
+    for v in merged.values():
+        v["efficiency"] = v["share"] * merged["dense"]["ms"] / v["ms"]
+    return merged
+
+
+def cells(result, repeats):
+    """Yields (section, key, function) of what is missing, cheap ones first."""
+    for what, tokens in LAYER:
+        key, done = f"{what}, {tokens}", result["layer"].get(f"{what}, {tokens}", {})
+        for _ in range(done.get("repeats", 0), repeats):
+            yield "layer", key, partial(efficiency, what, tokens, 5)
+    for width in WIDTHS:
+        if str(width) not in result["thresholds"]:
+            yield "thresholds", str(width), partial(thresholds, width)
+    for width, tokens in sorted(
+        ((w, t) for w in WIDTHS for t in TOKENS), key=lambda c: c[0] ** 2 * c[1]
+    ):
+        if f"{width}, {tokens}" not in result["ffn"]:
+            yield "ffn", f"{width}, {tokens}", partial(latency, width, tokens)
+
+
+def tables(result):
+    lines = ["| one layer 1024 -> 4096 | FLOPs | " + " | ".join(result["layer"]) + " |"]
+    lines.append("|---" * (2 + len(result["layer"])) + "|")
+    first = next(iter(result["layer"].values()))["forms"]
+    for name in first:
+        row = [cell["forms"][name] for cell in result["layer"].values()]
+        text = " | ".join(f"{r['ms']:.2f} ms, {r['efficiency']:.2f}" for r in row)
+        lines.append(f"| {name} | {row[0]['share']:.3f} | {text} |")
+    lines += ["", "| FFN width | tokens | dense ms | " + " | ".join(KINDS) + " | merged |"]
+    lines.append("|---" * (4 + len(KINDS)) + "|")
+    for width in WIDTHS:
+        for tokens in TOKENS:
+            cell = result["ffn"].get(f"{width}, {tokens}")
+            if cell:
+                speed = [f"{cell['dense'] / cell[form]:.2f}x" for form in (*KINDS, "merged")]
+                lines.append(f"| {width} | {tokens} | {cell['dense']:.3f} | {' | '.join(speed)} |")
+    lines += ["", "| width | merged form serves up to (tokens: fc1, fc2) |", "|---|---|"]
+    for width, found in result["thresholds"].items():
+        text = "; ".join(f"{kind} {a}, {b}" for kind, (a, b) in found.items())
+        lines.append(f"| {width} | {text} |")
+    return lines
+
+
+def plot(result, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, len(WIDTHS), figsize=(13, 3.4), sharey=True)
+    for ax, width in zip(axes, WIDTHS, strict=True):
+        for form in (*KINDS, "merged"):
+            done = [t for t in TOKENS if f"{width}, {t}" in result["ffn"]]
+            rows = [result["ffn"][f"{width}, {t}"] for t in done]
+            ax.semilogx(done, [r["dense"] / r[form] for r in rows], "o-", ms=3, label=form)
+        share = ffn_weights(match(width, 4 * width, "lowrank", 0.3125), width, 4 * width)
+        ax.axhline(8 * width**2 / share, color="grey", ls=":", lw=1)
+        ax.axhline(1, color="black", lw=0.8)
+        ax.set_title(f"width {width}", fontsize=10)
+        ax.set_xlabel("tokens")
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("speed / dense FFN")
+    axes[0].legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Latency of dense, structured and merged FFNs.")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which to stop")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="measurements of the layer table (3)"
+    )
+    out = ROOT / "results" / "ffn_latency.json"
+    parser.add_argument("--out", type=Path, default=out, help="result file")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    result = {"layer": {}, "thresholds": {}, "ffn": {}} | load(args.out)
+    result.pop("runs", None)
+    start = time.perf_counter()
+    for section, key, measure in list(cells(result, args.repeats)):
+        if time.perf_counter() - start > args.budget:
+            break
+        found = measure()
+        if section == "layer":
+            old = result["layer"].get(key, {"repeats": 0, "forms": None})
+            found = {"repeats": old["repeats"] + 1, "forms": better(old["forms"], found)}
+        result[section][key] = found
+        result |= provenance()
+        save(args.out, result)
+    print("\n".join(tables(result)))
+    plot(result, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
