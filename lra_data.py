@@ -21,6 +21,8 @@ import shutil
 import struct
 import sys
 import tarfile
+import tempfile
+import time
 import urllib.request
 import wave
 import zipfile
@@ -1519,6 +1521,53 @@ def write_png(path, picture):
     path.write_bytes(content)
 
 
+def self_check():
+    """(name, error, limit): fast == slow, made ~ published statistics, written == read."""
+    rng = np.random.RandomState(0)
+    levels, length = grow_trees(rng, 512, 10, 10, 100, 500)
+    trees = np.split(lay_out(levels, length), np.cumsum(length)[:-1])
+    wrong = [listops_value(t) != v for t, v in zip(trees, evaluate_trees(levels), strict=True)]
+    states = np.array(list(np.ndindex(*[2] * 9))).reshape(-1, 3, 3) * 2 - 1
+    bonds = sum((states * np.roll(states, 1, axis)).sum((1, 2)) for axis in (1, 2))
+    exact = np.average(bonds, weights=np.exp(0.2 * bonds)) / 18
+    spins = gibbs(rng, 20_000, 3, 1, 0.2, 30).reshape(-1, 3, 3)
+    sampled = sum((spins * np.roll(spins, 1, axis)).mean() for axis in (1, 2)) / 2
+    pictures, labels, _ = draw_pictures(rng, 32, 14, 300)
+    with tempfile.TemporaryDirectory() as folder:
+        write_png(Path(folder) / "picture.png", pictures[0][..., None])
+        again = unfilter(read_png(Path(folder) / "picture.png", 32)[None])[0]
+        made, read = (load("listops-tiny", folder, n_train=500) for _ in range(2))
+    return [
+        ("ListOps: values by level == by stack, share", float(np.mean(wrong)), 0.0),
+        ("lattice: 3 x 3 torus, sampled == enumerated", abs(sampled / exact - 1), 0.03),
+        ("pathfinder32: empty pixels / .66 - 1", abs((pictures == 0).mean() / 0.66 - 1), 0.1),
+        ("pathfinder32: mean pixel / 20 - 1", abs(pictures.mean() / 20 - 1), 0.1),
+        ("pathfinder32: share of label 1 - 1/2", abs(labels.mean() - 0.5), 0.1),
+        ("png: written == read", float((again != pictures[0]).any()), 0.0),
+        ("cache: made == read", float(checksum(made) != checksum(read)), 0.0),
+    ]
+
+
+def print_table(rows):
+    """Print (name, error, limit) rows; True when every error is within its limit."""
+    print(f"lra_data.py  numpy {np.__version__}  seed 0\n{'check':46}{'error':>10}{'limit':>10}")
+    for name, error, limit in rows:
+        print(f"  {name:44}{error:10.1e}{limit:10.0e}   {'ok' if error <= limit else 'FAIL'}")
+    return all(error <= limit for _, error, limit in rows)
+
+
+def timing():
+    """What a picture and a tree cost, CPU time: one core, whatever else runs."""
+    for size, n in ((32, 500), (64, 40), (128, 20), (256, 200)):
+        start = time.process_time()
+        draw_pictures(np.random.RandomState(0), size, 14, n)
+        each = 1e3 * (time.process_time() - start) / n
+        print(f"  pathfinder{size:<4} {each:8.1f} ms CPU a picture")
+    start = time.process_time()
+    listops_trees(0, 4000, 10, 10, 500, 2000)
+    print(f"  listops        {1e3 * (time.process_time() - start) / 4000:8.2f} ms CPU a tree")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("task", nargs="?", help="load or generate this task and print its summary")
@@ -1531,10 +1580,16 @@ def main():
     parser.add_argument("--n", type=int, help="pictures of a pathfinder task (default: 200000)")
     parser.add_argument("--download", action="store_true", help="fetch the published archive first")
     parser.add_argument("--show", action="store_true", help="write a picture or print examples")
+    parser.add_argument("--check", action="store_true", help="print the check table and stop")
     args = parser.parse_args()
-    if args.list or not args.task:
+    if args.list:
         print(listing(args.data_dir))
         return 0
+    if args.check or not args.task:
+        ok = print_table(self_check())
+        if not args.check:
+            timing()
+        return 0 if ok else 1
     options = {key: getattr(args, key) for key in ("source", "n") if getattr(args, key) is not None}
     try:
         remote = TASKS[args.task].origin if args.task in TASKS else MADE

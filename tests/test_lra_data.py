@@ -231,6 +231,22 @@ def test_pathfinder_label_says_whose_ends_are_marked():
         assert places.min() >= 1 and places.max() <= 62
 
 
+def test_pathfinder_segments_keep_clear_of_older_ones():
+    """A new segment and the older ones nowhere fill a pixel 1.8 times; the last two are exempt."""
+    brush = lra_data.make_brush(64, 1)
+    offsets, values = brush.mask
+    rng = np.random.RandomState(0)
+    tightest = 0
+    for _, at, way in lra_data.snake_pairs(rng, brush, 9, 32):
+        for place, turn in zip(at, way, strict=True):
+            shapes = np.zeros((18, brush.side**2), int)
+            for shape, p, t in zip(shapes, place, turn, strict=True):
+                shape[p + offsets[t]] = values[t]
+            both = [(shapes[i] + shapes[: i - 2].max(0)).max() for i in range(3, 18)]
+            tightest = max(tightest, *both)
+    assert 400 < tightest < 1.8 * 255
+
+
 def test_pathfinder_markers_alone_say_nothing():
     """Least squares on the positions, distances and squares of the two markers: chance."""
     n = 1200
@@ -334,3 +350,43 @@ def test_command_line_prints_the_summary(tmp_path):
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "examples, length 64 .. 64 .. 64" in out
     assert lra_data.checksum(lra_data.load("lattice", tmp_path)) in out
+
+
+def test_self_check_holds_and_can_fail(monkeypatch, capsys):
+    assert lra_data.print_table(lra_data.self_check())
+    monkeypatch.setattr(lra_data, "evaluate_trees", lambda levels: levels[0][0] * 0)
+    monkeypatch.setattr(lra_data, "unfilter", lambda lines: lines[:, :, 1:] // 2)
+    assert not lra_data.print_table(lra_data.self_check())
+    assert capsys.readouterr().out.count("FAIL") == 2
+
+
+def test_command_line_says_what_is_wrong(tmp_path):
+    command = [sys.executable, str(ROOT / "lra_data.py"), "image", "--data-dir", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"lra_data.py: {tmp_path}: expected one of cifar-10-batches-bin/")
+
+
+@pytest.mark.parametrize("task", ["lattice", "listops-tiny", "pathfinder32"])
+def test_show_writes_a_picture_or_examples(task, tmp_path):
+    options = dict(n=40, processes=1) if task == "pathfinder32" else TINY
+    said = lra_data.show(lra_data.load(task, tmp_path, **options), tmp_path)
+    if task == "listops-tiny":
+        assert said.count("label") == 3
+        for line in said.splitlines():
+            assert value_of_text(line.split(": ")[1]) == int(line.split()[1][:-1])
+    else:
+        side = {"lattice": 8, "pathfinder32": 32}[task]
+        head = (tmp_path / f"{task}.png").read_bytes()[:24]
+        assert head[:8] == b"\x89PNG\r\n\x1a\n"
+        assert (head[16:20], head[20:24]) == tuple(
+            n.to_bytes(4, "big") for n in (8 * side, 4 * side)
+        )
+
+
+def test_the_list_names_every_task_and_what_is_on_disk(tmp_path):
+    lra_data.load("listops-tiny", tmp_path, **TINY)
+    lines = {line.split()[0]: line for line in lra_data.listing(tmp_path).splitlines()}
+    assert set(lines) == set(lra_data.TASKS)
+    assert "  0.1 MB  generated" in lines["listops-tiny"] and "  0.0 MB" in lines["listops"]
+    assert "https://" in lines["text"]
