@@ -36,40 +36,49 @@ import math
 import os
 import pickle
 import platform
+import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 import lra_data
 from attention import Transformer, TransformerConfig
-from s4 import S4Config, S4Model
+from s4 import S4Config, S4Model, s4_mixer, s4d_mixer
+from sgconv import PUBLISHED, SGConvConfig, SGConvModel
+from structured_ffn import ffn_factory
 
 # ---------------------------------------------------------------------------------- settings
 
-# Masking ratio and denoising loss by task (2310.02980v4, sections 2 and C.3; `lattice` is ours).
-# "ce": cross entropy over the symbols or the 256 grey levels; "l1": |error| of the real value.
+# Masking ratio and denoising loss of the tasks whose names begin so (2310.02980v4, sections 2 and
+# C.3; `lattice` is ours). "ce": cross entropy over the symbols or grey levels; "l1": |error|.
 DENOISING = {
     "lattice": (0.30, "ce"),
     "listops": (0.10, "ce"),
     "text": (0.15, "ce"),
     "retrieval": (0.15, "ce"),
-    "image": (0.50, "l1"),
-    "cifar": (0.50, "l1"),
-    "pathfinder": (0.50, "ce"),
+    "image-real": (0.50, "l1"),
+    "image": (0.50, "ce"),  # differs from the paper: symbols, as LRA embeds them
+    "scifar": (0.50, "l1"),
+    "path": (0.50, "ce"),
     "speech": (0.25, "l1"),
 }
+FFNS = ("dense", "lowrank", "blockdense", "blockshuffle")
 STAGES = ("pretrain", "finetune")
+VALIDATION_SEED = 2310_02980  # of the masks of validation and test
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}  # weights
 
 
@@ -84,7 +93,7 @@ class Config:
     """One run: pretraining (unless objective "none") and fine-tuning. ValueError on nonsense."""
 
     task: str = flag("lattice", "a task of lra_data.py")
-    model: str = flag("transformer", "architecture", "transformer", "s4")
+    model: str = flag("transformer", "architecture", "transformer", "s4", "s4d", "sgconv")
     objective: str = flag("masked", "of pretraining", "masked", "causal", "none")
     seed: int = flag(0, "of weights, order, masks, dropout (the data have their own)")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
@@ -94,7 +103,8 @@ class Config:
     finetune_steps: int = flag(300, "optimiser steps of fine-tuning")
     pretrain_lr: float = flag(3e-3, "highest learning rate of pretraining")
     finetune_lr: float = flag(1e-3, "highest learning rate of fine-tuning")
-    batch_size: int = flag(64, "sequences a step")
+    batch_size: int = flag(64, "sequences a step, of all processes together")
+    accumulate: int = flag(1, "parts of a step's batch, one after the other (saves memory)")
     warmup: float = flag(0.1, "share of a stage's steps in which the rate rises")
     weight_decay: float = flag(0.01, "AdamW decay of the matrices")
     clip: float = flag(1.0, "largest norm of the gradient")
@@ -104,7 +114,9 @@ class Config:
     n_layers: int = flag(2, "blocks")
     n_heads: int = flag(4, "attention heads")
     d_ff: int = flag(None, "hidden width of the FFN (default: 4 d_model)", kind=int)
-    d_state: int = flag(64, "state size of S4, real numbers a channel")
+    ffn: str = flag("dense", "FFN of all blocks but the first (transformer)", *FFNS)
+    d_state: int = flag(64, "state size of s4 and s4d, real numbers a channel")
+    kernel_dim: int = flag(None, "numbers a scale of sgconv (published, else 32)", kind=int)
     dropout: float = flag(0.0, "probability of dropping a unit")
     rope: bool = flag(False, "rotary positions instead of sinusoids (transformer)")
     causal: bool = flag(False, "left-to-right model (always so for --objective causal)")
@@ -112,6 +124,7 @@ class Config:
     labels: int = flag(None, "fine-tune on this many examples, nested subsets", kind=int)
     pretrained: str = flag(None, "fine-tune these weights (a pretrained.pt)", kind=str)
     eval_every: int = flag(500, "steps from validation to validation")
+    resume: bool = flag(False, "continue the run in the folder where it was stopped")
     precision: str = flag("float32", "arithmetic", "float32", "float64", "bfloat16")
 
     def __post_init__(self):
@@ -119,9 +132,10 @@ class Config:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value is not None and value not in choices:
                 raise ValueError(f"{f.name} {value!r}: expected one of {', '.join(choices)}")
-            if f.name.endswith(("steps", "size", "every", "lr", "clip")) and not value > 0:
+            if f.name.endswith(("steps", "size", "every", "late", "lr", "clip")) and not value > 0:
                 raise ValueError(f"{f.name} {value}: expected a positive number")
-        ratio, loss = DENOISING.get(self.task.split("-")[0], (0.15, "ce"))
+        known = [name for name in DENOISING if self.task.startswith(name)]
+        ratio, loss = DENOISING[known[0]] if known else (0.15, "ce")
         object.__setattr__(self, "mask_ratio", self.mask_ratio or ratio)
         object.__setattr__(self, "loss", self.loss or loss)
         object.__setattr__(self, "causal", self.causal or self.objective == "causal")
@@ -178,9 +192,8 @@ class Resident:
         raw = (raw.flatten(0, 1) if self.pairs else raw)[:, :L]
         if int(lengths.min()) == L:
             return raw, None  # no padding: attention can take its fastest way
-        return raw, torch.arange(L, device=raw.device) < torch.tensor(lengths[:, None]).to(
-            raw.device
-        )
+        lengths = torch.from_numpy(lengths).to(raw.device)
+        return raw, torch.arange(L, device=raw.device) < lengths[:, None]
 
 
 def draw(lengths, batch_size, seed, steps):
@@ -225,8 +238,7 @@ def next_token(raw, keep):
 
     raw: (B, L[, C]).  Returns where (B, L) bool: all but the last of a sequence; target like raw.
     """
-    real = torch.ones_like(raw[:, :, ...], dtype=torch.bool) if keep is None else keep
-    real = real if real.ndim == 2 else real[..., 0]
+    real = raw.new_ones(raw.shape[:2], dtype=torch.bool) if keep is None else keep  # (B, L)
     return F.pad(real[:, 1:], (0, 1)), torch.roll(raw, -1, dims=1)
 
 
@@ -270,16 +282,23 @@ def make_batch(resident, index, stage, config, generator):
 
 def build_model(config, data):
     """The body, which both stages share: embedding, positions, blocks, final norm."""
-    channels = None if data.mean is None else data.train.tokens.shape[2] + 1
-    shared = {
-        "vocab_size": data.vocab_size + 1 if channels is None else None,  # the last is the mask
-        "n_channels": channels,
-        **{name: getattr(config, name) for name in ("d_model", "n_layers", "causal", "dropout")},
-    }
-    if config.model == "s4":
-        return S4Model(S4Config(d_state=config.d_state, **shared))
+    tokens = data.train.tokens
+    shared = {name: getattr(config, name) for name in ("d_model", "n_layers", "causal", "dropout")}
+    if data.mean is None:
+        shared["vocab_size"] = data.vocab_size + 1  # the last one is the mask
+    else:
+        shared["n_channels"] = tokens.shape[2] + 1  # the last one is the flag
+    if config.model in ("s4", "s4d"):
+        mixer = s4_mixer if config.model == "s4" else s4d_mixer
+        return S4Model(S4Config(d_state=config.d_state, **shared), mixer)
+    if config.model == "sgconv":
+        shared["max_len"] = tokens.shape[1] if data.mean is not None else tokens.shape[-1]
+        kernel = next((PUBLISHED[n] for n in PUBLISHED if config.task.startswith(n)), {})
+        kernel = kernel | {"kernel_dim": config.kernel_dim or kernel.get("kernel_dim", 32)}
+        return SGConvModel(SGConvConfig(**kernel, **shared))
     own = {name: getattr(config, name) for name in ("n_heads", "d_ff", "rope")}
-    return Transformer(TransformerConfig(**own, **shared))
+    ffn = None if config.ffn == "dense" else ffn_factory(config.ffn)
+    return Transformer(TransformerConfig(**own, **shared), ffn=ffn)
 
 
 class PairHead(nn.Module):
@@ -352,19 +371,70 @@ def autocast(config):
     return torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
+def ranks():
+    """This process's number and how many there are: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def total(tensors):
+    """Sums each tensor over the processes, in place, in one message."""
+    if ranks()[1] > 1:
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat)
+        for t, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(piece.view_as(t))
+
+
+def part(batch, i, n):
+    """The i-th of n parts of a batch, by examples; None when it is empty."""
+    examples = len(batch.target)
+    low, high = examples * i // n, examples * (i + 1) // n
+    rows = len(batch.x) // examples  # 2 of a pair
+    cut = [None if t is None else t[low * rows : high * rows] for t in batch[:3]]
+    return Batch(*cut, batch.target[low:high]) if high > low else None
+
+
 @torch.no_grad()
 def evaluate(model, head, resident, stage, config):
     """Mean loss and accuracy over every example exactly once; masks fixed by their own seed."""
     model.eval()
-    by_length, loss, right, count = np.argsort(resident.longest(), kind="stable"), 0.0, 0, 0
-    for start in range(0, len(resident), config.batch_size):
-        index = by_length[start : start + config.batch_size]
-        batch = make_batch(resident, index, stage, config, seeded(config, 2310_02980, start))
-        with autocast(config):
-            sums = loss_sums(model, head, batch, config.pooling)
-        loss, right, count = loss + sums[0].item(), right + sums[1].item(), count + sums[2]
+    by_length, (rank, world) = np.argsort(resident.longest(), kind="stable"), ranks()
+    sums = torch.zeros(3, dtype=torch.float64, device=config.device)
+    for i, start in enumerate(range(0, len(resident), config.batch_size)):
+        if i % world == rank:
+            index = by_length[start : start + config.batch_size]
+            generator = seeded(config, VALIDATION_SEED, start)
+            batch = make_batch(resident, index, stage, config, generator)
+            with autocast(config):
+                loss, right, count = loss_sums(model, head, batch, config.pooling)
+            sums += torch.stack([loss.double(), right.double(), loss.new_tensor(count).double()])
+    total([sums])
     model.train()
+    loss, right, count = sums.tolist()
     return {"loss": loss / count, "accuracy": right / count}
+
+
+def gradients(model, head, batch, config):
+    """Of the mean loss over the batch of all processes.  Returns sum of losses, right, count.
+
+    Each process takes its own examples, in `accumulate` parts; the sums are those of one process.
+    """
+    (rank, world), n = ranks(), config.accumulate
+    count = len(batch.target) if batch.where is None else int(batch.where.sum())
+    sums = torch.zeros(2, device=config.device, dtype=torch.float64)
+    for i in range(rank * n, rank * n + n):
+        if (piece := part(batch, i, world * n)) is not None:
+            with autocast(config):
+                loss, right, _ = loss_sums(model, head, piece, config.pooling)
+            (loss / count).backward()
+            sums += torch.stack([loss.detach().double(), right.double()])
+    if world > 1:
+        parameters = [p for m in (model, head) for p in m.parameters()]
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        total([p.grad for p in parameters])
+        total([sums])
+    return (*sums, count)
 
 
 def fit(stage, model, head, train, val, config, run):
@@ -372,37 +442,53 @@ def fit(stage, model, head, train, val, config, run):
 
     Judged by validation loss in pretraining, by validation accuracy in fine-tuning.
     """
-    number, best = STAGES.index(stage), None
+    number = STAGES.index(stage)
     steps, peak = getattr(config, f"{stage}_steps"), getattr(config, f"{stage}_lr")
     groups = model.param_groups(peak, config.weight_decay)
     groups.append({"params": list(head.parameters()), "lr": peak, "weight_decay": 0.0})
     optimiser, peaks = torch.optim.AdamW(groups), [group["lr"] for group in groups]
     parameters = [p for group in groups for p in group["params"]]
     batches = draw(train.longest(), config.batch_size, config.seed, steps)
-    for step in run.bar(stage, steps):
+    parts = {"model": model, "head": head, "optimiser": optimiser}
+    first, best = run.restore(stage, parts)
+    for step in run.bar(stage, first, steps):
         generator = seeded(config, config.seed, number, step)
         batch = make_batch(train, batches[step], stage, config, generator)
-        with autocast(config):
-            loss, right, count = loss_sums(model, head, batch, config.pooling)
         optimiser.zero_grad()
-        (loss / count).backward()
+        loss, right, count = gradients(model, head, batch, config)
         nn.utils.clip_grad_norm_(parameters, config.clip)
         for group, lr in zip(optimiser.param_groups, peaks, strict=True):
             group["lr"] = lr * schedule(step, steps, config.warmup)
         optimiser.step()
         run.log(step, loss, right, count, batch.x)
         if (step + 1) % config.eval_every == 0 or step + 1 == steps:
+            run.look(step)
             score = evaluate(model, head, val, stage, config) | {"step": step + 1}
             merit = -score["loss"] if stage == "pretrain" else score["accuracy"]
             if best is None or merit > best["merit"]:
                 best = {"merit": merit, "score": score}
                 best |= copy.deepcopy({"model": model.state_dict(), "head": head.state_dict()})
-            state = {"stage": stage, "step": step + 1, "best": best, "model": model.state_dict()}
-            state |= {"head": head.state_dict(), "optimiser": optimiser.state_dict()}
-            run.save(score, state)
+            run.save(step, parts, best, score)
+        elif run.interrupted:
+            run.look(step)
+            run.save(step, parts, best)
     model.load_state_dict(best["model"])
     head.load_state_dict(best["head"])
     return best["score"]
+
+
+def load_data(config):
+    """The task; the first of several processes makes what is not cached, the others wait."""
+    rank, world = ranks()
+    if world == 1:
+        return lra_data.load(config.task, data_dir=config.data_dir)
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    if rank > 0:
+        dist.barrier(patient)
+    data = lra_data.load(config.task, data_dir=config.data_dir)
+    if rank == 0:
+        dist.barrier(patient)
+    return data
 
 
 def train(config, position=0):
@@ -411,7 +497,7 @@ def train(config, position=0):
     Raises ValueError on settings that do not fit the data or the model, FloatingPointError on a
     loss that is not finite (the last checkpoint stays).
     """
-    data = lra_data.load(config.task, data_dir=config.data_dir)
+    data = load_data(config)
     splits = [Resident(s, data, config.device) for s in (data.train, data.val, data.test)]
     labelled = splits[0] if config.labels is None else splits[0].subset(config.labels)
     seeded(config, config.seed)
@@ -428,8 +514,9 @@ def train(config, position=0):
             pair = [labelled, splits[1]]
             if stage == "pretrain":
                 pair = [s.documents() for s in splits[:2]]
-            run.result[stage] = fit(stage, model, head, *pair, config, run)
-            if stage == "pretrain":
+            if stage not in run.result:
+                run.result[stage] = fit(stage, model, head, *pair, config, run)
+            if stage == "pretrain" and run.state is None:
                 save(run.folder / "pretrained.pt", model.state_dict())
         run.result["test"] = evaluate(model, head, splits[2], "finetune", config)
     return run.result
@@ -439,67 +526,146 @@ def train(config, position=0):
 
 
 def save(path, state):
-    """torch.save, all of the file or nothing: a temporary name, flushed, renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    """torch.save, all of the file or nothing: a temporary name, flushed, read back, renamed.
+
+    The file that stood there stays as *.previous. Raises OSError (disk full), which loses nothing.
+    """
+    temporary = path.with_name(path.name + ".new")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        torch.load(temporary, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} not written ({error}); the one before is intact") from error
+    if path.exists():
+        os.replace(path, path.with_name(path.name + ".previous"))
     os.replace(temporary, path)
+
+
+def load(path):
+    """What `save` wrote.  ValueError names the file that is no such thing."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a file of weights: {reason}") from error
 
 
 def load_weights(model, path):
     """Weights of a pretrained.pt into the model.  ValueError says what does not fit."""
     try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} does not hold weights for this model: {error}") from error
+        model.load_state_dict(load(path))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not hold weights of this model: {error}") from error
 
 
 class Run:
-    """The folder of a run: config.json, metrics.jsonl, checkpoint.pt, result.json; and the bar."""
+    """The folder of a run and the bar: config.json, metrics.jsonl, checkpoint.pt, result.json.
+
+    Only the first of several processes writes. Ctrl-C is noted and obeyed after the step.
+    """
 
     LOG_EVERY = 10  # steps; the device is asked for numbers only this often
 
     def __init__(self, config, model, position):
-        self.config, self.position, self.result = config, position, {}
-        self.folder = Path(config.out)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.config, self.position, self.result, self.state = config, position, {}, None
+        self.folder, self.leader = Path(config.out), ranks()[0] == 0
         self.parameters = sum(p.numel() for p in model.parameters())
-        self.pending, self.tokens, self.all_tokens = [], 0, 0
+        self.pending, self.tokens, self.all_tokens, self.interrupted = [], 0, 0, False
 
     def __enter__(self):
-        (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n")
-        self.metrics = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")
-        self.started = self.clock = time.perf_counter()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        finished, unfinished = self.folder / "result.json", self.folder / "checkpoint.pt"
+        if self.leader:
+            self.lock = open(self.folder / "lock", "w")
+            claim(self.lock, self.folder)
+        if self.config.resume:
+            self.state = self.find()
+        elif unfinished.exists() and not finished.exists():
+            raise ValueError(f"{self.folder} holds an unfinished run: --resume, or another --out")
+        state = self.state or {"result": {}, "tokens": 0, "metrics": 0, "seconds": 0.0}
+        self.result, self.all_tokens = state["result"], state["tokens"]
+        if self.leader:
+            finished.unlink(missing_ok=True)
+            config = json.dumps(asdict(self.config), indent=1)
+            (self.folder / "config.json").write_text(config + "\n")
+            self.metrics = open(self.folder / "metrics.jsonl", "ab")
+            self.metrics.truncate(state["metrics"])
+        self.clock = time.perf_counter()
+        self.started = self.clock - state["seconds"]
+        if ranks()[1] == 1:  # several processes might stop at different steps
+            self.handler = signal.signal(signal.SIGINT, self.interrupt)
         return self
 
+    def interrupt(self, *_):
+        signal.signal(signal.SIGINT, self.handler)  # the second Ctrl-C is obeyed at once
+        self.interrupted = True
+
     def __exit__(self, failure, *_):
+        if ranks()[1] == 1:
+            signal.signal(signal.SIGINT, self.handler)
+        if not self.leader:
+            return
         self.metrics.close()
+        self.lock.close()
         if failure is None:
-            seconds = round(time.perf_counter() - self.started, 1)
-            self.result |= {"parameters": self.parameters, "seconds": seconds, **versions()}
-            self.result |= {"tokens": self.all_tokens, "config": asdict(self.config)}
-            temporary = self.folder / "result.json.tmp"
+            seconds = time.perf_counter() - self.started
+            speed = {"seconds": round(seconds, 1), "tokens_per_s": round(self.all_tokens / seconds)}
+            self.result |= {"parameters": self.parameters, "config": asdict(self.config)}
+            self.result |= {"speed": speed | {"peak_memory": peak_memory()}} | versions()
+            temporary = self.folder / "result.json.new"
             temporary.write_text(json.dumps(self.result, indent=1) + "\n")
             os.replace(temporary, self.folder / "result.json")
 
-    def bar(self, stage, steps):
+    def find(self):
+        """The newest checkpoint that can be read; None when there is none."""
+        for name in ("checkpoint.pt", "checkpoint.pt.previous"):
+            if (self.folder / name).exists():
+                try:
+                    state = load(self.folder / name)
+                    break
+                except ValueError as error:
+                    print(f"{error}: not used", file=sys.stderr)
+        else:
+            return None
+        free = {"out", "resume", "device", "data_dir", "accumulate"}
+        old, new = state["config"], asdict(self.config)
+        if differ := [k for k in new if k not in free and old.get(k) != new[k]]:
+            text = ", ".join(f"{k} {old.get(k)} -> {new[k]}" for k in differ)
+            raise ValueError(f"{self.folder} holds a run with other settings: {text}")
+        return state
+
+    def restore(self, stage, parts):
+        """Continue from the checkpoint if it is of this stage.  Returns first step, best so far."""
+        if self.state is None or self.state["stage"] != stage:
+            return 0, None
+        state, self.state = self.state, None
+        for name, holder in parts.items():
+            holder.load_state_dict(state[name])
+        return state["step"], state["best"]
+
+    def bar(self, stage, first, steps):
         """The steps of a stage as a bar (nothing is drawn when the output is no terminal)."""
         self.stage, name = stage, f"{self.folder.name} {stage}"
-        self._bar = tqdm(range(steps), name, disable=None, position=self.position, leave=False)
+        show = {"disable": None if self.leader else True, "position": self.position, "leave": False}
+        self._bar = tqdm(range(first, steps), name, initial=first, total=steps, **show)
         return self._bar
 
     def log(self, step, loss, right, count, x):
-        """Note a step; every LOG_EVERY steps look at the numbers, write a line, move the bar.
-
-        Raises FloatingPointError when a loss since the last look is not finite.
-        """
-        self.pending.append((loss.detach(), right, count))
+        """Note a step; look at the numbers every LOG_EVERY steps."""
+        self.pending.append((loss, right, count))
         self.tokens += x.shape[0] * x.shape[1]
-        if len(self.pending) < self.LOG_EVERY:
+        if (step + 1) % self.LOG_EVERY == 0:
+            self.look(step)
+
+    def look(self, step):
+        """Write a line, move the bar.  FloatingPointError when a loss is not finite."""
+        if not self.pending:
             return
-        rows = np.array([[float(v) for v in row] for row in self.pending])  # (LOG_EVERY, 3)
+        rows = np.array([[float(v) for v in row] for row in self.pending])  # (steps, 3)
         for i, (value, _, _) in enumerate(rows):
             if not math.isfinite(value):
                 raise FloatingPointError(
@@ -510,16 +676,52 @@ class Run:
         speed = round(self.tokens / (time.perf_counter() - self.clock))
         line = {"loss": loss / count, "accuracy": right / count, "tokens_per_s": speed}
         self._bar.set_postfix(line)
-        self.metrics.write(json.dumps({"stage": self.stage, "step": step + 1} | line) + "\n")
+        self.write({"stage": self.stage, "step": step + 1} | line)
         self.all_tokens += self.tokens
         self.pending, self.tokens, self.clock = [], 0, time.perf_counter()
 
-    def save(self, score, state):
-        """After a validation: its score into the metrics, the state of everything on disk."""
-        line = {"stage": self.stage} | {f"val_{k}": v for k, v in score.items()}
-        self.metrics.write(json.dumps(line) + "\n")
-        self.metrics.flush()
-        save(self.folder / "checkpoint.pt", state | {"result": self.result})
+    def write(self, line):
+        if self.leader:
+            self.metrics.write(json.dumps(line).encode() + b"\n")
+
+    def save(self, step, parts, best, score=None):
+        """The state of everything on disk; the score of a validation into the metrics."""
+        if score:
+            self.write({"stage": self.stage} | {f"val_{k}": v for k, v in score.items()})
+        if self.leader:
+            self.metrics.flush()
+            state = {name: holder.state_dict() for name, holder in parts.items()}
+            state |= {"stage": self.stage, "step": step + 1, "best": best, "result": self.result}
+            state |= {"metrics": self.metrics.tell(), "tokens": self.all_tokens}
+            state["seconds"] = time.perf_counter() - self.started
+            save(self.folder / "checkpoint.pt", state | {"config": asdict(self.config)})
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+
+def claim(file, folder):
+    """Locks an open file until it is closed.  ValueError when another process holds it."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows: no lock
+        pass
+    except OSError as error:
+        raise ValueError(f"{folder} is in use by another run") from error
+
+
+def peak_memory():
+    """Bytes: of the GPU when there is one, else of this process; None when it cannot be told."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used if sys.platform == "darwin" else 1024 * used
+    except ImportError:  # Windows
+        return None
 
 
 def versions():
@@ -536,12 +738,12 @@ def versions():
 
 # Strict protocol: every arm sees the same training examples and nothing else; a from-scratch arm
 # takes as many steps as its twin for both stages. Rates: `python benchmarks/demo.py --grid`.
-DEMO = Config(task="lattice", d_ff=128, d_state=16, eval_every=100)
+DEMO = Config(task="lattice", d_ff=128, d_state=16, batch_size=32, eval_every=200)
 ARMS = {
-    ("Transformer", "from scratch"): {"objective": "none", "finetune_steps": 2000},
-    ("Transformer", "pretrained"): {"pretrain_steps": 1800, "finetune_steps": 200},
-    ("S4", "from scratch"): {"model": "s4", "objective": "none", "finetune_steps": 1000},
-    ("S4", "pretrained"): {"model": "s4", "pretrain_steps": 800, "finetune_steps": 200},
+    ("Transformer", "from scratch"): {"objective": "none", "finetune_steps": 4400},
+    ("Transformer", "pretrained"): {"pretrain_steps": 3600, "finetune_steps": 800},
+    ("S4", "from scratch"): {"model": "s4", "objective": "none", "finetune_steps": 1600},
+    ("S4", "pretrained"): {"model": "s4", "pretrain_steps": 1200, "finetune_steps": 400},
 }
 
 
@@ -558,7 +760,8 @@ def demo(seed=0, out="runs/demo"):
     with ProcessPoolExecutor(workers, context, one_thread, (context.RLock(),)) as pool:
         for position, (arm, settings) in enumerate(ARMS.items()):
             folder = f"{out}/{'-'.join(arm).lower().replace(' ', '-')}"
-            config = replace(DEMO, seed=seed, out=folder, **settings)
+            begun = not Path(folder, "result.json").exists()  # a finished arm starts anew
+            config = replace(DEMO, seed=seed, out=folder, resume=begun, **settings)
             arms[arm] = pool.submit(train, config, position)
         arms = {arm: future.result() for arm, future in arms.items()}
     print(f"{'':28}{'parameters':>12}{'steps':>12}{'val %':>8}{'test %':>8}{'seconds':>9}")
@@ -570,7 +773,7 @@ def demo(seed=0, out="runs/demo"):
             steps = f"{config['pretrain_steps']} + {steps}"
         val = 100 * result["finetune"]["accuracy"]
         print(f"{', '.join(arm):28}{result['parameters']:12,}{steps:>12}", end="")
-        print(f"{val:8.1f}{test[arm]:8.1f}{result['seconds']:9.0f}")
+        print(f"{val:8.1f}{test[arm]:8.1f}{result['speed']['seconds']:9.0f}")
     gaps = [test["S4", way] - test["Transformer", way] for way in ("from scratch", "pretrained")]
     print(
         f"From scratch the Transformer is {gaps[0]:.1f} points below S4; "
@@ -579,7 +782,28 @@ def demo(seed=0, out="runs/demo"):
     return arms
 
 
-# ---------------------------------------------------------------------- check, command line
+# ------------------------------------------------------------------- processes, command line
+
+
+@contextmanager
+def processes(config):
+    """Joins the processes that torchrun started, if it did; -> the config with this one's device.
+
+    Data parallel: each process takes its share of every batch. A process that dies or stays
+    silent for a minute ends the others with an error.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        yield config
+        return
+    cuda = torch.device(config.device).type == "cuda"
+    if cuda:
+        config = replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(config.device)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=60))
+    try:
+        yield config
+    finally:
+        dist.destroy_process_group()
 
 
 def self_check(device="cpu"):
@@ -607,6 +831,15 @@ def self_check(device="cpu"):
     ]
 
 
+def report(config, result):
+    """The result of a run as lines of text."""
+    for stage in (*STAGES, "test"):
+        if stage in result:
+            print(f"{stage:10}" + "  ".join(f"{k} {v:.4g}" for k, v in result[stage].items()))
+    speed = "  ".join(f"{k} {v:,}" for k, v in result["speed"].items())
+    print(f"parameters {result['parameters']:,}  {speed}\n{config.out}/result.json")
+
+
 def parser():
     help = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=help)
@@ -623,24 +856,26 @@ def parser():
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = vars(parser().parse_args(argv))
-    print(f"pretrain.py  {'  '.join(f'{k} {v}' for k, v in versions().items())}")
     if args.pop("check"):
         rows = self_check(args["device"])
         for name, error, limit in rows:
             print(f"  {name:42}{error:9.2g}{limit:9}   {'ok' if error <= limit else 'FAILED'}")
         sys.exit(any(not error <= limit for _, error, limit in rows))
-    if not argv:
-        return demo()
     try:
+        if not argv:
+            return demo()
         config = Config(**args)
-        print("\n".join(f"  {name:16}{value}" for name, value in asdict(config).items()))
-        result = train(config)
-    except (ValueError, FloatingPointError) as error:
+        with processes(config) as config:
+            if leads := ranks()[0] == 0:
+                print("\n".join(f"{k:16}{v}" for k, v in (asdict(config) | versions()).items()))
+            result = train(config)
+            if leads:
+                report(config, result)
+    except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"pretrain.py: {error}")
-    for stage in (*STAGES, "test"):
-        if stage in result:
-            print(stage, "  ".join(f"{k} {v:.4g}" for k, v in result[stage].items()))
-    print(f"{result['parameters']:,} parameters, {result['seconds']} s, {config.out}/result.json")
+    except KeyboardInterrupt:
+        print("pretrain.py: interrupted; --resume continues", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -60,6 +62,18 @@ def batch_of(data, stage="pretrain", seed=0, **settings):
 # ------------------------------------------------------------------------------- corruption
 
 
+@pytest.mark.parametrize("ffn", ["lowrank", "blockdense", "blockshuffle"])
+def test_structured_ffns_stand_in_all_blocks_but_the_first(ffn):
+    data = symbols([9, 9])
+    sizes = {"d_model": 32, "d_ff": 128, "n_layers": 3}
+    dense, model = (
+        pretrain.build_model(Config(**(TINY | sizes), ffn=kind), data) for kind in ("dense", ffn)
+    )
+    count = [[sum(p.numel() for p in b.ffn.parameters()) for b in m.blocks] for m in (dense, model)]
+    assert count[0][0] == count[1][0] and all(n < 0.5 * count[0][0] for n in count[1][1:])
+    assert model(torch.zeros(2, 9, dtype=torch.long)).shape == (2, 9, 32)
+
+
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
 def test_share_of_masked_positions(ratio):
     data = symbols([200] * 200)
@@ -107,7 +121,7 @@ def test_causal_target_is_the_next_real_token():
 
 def test_values_are_normalised_flagged_and_hidden():
     data = numbers()
-    _, batch = batch_of(data, task="image")
+    _, batch = batch_of(data, task="image-real")
     clean = (torch.from_numpy(data.train.tokens).float() - 100) / 50
     assert batch.x.shape == (6, 20, 4)
     assert torch.equal(batch.x[..., 3] == 1, batch.where)
@@ -117,7 +131,7 @@ def test_values_are_normalised_flagged_and_hidden():
 
 
 def test_fine_tuning_inputs_hide_nothing():
-    _, batch = batch_of(numbers(), "finetune", task="image")
+    _, batch = batch_of(numbers(), "finetune", task="image-real")
     assert (batch.x[..., 3] == 0).all() and batch.where is None
     _, batch = batch_of(symbols([4, 9]), "finetune")
     assert (batch.x < 7).all()
@@ -171,7 +185,7 @@ def test_subsets_are_nested():
 # ----------------------------------------------------------------------------- model and loss
 
 
-@pytest.mark.parametrize("model", ["transformer", "s4"])
+@pytest.mark.parametrize("model", ["transformer", "s4", "s4d", "sgconv"])
 @pytest.mark.parametrize("objective", ["masked", "causal"])
 @pytest.mark.parametrize("pooling", ["mean", "max", "last"])
 def test_a_batch_mate_never_changes_a_result(model, objective, pooling):
@@ -280,9 +294,141 @@ def test_ten_step_trajectory_in_float64(model, tmp_path):
     assert golden[model][-1] < golden[model][0]
 
 
+def bits(folder):
+    """What must not depend on interruptions: scores and every weight."""
+    result = json.loads((folder / "result.json").read_text())
+    scores = {k: result[k] for k in ("pretrain", "finetune", "test", "parameters")}
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    lines = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("tokens_per_s", None)
+    return scores, {**state["model"], **state["head"]}, lines
+
+
+def same(a, b):
+    assert a[0] == b[0] and a[2] == b[2]
+    assert a[1].keys() == b[1].keys() and all(torch.equal(a[1][k], b[1][k]) for k in a[1])
+
+
+@pytest.mark.parametrize("stop", [("pretrain", 7), ("pretrain", 12), ("finetune", 3)])
+def test_an_interrupted_run_continues_to_the_same_bits(small_lattice, tmp_path, monkeypatch, stop):
+    """A kill after any step: what was written so far is all that the second process sees."""
+    run(tmp_path, "whole", dropout=0.1)
+    fit_log = pretrain.Run.log
+
+    def kill(self, step, *rest):
+        fit_log(self, step, *rest)
+        if (self.stage, step + 1) == stop:
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.Run, "log", kill)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(tmp_path, "cut", dropout=0.1)
+    with pytest.raises(ValueError, match="unfinished run"):
+        run(tmp_path, "cut", dropout=0.1)
+    with pytest.raises(ValueError, match=r"other settings: seed 0 -> 1"):
+        run(tmp_path, "cut", dropout=0.1, resume=True, seed=1)
+    run(tmp_path, "cut", dropout=0.1, resume=True)
+    same(bits(tmp_path / "whole"), bits(tmp_path / "cut"))
+
+
+def test_ctrl_c_saves_where_it_is(small_lattice, tmp_path, monkeypatch):
+    run(tmp_path, "whole")
+    fit_log = pretrain.Run.log
+
+    def press(self, step, *rest):
+        fit_log(self, step, *rest)
+        if (self.stage, step) == ("pretrain", 3):
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.Run, "log", press)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, "cut")
+    assert torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"] == 4
+    run(tmp_path, "cut", resume=True)
+    assert bits(tmp_path / "whole")[0] == bits(tmp_path / "cut")[0]
+
+
+def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(small_lattice, tmp_path, capsys):
+    run(tmp_path, "whole")
+    run(tmp_path, "cut")
+    path = tmp_path / "cut" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-500])
+    run(tmp_path, "cut", resume=True)
+    assert f"{path} is not a file of weights" in capsys.readouterr().err
+    same(bits(tmp_path / "whole"), bits(tmp_path / "cut"))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    pretrain.save(path, {"step": 1})
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pretrain.os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left.*the one before is intact"):
+        pretrain.save(path, {"step": 2})
+    assert pretrain.load(path) == {"step": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_in_use_is_refused(small_lattice, tmp_path):
+    config = Config(**TINY, out=str(tmp_path))
+    with pretrain.Run(config, torch.nn.Linear(1, 1), 0):
+        with pytest.raises(ValueError, match="in use by another run"):
+            pretrain.train(config)
+
+
+def test_accumulation_changes_nothing(small_lattice, tmp_path):
+    results = [
+        run(tmp_path, str(n), accumulate=n, precision="float64", labels=30) for n in (1, 3, 8)
+    ]
+    for result in results[1:]:
+        for stage in ("pretrain", "finetune", "test"):
+            assert result[stage]["loss"] == pytest.approx(results[0][stage]["loss"], rel=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("model", ["transformer", "s4"])
+def test_two_processes_are_one(tmp_path, model):
+    """Data parallel: the losses of every step and the test score, to 1e-10 in float64."""
+    steps = ["--pretrain-steps", "10", "--finetune-steps", "10", "--eval-every", "10"]
+    small = [
+        "--d-model",
+        "8",
+        "--n-heads",
+        "2",
+        "--d-ff",
+        "8",
+        "--d-state",
+        "4",
+        "--batch-size",
+        "7",
+    ]
+    args = [*steps, *small, "--model", model, "--precision", "float64", "--device", "cpu"]
+    lines = []
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, how in (("one", []), ("two", launch)):
+        full = [sys.executable, *how, str(ROOT / "pretrain.py"), *args]
+        full += ["--out", str(tmp_path / name)]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(full, capture_output=True, text=True, timeout=300, env=env)
+        assert done.returncode == 0, done.stderr
+        rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        lines.append([json.loads(row) for row in rows])
+        lines[-1].append(json.loads((tmp_path / name / "result.json").read_text())["test"])
+    assert len(lines[0]) == len(lines[1]) == 5
+    for one, two in zip(*lines, strict=True):
+        for key in one.keys() - {"stage", "tokens_per_s"}:
+            assert two[key] == pytest.approx(one[key], rel=1e-10)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(small_lattice, tmp_path):
     with pytest.raises(FloatingPointError, match=r"pretrain: the loss is nan at step \d+.*check"):
-        run(tmp_path, "a", pretrain_lr=1e30, clip=1e30, pretrain_steps=20, eval_every=4)
+        run(tmp_path, "a", pretrain_lr=1e30, clip=1e30, pretrain_steps=20, eval_every=1)
     assert (tmp_path / "a" / "checkpoint.pt").exists()
     assert not (tmp_path / "a" / "result.json").exists()
 
