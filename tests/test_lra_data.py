@@ -280,6 +280,8 @@ def test_pathfinder_goes_on_after_a_kill(tmp_path, monkeypatch):
     names = sorted(path.name for path in tmp_path.glob("b/*/*"))
     assert names == ["images.npy", "labels.npy"]
     assert [len(split) for split in (whole.train, whole.val, whole.test)] == [880, 110, 110]
+    rows = {row.tobytes() for s in (whole.train, whole.val, whole.test) for row in s.tokens}
+    assert len(rows) == 1100, "two shards hold the same pictures"
 
 
 @pytest.mark.dist

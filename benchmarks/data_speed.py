@@ -1,0 +1,144 @@
+"""How fast lra_data.py generates and reads, one core, beside the original generators.
+
+    python benchmarks/data_speed.py              about 2 min; writes results/data_speed.json
+    python benchmarks/data_speed.py --pictures   results/pathfinder.png, 4 x 8 samples a size
+
+A Pathfinder row: pictures of the hard task (contour 14) from one warm process, brush included once.
+CPU time counts this process alone, so it stands even when others use the machine; wall time is
+beside it. The original's numbers: the published Python generators, measured on a CPU core like
+these (Pathfinder: the seconds an image of drewlinsley/pathfinder at contour 14; ListOps: 1.8 ms an
+accepted tree in pure Python).
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import lra_data  # noqa: E402
+
+ORIGINAL = {32: (270, 380), 64: (10_000, 10_000), 128: (2_000, 2_000), 256: (180, 180)}  # ms
+TARGET = {32: 15, 64: 300, 128: 80, 256: 12}
+COUNT = {32: 3000, 64: 300, 128: 300, 256: 2000}
+
+
+def pathfinder_row(size, n):
+    """Milliseconds a picture and what the pictures look like."""
+    start = time.perf_counter(), time.process_time()
+    pictures, labels, _ = lra_data.draw_pictures(np.random.RandomState(1), size, 14, n)
+    wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
+    return {
+        "task": f"pathfinder{size}",
+        "n": n,
+        "ms_wall": 1e3 * wall / n,
+        "ms_cpu": 1e3 * cpu / n,
+        "ms_target": TARGET[size],
+        "ms_original": ORIGINAL[size],
+        "zero_pixels": float((pictures == 0).mean()),
+        "mean": float(pictures.mean()),
+        "label_1": float(labels.mean()),
+    }
+
+
+def listops_row(task):
+    """All examples of a task, from nothing, without the cache that a second run reads."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter(), time.process_time()
+        data = lra_data.load(task, folder)
+        wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
+        start = time.perf_counter()
+        lra_data.load(task, folder)
+        again = time.perf_counter() - start
+    n = len(data.train) + len(data.val) + len(data.test)
+    row = {"task": task, "n": n, "s_wall": wall, "s_cpu": cpu, "s_cached": again}
+    row["mean_length"] = float(data.train.lengths.mean())
+    row["levels"] = {key: float(value) for key, value in lra_data.trivial_levels(data).items()}
+    if task == "listops":
+        row |= {"s_target": 90, "s_original": 1.8e-3 * n}
+    return row
+
+
+def pictures(path):
+    """Four panels, one a size: 4 x 8 pictures, the label over each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(4, 1, figsize=(10, 21), layout="constrained")
+    for panel, size in zip(panels, lra_data.SHEETS, strict=True):
+        drawn, labels, _ = lra_data.draw_pictures(np.random.RandomState(7), size, 14, 32)
+        gap = size // 16
+        framed = np.pad(drawn, [(0, 0), (gap, 0), (0, gap)], constant_values=70)
+        side = size + gap
+        grid = framed.reshape(4, 8, side, side).transpose(0, 2, 1, 3).reshape(4 * side, 8 * side)
+        panel.imshow(grid, cmap="gray", interpolation="nearest")
+        for i, label in enumerate(labels):
+            x, y = (i % 8) * side + gap, (i // 8) * side + 2.2 * gap
+            colour = "lime" if label else "tomato"
+            panel.text(x, y, "same" if label else "two", color=colour, fontsize=7, va="top")
+        panel.set_title(f"pathfinder{size}: are the two disks the ends of one snake?", fontsize=10)
+        panel.axis("off")
+    figure.savefig(path, dpi=110)
+
+
+def cpu_model():
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []:
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--pictures", action="store_true", help="write results/pathfinder.png only")
+    parser.add_argument("--sizes", type=int, nargs="*", default=list(COUNT), help="of Pathfinder")
+    parser.add_argument("--n", type=int, help="pictures a size (default: 3000, 300, 300, 2000)")
+    args = parser.parse_args()
+    if args.pictures:
+        pictures(ROOT / "results/pathfinder.png")
+        return
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    result = {
+        "command": "python " + " ".join(["benchmarks/data_speed.py", *sys.argv[1:]]),
+        "hardware": f"{cpu_model()}, {os.cpu_count()} cores, one process on one of them",
+        "numpy": importlib.metadata.version("numpy"),
+        "commit": commit.stdout.strip(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "rows": [],
+    }
+    for size in args.sizes:
+        row = pathfinder_row(size, args.n or COUNT[size])
+        result["rows"].append(row)
+        low, high = row["ms_original"]
+        print(
+            f"{row['task']:14} {row['ms_cpu']:8.1f} ms CPU, {row['ms_wall']:.1f} ms wall, "
+            f"target {row['ms_target']}, original {low} .. {high}; "
+            f"empty {row['zero_pixels']:.3f}, mean {row['mean']:.1f}"
+        )
+    for task in ("listops-tiny", "listops-small", "listops"):
+        row = listops_row(task)
+        result["rows"].append(row)
+        levels = ", ".join(f"{name} {100 * level:.1f} %" for name, level in row["levels"].items())
+        print(
+            f"{task:14} {row['n']:,} trees: {row['s_cpu']:.1f} s CPU, {row['s_wall']:.1f} s wall, "
+            f"{row['s_cached']:.1f} s from the cache; {levels}"
+        )
+    path = ROOT / "results/data_speed.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
