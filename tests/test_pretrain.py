@@ -19,7 +19,8 @@ import pretrain
 from pretrain import Config, Resident
 
 ROOT = Path(__file__).parent.parent
-TINY = {"d_model": 16, "n_heads": 2, "d_ff": 32, "d_state": 8, "batch_size": 8, "device": "cpu"}
+TINY = {"d_model": 16, "n_heads": 2, "d_ff": 32, "d_state": 8, "kernel_dim": 8, "device": "cpu"}
+TINY |= {"batch_size": 8}
 
 
 @pytest.fixture(scope="module")
