@@ -229,28 +229,29 @@ def cauchy_kernel(system, Lam, P, B, dt, L):
         sum over a pair of v / (z - a) / cos = 2 (2 i Re(v) sin - Re(v a^*) cos) / den,
         den = |a|^2 cos^2 - 4 sin^2 - 4 i Re(a) sin cos,   a = dt Lam,  v = dt b c.
     """
-    E, _, R = real_form(*system)  # (D, N, N), (D, n, N)
+    C = system.C
+    E, _, R = real_form(*system[:4], C.to(torch.complex128))  # (D, N, N), (D, n, N)
     row, power = R, L  # C~ = C (I - A_bar^L), by the binary digits of L
     while power:
         row = torch.baddbmm(row, row, E) if power % 2 else row
         E, power = square(E), power // 2
     half = R.shape[-1] // 2
-    C_cut = torch.complex(*(R - row).split(half, -1)).conj() / 2  # (D, n, N/2)
+    C_cut = torch.complex(*(R - row).split(half, -1)).conj().to(C.dtype) / 2  # (D, n, N/2)
     theta = torch.arange(L // 2 + 1, dtype=torch.float64, device=E.device) * (math.pi / L)
-    cos, sin = theta.cos().to(E.dtype), theta.sin().to(E.dtype)  # (M,), M = L//2 + 1
-    Lam, P, B = (v.to(system.C.dtype) for v in (Lam, P, B))
-    a = (dt.to(E.dtype) * Lam)[..., None]  # (D, N/2, 1)
+    cos, sin = theta.cos().to(C.real.dtype), theta.sin().to(C.real.dtype)  # (M,), M = L//2 + 1
+    Lam, P, B = (v.to(C.dtype) for v in (Lam, P, B))
+    a = (dt.to(C.real.dtype) * Lam)[..., None]  # (D, N/2, 1)
     size = a.abs()
     den = torch.complex((size * cos - 2 * sin) * (size * cos + 2 * sin), -4 * a.real * sin * cos)
     table = torch.view_as_real(1 / den).flatten(-2)  # (D, N/2, 2 M) real
     right = torch.cat([C_cut, P.conj()[:, None]], 1)  # (D, n + 1, N/2)
-    v = dt.to(E.dtype)[..., None, None] * torch.stack([B, P], 1)[:, :, None] * right[:, None]
+    v = dt.to(C.real.dtype)[..., None, None] * torch.stack([B, P], 1)[:, :, None] * right[:, None]
     weights = torch.cat([(v * a.conj()[:, None, None, :, 0]).real, v.real], 1)  # (D, 4, n+1, N/2)
     sums = torch.view_as_complex((weights.flatten(1, 2) @ table).unflatten(-1, (-1, 2)))
     sums = sums.unflatten(1, (4, -1))  # (D, 4, n + 1, M)
     sums = 4j * sin * sums[:, 2:] - 2 * cos * sums[:, :2]  # (D, 2, n + 1, M)
     BC, PC, BP, PP = sums[:, 0, :-1], sums[:, 1, :-1], sums[:, 0, -1:], sums[:, 1, -1:]
-    K_f = torch.polar(torch.ones_like(theta), theta).to(system.C.dtype) * (
+    K_f = torch.polar(torch.ones_like(theta), theta).to(C.dtype) * (
         BC - cos * BP * PC / (1 + cos * PP)
     )  # (D, n, M)
     return torch.fft.irfft(K_f, L).transpose(0, 1)

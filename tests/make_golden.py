@@ -190,7 +190,49 @@ def structured_ffn():
     }
 
 
-GENERATORS = [pretrain, attention, sgconv, structured_ffn]
+def s4_losses(steps=10):
+    """Losses of a tiny S4Model in float64, every number of it a closed form."""
+    import torch
+
+    from s4 import S4Config, S4Model
+
+    model = S4Model(S4Config(d_model=4, n_layers=2, d_state=4, vocab_size=5, causal=True)).double()
+    with torch.no_grad():
+        for i, (name, p) in enumerate(model.named_parameters()):
+            n = torch.arange(p.numel(), dtype=torch.float64).view_as(p)
+            start = 1.0 if "norm" in name else -2.0 if "log_dt" in name else 0.0
+            p.copy_(start + 0.5 * torch.sin(0.7 * n + i))
+    tokens = (torch.arange(40) ** 2 % 7 % 5).view(2, 20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(steps):
+        logits = model(tokens[:, :-1]) @ model.embed.weight.T  # (B, L, D) x (D, 5) -> (B, L, 5)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def s4():
+    """Kernels of S4 and S4D, by s4.py's references."""
+    import s4
+
+    C = np.cos(np.arange(8))
+    inits = {"lin": s4.s4d_lin, "inv": s4.s4d_inv, "legs": s4.s4d_legs}
+    diagonal = {
+        f"s4d_{k}": s4.diagonal_kernel_ref(*f(8), C[:4], 0.05, 24) for k, f in inits.items()
+    }
+    return {
+        "input": "N = 8, dt = 0.05; S4: HiPPO-LegS, C = cos(n) there; S4D: C = cos(n), n < 4",
+        "kernel": s4.kernel_ref(*s4.discretize_ref(*s4.hippo_legs(8), 0.05), C, 24).tolist(),
+        **{name: K.tolist() for name, K in diagonal.items()},
+        "losses": s4_losses(),
+    }
+
+
+GENERATORS = [pretrain, attention, sgconv, structured_ffn, s4]
 
 
 def main(names):
