@@ -76,18 +76,18 @@ def pictures(path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(4, 1, figsize=(10, 21), layout="constrained")
+    figure, panels = plt.subplots(4, 1, figsize=(10, 24), layout="constrained")
     for panel, size in zip(panels, lra_data.SHEETS, strict=True):
         drawn, labels, _ = lra_data.draw_pictures(np.random.RandomState(7), size, 14, 32)
-        gap = size // 16
-        framed = np.pad(drawn, [(0, 0), (gap, 0), (0, gap)], constant_values=70)
-        side = size + gap
-        grid = framed.reshape(4, 8, side, side).transpose(0, 2, 1, 3).reshape(4 * side, 8 * side)
+        gap, top = size // 16, size // 5  # the label stands above its picture
+        framed = np.pad(drawn, [(0, 0), (top, 0), (0, gap)], constant_values=50)
+        high, wide = framed.shape[1:]
+        grid = framed.reshape(4, 8, high, wide).transpose(0, 2, 1, 3).reshape(4 * high, 8 * wide)
         panel.imshow(grid, cmap="gray", interpolation="nearest")
         for i, label in enumerate(labels):
-            x, y = (i % 8) * side + gap, (i // 8) * side + 2.2 * gap
-            colour = "lime" if label else "tomato"
-            panel.text(x, y, "same" if label else "two", color=colour, fontsize=7, va="top")
+            x, y = (i % 8) * wide + size / 2, (i // 8) * high + top / 2
+            text = "one snake" if label else "two snakes"
+            panel.text(x, y, text, color="white", fontsize=7, va="center", ha="center")
         panel.set_title(f"pathfinder{size}: are the two disks the ends of one snake?", fontsize=10)
         panel.axis("off")
     figure.savefig(path, dpi=110)
