@@ -65,20 +65,27 @@ def grid(pool, out):
 
 
 def seeds(numbers, out):
-    """The demonstration with each seed -> per arm: test accuracies in percent, steps, seconds."""
-    table, wall = {}, []
+    """The demonstration with each seed -> per arm: test and validation in percent, seconds."""
+    arms = {}
     for seed in numbers:
-        start = time.perf_counter()
-        for arm, result in pretrain.demo(seed, f"{out}/seed{seed}").items():
-            row = table.setdefault(", ".join(arm), {"test": [], "val": [], "seconds": []})
+        folders = {
+            arm: Path(out, f"seed{seed}", "-".join(arm).lower().replace(" ", "-"), "result.json")
+            for arm in pretrain.ARMS
+        }
+        if all(path.exists() for path in folders.values()):
+            results = {arm: json.loads(path.read_text()) for arm, path in folders.items()}
+            print("\n".join(pretrain.table(results)))
+        else:
+            results = pretrain.demo(seed, f"{out}/seed{seed}")
+        for arm, result in results.items():
+            row = arms.setdefault(", ".join(arm), {"test": [], "validation": [], "seconds": []})
             row["test"].append(round(100 * result["test"]["accuracy"], 2))
-            row["val"].append(round(100 * result["finetune"]["accuracy"], 2))
-            row["seconds"].append(result["seconds"])
-            row["parameters"] = result["parameters"]
-        wall.append(round(time.perf_counter() - start))
-    for row in table.values():
-        row["mean"], row["spread"] = np.mean(row["test"]), np.std(row["test"], ddof=1)
-    return {"arms": table, "wall seconds": wall, "seeds": numbers}
+            row["validation"].append(round(100 * result["finetune"]["accuracy"], 2))
+            row["seconds"].append(result["speed"]["seconds"])
+    for row in arms.values():
+        row["mean"] = round(float(np.mean(row["test"])), 2)
+        row["spread"] = round(float(np.std(row["test"], ddof=1)), 2) if len(numbers) > 1 else None
+    return {"seeds": numbers, "arms": arms}
 
 
 def main():
@@ -96,7 +103,7 @@ def main():
     else:
         result = seeds(args.seeds, args.out)
         for arm, row in result["arms"].items():
-            print(f"{arm:28} {row['mean']:.1f} +- {row['spread']:.1f}  {row['test']}")
+            print(f"{arm:28} {row['mean']} +- {row['spread']}  {row['test']}")
     result |= {
         "command": "python " + " ".join(["benchmarks/demo.py"] + sys.argv[1:]),
         "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
