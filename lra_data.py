@@ -1,12 +1,30 @@
 """The Long Range Arena tasks as numpy arrays: generated or loaded, checked, without TensorFlow.
 
-    python lra_data.py --list
-    python lra_data.py lattice --show
+    python lra_data.py                     check table and timing, about 20 s of one core
+    python lra_data.py --list              every task: size, origin, what is on disk
+    python lra_data.py listops-tiny --show     about 2 s, prints:
 
-Tay et al. 2020, "Long Range Arena", arXiv:2011.04006v1.
+        listops-tiny: 10 classes, 15 symbols
+          train  20,000 examples, length 17 .. 38 .. 127, label shares 0.091 .. 0.118
+          ...
+          without a model: most frequent label 11.2 %, by first token 24.9 %, by length 11.6 %
+          sha256 424e90f8e7aa273d6037247d504f7ceb8b323f14e98696bad3d0c4a1c85388a7
 
-`load(task)` gives a `Data` with three `Split`s. What is slow to make is cached under `data_dir`.
-The same task, options and seed give the same bytes, whatever the number of processes.
+Tay et al. 2020, "Long Range Arena", arXiv:2011.04006v1. `load(task)` gives a `Data` with three
+`Split`s; the same task, options and seed give the same bytes, whatever the number of processes.
+
+generated   lattice, listops, listops-small, listops-tiny, pathfinder{32,64,128,256} and their
+            -medium and -easy (128 is Path-X, 256 PathX-256). Kept under `data_dir`.
+read        text, retrieval, image, speech and their variants, from the published files: a
+            directory or tar archive given as `source`, or what --download left in `data_dir`.
+            listops and pathfinder read published files too when they are given a `source`.
+
+A section a task, each reads alone. Every bad file is a ValueError that names it, the line or the
+numbers, and what was expected. png and wav files are read with the standard library (zlib, wave):
+the tasks use one kind of each. Pickles are never loaded.
+
+Validation is never test: where no split was published, a tenth of train is held out by the seed.
+Not included: augmentation, tokenisers, the ten-word speech task, TFRecords.
 """
 
 import argparse
@@ -48,6 +66,7 @@ class Split:
 
     tokens: (n, L) uint8 symbols, or (n, L, C) uint8 or int16 numbers in C channels; zero padded.
     labels: (n,) int64, 0 .. n_classes - 1.   lengths: (n,) int32, how many positions are real.
+    Retrieval has two documents an example: tokens (n, 2, L), lengths (n, 2).
     """
 
     tokens: np.ndarray
@@ -438,7 +457,11 @@ def read_listops_file(path):
 
 
 class Sheet(NamedTuple):
-    """The published parameters of one picture size, in pixels (contrasts: markers are 1)."""
+    """The published parameters of one picture size, in pixels.
+
+    contrast is that of the segments, the disks have 1: the published one of the snakes, at 32 and
+    64 times that of their segments, .75, which together gives the brightness of the original.
+    """
 
     border: int  # nothing is drawn this close to the edge
     length: int  # of a segment ("paddle")
@@ -448,7 +471,7 @@ class Sheet(NamedTuple):
     marker: float  # radius of the two disks
     stiffness: float  # "continuity": a next segment bends by at most 90 degrees / stiffness
     paddles: int  # segments in all distractor snakes
-    contrast: float  # of the segments
+    contrast: float
 
 
 SHEETS = {
@@ -476,15 +499,16 @@ def pathfinder(
     """Pathfinder (Linsley et al. 2018, arXiv:1805.08315): are the two disks the ends of one snake?
 
     Two dashed snakes of `contour` segments start near the middle of a size x size picture and grow
-    without touching anything older; short snakes distract. One disk sits on the start of a snake,
+    without touching older segments; short snakes distract. One disk sits on the start of a snake,
     the other on the end of the same (label 1) or the other snake (label 0): the label is drawn
-    after the geometry and the geometry says nothing about it. contour 14 is the task of the Long
-    Range Arena, 9 and 6 are easier; size 128 is Path-X, 256 PathX-256. L = size^2 pixels, row by
-    row, (x - 127.5) / 127.5. Of n pictures 80 % train, 10 % validate, 10 % test.
+    after the geometry. contour 14 is the task of the Long Range Arena, 9 and 6 are easier; size 128
+    is Path-X, 256 PathX-256. L = size^2 pixels, row by row, (x - 127.5) / 127.5. Of n pictures 80 %
+    train, 10 % validate, 10 % test.
 
-    Drawing takes (one core) about 3, 50, 50, 10 ms a picture at 32, 64, 128, 256; `processes`
-    (default: all cores) share it. A killed run goes on where it stopped. Pictures above 1 GiB stay
-    on disk, memory-mapped. source: the published folders of png files and text metadata instead.
+    Drawing takes about 1, 35, 30, 5 ms of one core a picture at 32, 64, 128, 256; `processes`
+    (default: all cores) share it. They are spawned: a script that calls this needs the usual
+    `if __name__ == "__main__"`. A killed run goes on where it stopped. Pictures above 1 GiB stay on
+    disk, memory-mapped. source: the published folders of png files and text metadata instead.
     """
     if size not in SHEETS or contour not in (6, 9, 14) or n < 10:
         raise ValueError(
@@ -647,10 +671,8 @@ class Brush:
         along, across = sin * y + cos * x, sin * x - cos * y
         width = max(1, round(self.sheet.thickness * SCALE))
         half = width / 2 * (max(abs(sin), abs(cos)) if width == 1 else 1)  # 1: no double pixels
-        inside = (across > 1e-9 - half) & (across < half + 1e-9)
-        inside &= (along > -1e-9) & (
-            along < self.sheet.length * SCALE + (0.5 if width == 1 else 1e-9)
-        )
+        end = self.sheet.length * SCALE + (0.5 if width == 1 else 1e-9)
+        inside = (across > 1e-9 - half) & (across < half + 1e-9) & (along > -1e-9) & (along < end)
         return (255 * inside).astype(np.uint8)
 
     def sparse(self, images):
@@ -791,11 +813,10 @@ def distract(rng, scene, length):
     """Adds short snakes: at and way (pictures, snakes x length), way -1 where there is none.
 
     Each has 5 attempts; where they fail, the picture gets no more.
-    differs from the paper: there, a first segment may lie where its stamp meets nothing, and
-    crowding is measured on the whole map (stop below 1 % free); here it keeps a margin, its later
-    segments have one try, and 100 probes without a free place count as crowded. Chosen so that
-    the shares of empty pixels and the means agree with the original's.
     """
+    # differs from the paper: a first segment keeps a margin (there, it just meets nothing), later
+    # ones have one try, and 100 probes without a free place count as crowded (there, less than 1 %
+    # of the whole map). So the empty pixels and the mean agree with those of the original.
     n, count = len(scene.base), scene.brush.sheet.paddles // length
     at, way = np.zeros((n, count, length), np.int64), np.full((n, count, length), -1)
     alive = np.arange(n)
@@ -1199,7 +1220,7 @@ def read_wav(path):
 
 
 class Remote(NamedTuple):
-    """A published archive. What its checksum is worth: None was ever published for the release."""
+    """A published archive. sha256: as other loaders have it; None when nobody published one."""
 
     url: str
     sha256: str | None
