@@ -532,15 +532,18 @@ class Transformer(nn.Module):
         return y[:, 0], state
 
     def param_groups(self, lr, weight_decay):
-        """Groups for AdamW: matrices decay, biases and norms do not."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        """Groups for AdamW: matrices decay, biases and norms do not.
+
+        The parameters of a convolutional mixer (one with a `kernel`) learn at min(lr, 1e-3), as
+        those of state spaces do, without decay.
+        """
+        kernels = {id(p) for m in self.modules() if hasattr(m, "kernel") for p in m.parameters()}
+        plain = [p for p in self.parameters() if id(p) not in kernels]
+        slow = [p for p in self.parameters() if id(p) in kernels]
         return [
-            {
-                "params": [p for p in parameters if p.ndim >= 2],
-                "lr": lr,
-                "weight_decay": weight_decay,
-            },
-            {"params": [p for p in parameters if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
+            {"params": [p for p in plain if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},
+            {"params": [p for p in plain if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
+            {"params": slow, "lr": min(lr, 1e-3), "weight_decay": 0.0},
         ]
 
 

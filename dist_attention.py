@@ -853,57 +853,69 @@ class ulysses(nn.Module):
 
         mixer = ulysses(S4(d_model), axes={"C": 1})      x (B, n, D), keep (B, n) -> (B, n, D)
 
-    Exact, forward and backward, for every mixer whose channels do not meet: (B, L, D) -> the same.
-    axes: which axis of a parameter or buffer counts channels, where it is not axis 0.  Each rank
-    computes the parameter gradients of its channels: `sum_gradients` adds them up.
-    ValueError when a parameter's axis is not d_model long, or there are fewer channels than ranks.
+    Arguments and errors: `mix`.  `sum_gradients` adds up the ranks' parameter gradients.
     """
 
     def __init__(self, mixer, axes=None, group=None, layout=contiguous):
         super().__init__()
-        self.mixer, self.axes, self.group, self.layout = mixer, axes or {}, group, layout
-        if list(mixer.children()):
-            raise ValueError(f"{type(mixer).__name__} has modules inside, whose channels may meet")
-        for name, x in [*mixer.named_parameters(), *mixer.named_buffers()]:
-            axis = self.axes.get(name, 0)
-            if x.ndim <= axis or x.shape[axis] != mixer.d_model:
-                raise ValueError(
-                    f"{name} {tuple(x.shape)}: axis {axis} is not d_model {mixer.d_model} long, "
-                    f"name the axis of its channels in axes"
-                )
-
-    def part(self, channels):
-        """The mixer of a slice of the channels, made of views of its parameters."""
-        part = copy.copy(self.mixer)
-        for kind in ("_parameters", "_buffers"):
-            views = {
-                name: x.narrow(
-                    self.axes.get(name, 0), channels.start, channels.stop - channels.start
-                )
-                for name, x in getattr(self.mixer, kind).items()
-            }
-            setattr(part, kind, views)
-        part.d_model = channels.stop - channels.start
-        return part
+        self.mixer, self.options = mixer, (axes, group, layout)
+        check_channels(mixer, axes or {})
 
     def forward(self, x, keep=None):
-        link, D = Link(self.group), self.mixer.d_model
-        problem = None
-        if x.ndim != 3 or x.shape[2] != D:
-            problem = f"expected x (B, n, {D}), got {shapes(x)}"
-        elif link.world > D:
-            problem = f"{D} channels are fewer than {link.world} ranks"
-        facts = {"batch B": len(x), "dtype": code(x.dtype), "layout": code(self.layout.__name__)}
-        facts |= {"keep": int(keep is not None), "gradient": int(torch.is_grad_enabled())}
-        lengths = agree(link, problem, (x.shape[1],), **facts)[:, 0]
-        segments, cut = check_layout(self.layout, lengths, link.world), shares(D, link.world)
-        u = x.transpose(1, 2)[..., None]  # (B, n, D) -> (B, D, n, 1)
-        (u,) = Exchange.apply(link, segments, [cut], False, u)  # (B, D_r, L, 1)
-        whole = None if keep is None else gather_keep(link, keep, segments)
-        y = self.part(cut[link.rank])(u[..., 0].transpose(1, 2), whole)  # (B, L, D_r)
-        y = y.transpose(1, 2)[..., None]
-        (y,) = Exchange.apply(link, segments, [cut], True, y)  # (B, D, n, 1)
-        return y[..., 0].transpose(1, 2)
+        return mix(self.mixer, x, keep, *self.options)
+
+
+def check_channels(mixer, axes):
+    """ValueError unless the mixer can be cut into channels along these axes."""
+    if list(mixer.children()):
+        raise ValueError(f"{type(mixer).__name__} has modules inside, whose channels may meet")
+    for name, x in [*mixer.named_parameters(), *mixer.named_buffers()]:
+        axis = axes.get(name, 0)
+        if x.ndim <= axis or x.shape[axis] != mixer.d_model:
+            raise ValueError(
+                f"{name} {tuple(x.shape)}: axis {axis} is not d_model {mixer.d_model} long, name "
+                f"the axis of its channels in axes"
+            )
+
+
+def some_channels(mixer, axes, channels):
+    """The mixer of a slice of the channels, made of views of the parameters of the whole one."""
+    part, n = copy.copy(mixer), channels.stop - channels.start
+    part.__dict__.pop("forward", None)  # where `mix` stands in for the mixer's own
+    for kind in ("_parameters", "_buffers"):
+        whole = getattr(mixer, kind).items()
+        views = {name: x.narrow(axes.get(name, 0), channels.start, n) for name, x in whole}
+        setattr(part, kind, views)
+    part.d_model = n
+    return part
+
+
+def mix(mixer, x, keep=None, axes=None, group=None, layout=contiguous):
+    """A channel-wise mixer over shards: x (B, n, D), keep (B, n) bool -> (B, n, D).
+
+    Exact, forward and backward, for any module (B, L, D), keep -> (B, L, D) with `d_model` whose
+    channels do not meet.  axes: which axis of a parameter or buffer counts channels, where it is
+    not axis 0.  A rank computes the parameter gradients of its channels alone.
+    ValueError, on every rank: other shapes or dtypes somewhere, fewer channels than ranks.
+    """
+    link, D, axes = Link(group), mixer.d_model, axes or {}
+    problem = None
+    if x.ndim != 3 or x.shape[2] != D:
+        problem = f"expected x (B, n, {D}), got {shapes(x)}"
+    elif link.world > D:
+        problem = f"{D} channels are fewer than {link.world} ranks"
+    facts = {"batch B": len(x), "dtype": code(x.dtype), "layout": code(layout.__name__)}
+    facts |= {"keep": int(keep is not None), "gradient": int(torch.is_grad_enabled())}
+    lengths = agree(link, problem, (x.shape[1],), **facts)[:, 0]
+    segments, cut = check_layout(layout, lengths, link.world), shares(D, link.world)
+    u = x.transpose(1, 2)[..., None]  # (B, n, D) -> (B, D, n, 1)
+    (u,) = Exchange.apply(link, segments, [cut], False, u)  # (B, D_r, L, 1)
+    whole = None if keep is None else gather_keep(link, keep, segments)
+    part = some_channels(mixer, axes, cut[link.rank])
+    y = part(u[..., 0].transpose(1, 2), whole)  # (B, L, D_r)
+    y = y.transpose(1, 2)[..., None]  # (B, D_r, L, 1)
+    (y,) = Exchange.apply(link, segments, [cut], True, y)  # (B, D, n, 1)
+    return y[..., 0].transpose(1, 2)
 
 
 def sum_gradients(parameters, group=None):

@@ -314,12 +314,18 @@ def test_factories_build_the_sublayers():
 
 
 def test_param_groups_hold_each_parameter_once():
-    net = model()
-    groups = net.param_groups(1e-3, 0.1)
-    ids = [id(p) for group in groups for p in group["params"]]
-    assert sorted(ids) == sorted(id(p) for p in net.parameters())
-    assert {p.ndim for p in groups[0]["params"]} == {2} and groups[0]["weight_decay"] == 0.1
-    assert {p.ndim for p in groups[1]["params"]} == {1} and groups[1]["weight_decay"] == 0.0
+    class Convolution(nn.Linear):
+        kernel = None
+
+    config = TransformerConfig(d_model=8, n_heads=2, vocab_size=5)
+    for net in (model(), Transformer(config, mixer=lambda c, i: Convolution(8, 8))):
+        groups = net.param_groups(1e-2, 0.1)
+        ids = [id(p) for group in groups for p in group["params"]]
+        assert sorted(ids) == sorted(id(p) for p in net.parameters())
+        assert {p.ndim for p in groups[0]["params"]} == {2} and groups[0]["weight_decay"] == 0.1
+        assert {p.ndim for p in groups[1]["params"]} == {1} and groups[1]["weight_decay"] == 0.0
+    slow = groups[2]["params"]
+    assert len(slow) == 4 and slow[0] is net.blocks[0].mixer.weight and groups[2]["lr"] == 1e-3
 
 
 # ---------------------------------------------------------------- nn.MultiheadAttention, errors
