@@ -195,7 +195,7 @@ def table(cells, clock):
             texts.append(f"{1e3 * cell[clock]:.0f} / {ratio} / {cell['gib']:.2f}")
         if not row:
             continue
-        params = [c["params"] for c in row.values() if "params" in c]
+        params = [c["params"] for _, c in sorted(row.items()) if "params" in c]
         print(f"| {name} | {' | '.join(texts)} | {params[-1] if params else '-'} |")
 
 
