@@ -130,10 +130,19 @@ def cached(folder, make):
                 keep = np.arange(split.tokens.shape[split.lengths.ndim]) < split.lengths[..., None]
                 arrays = dict(labels=split.labels, lengths=split.lengths)
                 np.savez(part / f"{name}.npz", flat=split.tokens[keep], **arrays)
-            part.rename(folder)
+            settle(part, folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return [read_npz(folder / f"{name}.npz") for name in SPLITS]
+
+
+def settle(part, folder):
+    """Renames a finished folder; another process that was faster made the same."""
+    try:
+        part.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
 
 
 def save_npy(path, array):
@@ -1284,17 +1293,14 @@ def unpack(archive, data_dir):
         with tarfile.open(archive) as tar:
             for member in tqdm(tar, desc=archive.name, unit=" files", disable=None):
                 path = PurePosixPath(member.name)
-                if (
-                    not (member.isreg() or member.isdir())
-                    or path.is_absolute()
-                    or ".." in path.parts
-                ):
+                inside = not path.is_absolute() and ".." not in path.parts
+                if not (inside and (member.isreg() or member.isdir())):
                     raise ValueError(f"{member.name!r} is no file or folder inside the archive")
                 tar.extract(member, part, filter="data")
             while tar.fileobj.read(2**20):
                 pass  # to the end, where a compressed file holds its checksum
         part.mkdir(parents=True, exist_ok=True)
-        part.rename(target)
+        settle(part, target)
     except (tarfile.TarError, ValueError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{archive}: {error}, expected a whole tar archive") from error
     finally:

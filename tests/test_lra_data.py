@@ -330,6 +330,24 @@ def test_the_cache_gives_back_what_was_made(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1, "another folder than the cache is left behind"
 
 
+def test_two_processes_may_make_the_same_cache(tmp_path):
+    """The slower one finds the folder of the faster one and reads it."""
+    folder = tmp_path / "cache"
+    split = lra_data.load("lattice", n_train=9).train
+
+    def make():
+        if not folder.exists():
+            lra_data.cached(folder, make_now)
+        return make_now()
+
+    def make_now():
+        return [split] * 3
+
+    again = lra_data.cached(folder, make)
+    assert (again[0].tokens == split.tokens).all()
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "gone", "other"])
 def test_a_damaged_cache_is_named(damage, tmp_path):
     lra_data.load("listops-tiny", tmp_path, **TINY)
