@@ -76,6 +76,9 @@ DENOISING = {
     "path": (0.50, "ce"),
     "speech": (0.25, "l1"),
 }
+# Which of sgconv.PUBLISHED a full-size task takes; the small variants have no published kernel.
+KERNELS = {name: name for name in ("listops", "text", "retrieval", "image")}
+KERNELS |= {"image-real": "image", "pathfinder32": "pathfinder", "pathfinder128": "pathx"}
 FFNS = ("dense", "lowrank", "blockdense", "blockshuffle")
 STAGES = ("pretrain", "finetune")
 VALIDATION_SEED = 2310_02980  # of the masks of validation and test
@@ -116,7 +119,9 @@ class Config:
     d_ff: int = flag(None, "hidden width of the FFN (default: 4 d_model)", kind=int)
     ffn: str = flag("dense", "FFN of all blocks but the first (transformer)", *FFNS)
     d_state: int = flag(64, "state size of s4 and s4d, real numbers a channel")
-    kernel_dim: int = flag(None, "numbers a scale of sgconv (published, else 32)", kind=int)
+    kernel_dim: int = flag(
+        None, "numbers a scale of sgconv (default: as published, or 32)", kind=int
+    )
     dropout: float = flag(0.0, "probability of dropping a unit")
     rope: bool = flag(False, "rotary positions instead of sinusoids (transformer)")
     causal: bool = flag(False, "left-to-right model (always so for --objective causal)")
@@ -292,9 +297,10 @@ def build_model(config, data):
         mixer = s4_mixer if config.model == "s4" else s4d_mixer
         return S4Model(S4Config(d_state=config.d_state, **shared), mixer)
     if config.model == "sgconv":
-        shared["max_len"] = tokens.shape[1] if data.mean is not None else tokens.shape[-1]
-        kernel = next((PUBLISHED[n] for n in PUBLISHED if config.task.startswith(n)), {})
-        kernel = kernel | {"kernel_dim": config.kernel_dim or kernel.get("kernel_dim", 32)}
+        L = shared["max_len"] = tokens.shape[1] if data.mean is not None else tokens.shape[-1]
+        kernel = {"kernel_dim": min(32, L)} | PUBLISHED.get(KERNELS.get(config.task), {})
+        if config.kernel_dim is not None:
+            kernel["kernel_dim"] = config.kernel_dim
         return SGConvModel(SGConvConfig(**kernel, **shared))
     own = {name: getattr(config, name) for name in ("n_heads", "d_ff", "rope")}
     ffn = None if config.ffn == "dense" else ffn_factory(config.ffn)
