@@ -282,7 +282,19 @@ def test_any_chunking_is_the_convolution(kind, dtype, limit, sizes):
             y, state = layer.prefill(chunk, state)
         out.append(y)
     assert rel_err(torch.cat(out, 1), layer(x)) < limit
-    assert state.x.shape == (2, 4, 32)  # 32 complex: N = 64 numbers a channel
+    assert state.x.shape == (2, 4, 64)  # N numbers a channel
+
+
+@KINDS
+def test_step_of_a_large_batch(kind):
+    """From a batch of 8 on another way of the same sum."""
+    layer = kind(4, 16).double()
+    x = torch.randn(9, 30, 4, dtype=torch.float64)
+    state, out = layer.initial_state(9), []
+    for x_t in x.unbind(1):
+        y, state = layer.step(x_t, state)
+        out.append(y)
+    assert rel_err(torch.stack(out, 1), layer(x)) < 1e-12
 
 
 @KINDS
