@@ -26,6 +26,9 @@ Not included: dropout, windows, additive bias, packed sequences, gradients of ls
     python dist_attention.py                                       one process, no communication
     torchrun --standalone --nproc-per-node 2 dist_attention.py     check table, 131,072 tokens
     torchrun --standalone --nproc-per-node 2 dist_attention.py --tokens 1048576
+    check: 29 rows, float64 errors of out and all gradients of all ranks below 2e-15
+    131,072 tokens, 1 head of 64, causal, zigzag ring, 2 ranks of 1 threads, float32, cpu
+      12 s CPU a rank, 33.6 MB sent in 1 messages, sampled rows against float64: 7e-07
 """
 
 import argparse

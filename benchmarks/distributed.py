@@ -314,7 +314,7 @@ def plot():
     names = {"vanilla causal": "vanilla, one rank", "fused causal": "fused, one rank"}
     names["ring causal"] = f"ring, {W} ranks"
     for (name, label), color in zip(names.items(), ("#b3403a", "#5b6770", "#1f5fa8"), strict=True):
-        points = [(row["L"], row[name]["wall"]) for row in rows if name in row]
+        points = [(row["L"], row[name][data["clock"]]) for row in rows if name in row]
         ax.loglog(*zip(*points, strict=True), "o-", color=color, label=label)
         if name.startswith("vanilla") and len(points) < len(rows):
             ax.annotate(
@@ -323,7 +323,8 @@ def plot():
     ax.set_xticks([row["L"] for row in rows], [f"{row['L']:,}" for row in rows])
     ax.minorticks_off()
     ax.set_xlabel("tokens")
-    ax.set_ylabel("seconds, forward, causal")
+    clock = {"cpu": "CPU", "wall": "wall"}[data["clock"]]
+    ax.set_ylabel(f"{clock} seconds a rank, forward, causal")
     ax.set_title(f"{data['heads'][0]} heads of {data['heads'][2]}, float32, one thread a rank")
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
