@@ -254,7 +254,8 @@ class Grid(nn.Module):
         threshold None: measured here, once a shape and process; 0 frees W (d_out d_in numbers).
         Serves evaluation without gradients. Dropped by train(), by a call that records gradients,
         and by any change of U or V: optimiser step, load_state_dict, other device or type.  (Writes
-        through .data escape torch's counter: call merge() again.)  Returns the threshold.
+        through .data escape torch's counter: call merge() again.)
+        Returns the threshold.  Raises ValueError while the layer is guided.
         """
         if self.W is not None:
             raise ValueError("a guided layer cannot be merged: finish the guide first")

@@ -162,15 +162,17 @@ def plot(result, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(6.4, 4))
-    for i, arm in enumerate([*ARMS, *GUIDED]):
-        runs = [r for r in result["runs"] if r["arm"] == arm]
-        x = np.array([r["flops"] for r in runs]) / count(DENSE, result["L"])["flops"]
-        ax.plot(x, [r["loss"] for r in runs], "o^sDvPX"[i], label=arm, alpha=0.8)
-    ax.set_xlabel("training FLOPs / dense")
-    ax.set_ylabel("held-out loss (nats a byte)")
+    fig, ax = plt.subplots(figsize=(7, 4))
+    arms = [a for a in (*ARMS, *GUIDED) if any(r["arm"] == a for r in result["runs"])]
+    for i, arm in enumerate(arms):
+        loss = [r["loss"] for r in result["runs"] if r["arm"] == arm]
+        ax.plot([i] * len(loss), loss, "o", alpha=0.8)
+        ax.hlines(np.mean(loss), i - 0.25, i + 0.25, color="black", lw=1)
+    share = {r["arm"]: r["flops"] / count(DENSE, result["L"])["flops"] for r in result["runs"]}
+    labels = [f"{arm}\n{share[arm]:.2f} of the FLOPs" for arm in arms]
+    ax.set_xticks(range(len(arms)), labels, fontsize=7)
+    ax.set_ylabel("held-out loss (nats a byte), mean and seeds")
     ax.grid(alpha=0.3)
-    ax.legend()
     fig.tight_layout()
     fig.savefig(path, dpi=120)
 
