@@ -20,12 +20,15 @@ Diagonal State Space Models", arXiv:2206.11893v2.
     D                     D_skip          (D,)
     u, x, y               u, x, y         (B, L, D), (B, D, N), (B, L, D)
 
-Departures from the paper, each at its line: the two-level kernel takes the place of the Cauchy
-kernel, which stands beside it in a stable form; B is trained free and unclipped.
-Not included: other HiPPO families, 2-D kernels, tied (Lam, P, B), a custom CUDA kernel.
+Departures from the paper stand at their lines: the two-level kernel in place of the Cauchy kernel,
+which is here too, without its pole; Q tied to P; Re Lam kept negative.
+Not included: other HiPPO families, (Lam, P, B) shared between channels, 2-D kernels, a CUDA kernel.
 
-    python s4.py            checks, a demonstration, timings
-    python s4.py --check    the checks alone
+    python s4.py            checks, demonstration, timings: about 20 s of one core
+    python s4.py --check    the checks alone: about 6 s
+
+Expected: every check ok; the demonstration ends with
+    accuracy 1.00, as a recurrence 1.00, target 0.95
 """
 
 import argparse
@@ -198,11 +201,12 @@ def square(E):
 def two_level_kernel(system, L):
     """K[i m + j] = (C A_bar^(m i)) (A_bar^j B_bar), l = i m + j < L.  Returns (n, D, L) real.
 
-    # differs from the paper: no Cauchy sums, no C~, no length in any parameter; K(L)[:l] == K(l).
+    Exact for every L, K(L)[:l] == K(l); no parameter knows a length (the C~ of Algorithm 1 does).
     Both factors are built by doubling: A_bar^j for j = 1, 2, 4 as diagonal plus rank 1, 2, 4 in
     float64 (most of the rounding would enter there), then dense.  O(D N (N^2 log L + N sqrt L + L))
     time, O(D N max(N, sqrt L) + D L) memory.
     """
+    # differs from the paper: powers of A_bar, no Cauchy sums
     e, f, g, W, C = system
     m = 2 ** ((L - 1).bit_length() // 2)
     rows = -(-L // m)
@@ -357,7 +361,7 @@ class S4(nn.Module):
         self.D_skip = nn.Parameter(torch.randn(d_model))
 
     def set_dynamics(self, Lam, B):
-        # Re Lam < 0 whatever is learned; with P = Q no system can grow (in the paper Q is free).
+        # differs from the paper: Re Lam < 0 whatever is learned and Q = P, so no system can grow
         self.log_decay = self.per_channel(np.log(-Lam.real))  # (D, N/2)
         self.frequency = self.per_channel(Lam.imag)  # (D, N/2)
         self.B = self.per_channel(np.stack([B.real, B.imag], -1))  # (D, N/2, 2)
@@ -399,7 +403,7 @@ class S4(nn.Module):
     def forward(self, x, keep=None, rate=1.0):
         """x (B, L, D), keep (B, L) bool: False positions count as absent (padding at the ends)."""
         self.check(x, keep)
-        u = x if keep is None else x * keep[..., None]
+        u = x if keep is None else x.masked_fill(~keep[..., None], 0)
         K = self.kernel(x.shape[1], rate)
         K = torch.cat([K[..., :1] + self.skip_at_zero(), K[..., 1:]], -1)
         return fft_conv(u.to(K.dtype), K).to(x.dtype)
@@ -542,7 +546,7 @@ class S4Config:
 
 
 def s4_mixer(config, i, kind=S4):
-    """The default mixer of block i; S4Model(config, partial(s4_mixer, kind=S4D)) for S4D."""
+    """The default mixer of block i."""
     bidirectional = not config.causal
     return kind(config.d_model, config.d_state, bidirectional, config.dt_min, config.dt_max)
 
@@ -671,7 +675,10 @@ def check_kernels(dtype, device, limit, N=8, dt=0.05):
     Lam, P, B, V = nplr_legs(N)
     A, B_real = hippo_legs(N)
     C = np.cos(np.arange(N))
-    to = lambda v: torch.as_tensor(v, device=device)[None]  # noqa: E731
+
+    def to(v):
+        return torch.as_tensor(v, device=device)[None]
+
     c = to((C @ V)[None]).to(dtype.to_complex()).requires_grad_()
     step = to(np.array([dt]))
     system = discretize(to(Lam), to(P), to(B), c, step)

@@ -74,7 +74,7 @@ def naive_cauchy(system, Lam, P, B, dt, L):
     real, imag = (R - row)[:, 0].chunk(2, -1)  # (D, N/2)
     C_cut = (torch.complex(real, -imag) / 2).to(C.dtype)
     Lam, P, B = (s4_full(v.to(C.dtype)) for v in (Lam, P, B))  # (D, N)
-    w = torch.exp(-2j * torch.pi / L * torch.arange(L // 2 + 1, dtype=C.dtype))
+    w = torch.exp(-2j * torch.pi / L * torch.arange(L // 2 + 1, dtype=C.real.dtype))
     z = 2 * (1 - w) / (1 + w)  # (L/2 + 1,), rounding keeps it finite at w = -1
     dt = dt.to(C.real.dtype)
 
