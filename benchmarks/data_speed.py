@@ -113,6 +113,7 @@ def main():
     result = {
         "command": "python " + " ".join(["benchmarks/data_speed.py", *sys.argv[1:]]),
         "hardware": f"{cpu_model()}, {os.cpu_count()} cores, one process on one of them",
+        "load_average": os.getloadavg()[0],  # above 2: others compute, only the CPU times count
         "numpy": importlib.metadata.version("numpy"),
         "commit": commit.stdout.strip(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
