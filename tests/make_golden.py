@@ -152,7 +152,7 @@ def structured_ffn_losses(steps=10):
     from structured_ffn import LM, BlockShuffle, Guide, LMConfig
 
     linear = partial(BlockShuffle, n_blocks=2)
-    model = LM(LMConfig(8, n_layers=2, n_heads=2, vocab_size=7, linear=linear)).double()
+    model = LM(LMConfig(8, 2, n_heads=4, n_kv_heads=2, vocab_size=7, linear=linear)).double()
     with torch.no_grad():
         for i, (name, p) in enumerate(model.named_parameters()):
             n = torch.arange(p.numel(), dtype=torch.float64).view_as(p)
