@@ -106,7 +106,7 @@ def convolution_ref(u, K):
 
 
 def generating_ref(A_bar, B_bar, C, L):
-    """K from its generating function C~ (I - A_bar w)^-1 B_bar at the roots of unity (Lemma C.2).
+    """K from its generating function C~ (I - A_bar w)^-1 B_bar at the roots of unity (appendix C).
 
     C~ = C (I - A_bar^L) cuts the kernel off at L.  Returns (L,).
     """
@@ -132,7 +132,7 @@ def cauchy_ref(Lam, P, B, C, dt, L):
 
 
 def diagonal_kernel_ref(Lam, B, C, dt, L):
-    """S4D, zero-order hold (2206.11893v2, eq. 6 and 8): all (N/2,), halves.  Returns (L,)."""
+    """S4D, zero-order hold (2206.11893v2): all (N/2,), halves.  Returns (L,)."""
     B_bar = (np.exp(dt * Lam) - 1) / Lam * B
     return np.array([2 * (C * B_bar * np.exp(dt * Lam * l)).sum().real for l in range(L)])
 
@@ -157,7 +157,7 @@ class System(NamedTuple):
 
 
 def discretize(Lam, P, B, C, dt):
-    """Bilinear discretisation of diag(Lam) - P P^* in closed form, by Woodbury (App. C.2).
+    """Bilinear discretisation of diag(Lam) - P P^* in closed form, by Woodbury (appendix C).
 
     Lam, P, B: (D, N/2) complex128, C: (n, D, N/2), dt: (D, 1).  O(D N), not the O(D N^3) of a
     solve.  The diagonal of A_bar - I, dt Lam / (1 - dt Lam / 2), needs no subtraction from I.
@@ -171,7 +171,7 @@ def discretize(Lam, P, B, C, dt):
 
 
 def hold(Lam, B, C, dt):
-    """Zero-order hold of diag(Lam) (2206.11893v2, eq. 6), through expm1: exact for small dt Lam."""
+    """Zero-order hold of diag(Lam) (2206.11893v2), through expm1: exact for small dt Lam."""
     e = torch.expm1(dt * Lam)  # (D, N/2)
     none = e.new_zeros(*e.shape, 0)  # (D, N/2, 0)
     return System(e[..., None], none, none.mT, (B * e / Lam)[..., None], C)
@@ -446,9 +446,8 @@ class S4(nn.Module):
                 change = torch.einsum("dij,bdj->bdi", E, x)  # (B, D, N)
             else:
                 z = torch.complex(*x.chunk(2, -1))  # (B, D, N/2)
-                z = e[..., 0] * z - (f.mT * (g * z[..., None, :]).real.sum(-1, keepdim=True)).sum(
-                    -2
-                )
+                along = (g * z[..., None, :]).real.sum(-1)  # (B, D, r)
+                z = e[..., 0] * z - (f * along[..., None, :]).sum(-1)
                 change = torch.cat([z.real, z.imag], -1)
             x = x + (change + B_bar[..., 0] * u[..., None])
             y = torch.einsum("dj,bdj->bd", C[:, 0], x) + self.D_skip * u
@@ -482,17 +481,17 @@ class S4(nn.Module):
 
 
 def s4d_lin(N):
-    """S4D-Lin (2206.11893v2, eq. 9 in section 4): Lam, B (N/2,) complex128."""
+    """S4D-Lin (2206.11893v2): Lam, B (N/2,) complex128."""
     return -0.5 + 1j * np.pi * np.arange(N // 2), np.ones(N // 2, complex)
 
 
 def s4d_inv(N):
-    """S4D-Inv (section 4): frequencies fall off as those of HiPPO-LegS do."""
+    """S4D-Inv (2206.11893v2): frequencies spread as those of HiPPO-LegS do."""
     return -0.5 + 1j * N / np.pi * (N / (2 * np.arange(N // 2) + 1) - 1), np.ones(N // 2, complex)
 
 
 def s4d_legs(N):
-    """S4D-LegS (section 4, Theorem 3): the normal part of HiPPO-LegS with B / 2."""
+    """S4D-LegS (2206.11893v2): the normal part of HiPPO-LegS with B / 2, its limit for large N."""
     Lam, _, B, _ = nplr_legs(N)
     return Lam, B / 2
 
@@ -699,6 +698,19 @@ def check_kernels(dtype, device, limit, N=8, dt=0.05):
     yield "S4D two-level kernel == direct sum", rel_err(fast[0, 0], K), limit
 
 
+def stream(module, x, sizes):
+    """x in pieces through the recurrent mode, pieces of 1 by `step`: y (B, L, D), state."""
+    state, out = module.initial_state(len(x)), []
+    for piece in x.split(sizes, 1):
+        if piece.shape[1] == 1:
+            y, state = module.step(piece[:, 0], state)
+            out.append(y[:, None])
+        else:
+            y, state = module.prefill(piece, state)
+            out.append(y)
+    return torch.cat(out, 1), state
+
+
 def check_layers(dtype, device, limit):
     """The layers against the definition of the convolution, the recurrence, and each other."""
     x = torch.randn(2, 150, 4, dtype=dtype, device=device)
@@ -709,16 +721,10 @@ def check_layers(dtype, device, limit):
         y = [[convolution_ref(u[b, :, d], K[d]) for d in range(4)] for b in range(2)]
         y = np.swapaxes(y, 1, 2) + D_skip * u
         yield f"{name} layer == convolution and skip", rel_err(layer(x), y), limit
-        state, out = layer.initial_state(2), []
-        for x_t in x.unbind(1):
-            y_t, state = layer.step(x_t, state)
-            out.append(y_t)
-        yield f"{name} step by step == convolution", rel_err(torch.stack(out, 1), y), limit
-        last, state, out = state, layer.initial_state(2), []
-        for chunk in x.split([1, 70, 64, 15], 1):
-            y_t, state = layer.prefill(chunk, state)
-            out.append(y_t)
-        yield f"{name} in chunks == convolution", rel_err(torch.cat(out, 1), y), limit
+        stepped, last = stream(layer, x, 1)
+        yield f"{name} step by step == convolution", rel_err(stepped, y), limit
+        chunked, state = stream(layer, x, [2, 69, 64, 15])
+        yield f"{name} in chunks == convolution", rel_err(chunked, y), limit
         yield f"{name} state after chunks == after steps", rel_err(state.x, last.x), limit
         both_ways = kind(4, 16, bidirectional=True).to(device, dtype)
         ahead, back = both_ways.kernel(150)
@@ -740,13 +746,8 @@ def check_model(dtype, device, limit):
             padded = model(tokens, keep)[:, :50]
             yield f"{name} model, {way}: padded == alone", rel_err(padded, alone), limit
             if causal:
-                h, state = model.prefill(tokens[:, :77], model.initial_state(2))
-                out = [h]
-                for token in tokens[:, 77:].unbind(1):
-                    h, state = model.step(token, state)
-                    out.append(h[:, None])
-                y = rel_err(torch.cat(out, 1), model(tokens))
-                yield f"{name} model, prefill and step == forward", y, limit
+                error = rel_err(stream(model, tokens, [77] + [1] * 13)[0], model(tokens))
+                yield f"{name} model, prefill and step == forward", error, limit
 
 
 def check_float32(L=16384, N=64, dt=0.01):

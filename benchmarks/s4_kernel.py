@@ -7,8 +7,8 @@ Forward and backward, float32, N = 64, one direction.  Every cell runs in a proc
 its peak memory is its own: the largest resident size above that of the process once torch is warm.
 Error: relative L2, worst channel, against the two-level kernel in float64 of the same parameters
 (which tests/test_s4.py holds against the recurrence).  The naive form is Algorithm 1 of
-arXiv:2111.00396v3 in complex64, as its published fallback does it: z = 2 (1 - w) / (1 + w), an
-array of (D, N, L/2 + 1) quotients for each of four sums.  --clock cpu --threads 1 counts processor
+arXiv:2111.00396v3 in complex64 (its C~ in float64): z = 2 (1 - w) / (1 + w), and an array of
+(D, N, L/2 + 1) quotients for each of four sums.  --clock cpu --threads 1 counts processor
 time, for a machine that is shared.  Writes results/s4_kernel.json and .png.
 """
 

@@ -273,15 +273,8 @@ def test_causality(kind):
 def test_any_chunking_is_the_convolution(kind, dtype, limit, sizes):
     layer = kind(4, 64).to(dtype)
     x = torch.randn(2, 300, 4, dtype=dtype)
-    state, out = layer.initial_state(2), []
-    for chunk in x.split(sizes, 1):
-        if chunk.shape[1] == 1:
-            y, state = layer.step(chunk[:, 0], state)
-            y = y[:, None]
-        else:
-            y, state = layer.prefill(chunk, state)
-        out.append(y)
-    assert rel_err(torch.cat(out, 1), layer(x)) < limit
+    y, state = s4.stream(layer, x, sizes)
+    assert rel_err(y, layer(x)) < limit
     assert state.x.shape == (2, 4, 64)  # N numbers a channel
 
 
@@ -290,11 +283,7 @@ def test_step_of_a_large_batch(kind):
     """From a batch of 8 on another way of the same sum."""
     layer = kind(4, 16).double()
     x = torch.randn(9, 30, 4, dtype=torch.float64)
-    state, out = layer.initial_state(9), []
-    for x_t in x.unbind(1):
-        y, state = layer.step(x_t, state)
-        out.append(y)
-    assert rel_err(torch.stack(out, 1), layer(x)) < 1e-12
+    assert rel_err(s4.stream(layer, x, 1)[0], layer(x)) < 1e-12
 
 
 @KINDS
@@ -302,12 +291,8 @@ def test_gradients_pass_through_the_recurrent_mode(kind):
     layer = kind(3, 8).double()
     x = torch.randn(1, 20, 3, dtype=torch.float64)
     want = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
-    y, state = layer.prefill(x[:, :13], layer.initial_state(1))
-    out = [y]
-    for x_t in x[:, 13:].unbind(1):
-        y, state = layer.step(x_t, state)
-        out.append(y[:, None])
-    got = torch.autograd.grad(torch.cat(out, 1).square().sum(), list(layer.parameters()))
+    y, _ = s4.stream(layer, x, [13] + [1] * 7)
+    got = torch.autograd.grad(y.square().sum(), list(layer.parameters()))
     assert max(map(rel_err, got, want)) < 1e-10
 
 
@@ -404,10 +389,7 @@ def test_generation_is_the_argmax_of_the_whole(mixer):
 def test_values_stream_too():
     model = S4Model(S4Config(d_model=8, d_state=8, n_channels=2, causal=True)).double()
     x = torch.randn(2, 30, 2, dtype=torch.float64)
-    a, state = model.prefill(x[:, :20], model.initial_state(2))
-    b, state = model.prefill(x[:, 20:29], state)
-    c, _ = model.step(x[:, 29], state)
-    assert rel_err(torch.cat([a, b, c[:, None]], 1), model(x)) < 1e-10
+    assert rel_err(s4.stream(model, x, [20, 9, 1])[0], model(x)) < 1e-10
 
 
 @pytest.mark.parametrize("mixer", [s4_mixer, s4d_mixer])
