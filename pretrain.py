@@ -44,6 +44,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -55,10 +56,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+import dist_attention
 import lra_data
-from attention import Transformer, TransformerConfig
+from attention import Attention, Transformer, TransformerConfig
 from s4 import S4Config, S4Model, s4_mixer, s4d_mixer
-from sgconv import PUBLISHED, SGConvConfig, SGConvModel
+from sgconv import PUBLISHED, SGConv, SGConvConfig, SGConvModel
 from structured_ffn import ffn_factory
 
 # ---------------------------------------------------------------------------------- settings
@@ -131,6 +133,9 @@ class Config:
     eval_every: int = flag(500, "steps from validation to validation")
     resume: bool = flag(False, "continue the run in the folder where it was stopped")
     precision: str = flag("float32", "arithmetic", "float32", "float64", "bfloat16")
+    sequence_parallel: str = flag(
+        None, "split each sequence over the processes", "ring", "ulysses", kind=str
+    )
 
     def __post_init__(self):
         for f in fields(self):
@@ -148,6 +153,13 @@ class Config:
             raise ValueError(f"mask_ratio {self.mask_ratio}: expected a number between 0 and 1")
         if self.objective == "masked" and self.causal:
             raise ValueError("causal with objective 'masked': a masked model looks both ways")
+        if self.sequence_parallel == "ring" and self.model != "transformer":
+            raise ValueError(f"sequence_parallel 'ring' with model {self.model!r}: take 'ulysses'")
+        if self.sequence_parallel and (self.pooling != "mean" or self.dropout > 0):
+            raise ValueError(
+                f"sequence_parallel has pooling 'mean' and dropout 0 alone, got {self.pooling!r} "
+                f"and {self.dropout}"
+            )
 
 
 # ------------------------------------------------------------- data on the device, by index
@@ -347,11 +359,95 @@ def loss_sums(model, head, batch, pooling):
         h = pool(h, batch.keep, pooling)  # (B, D)
     else:
         h, target = h[batch.where], target[batch.where]  # (n, D): only the positions that count
-    out = head(h)
+    return judged(head(h), target)
+
+
+def judged(out, target):
+    """-> sum of the losses, number of right answers, number of terms."""
     if target.is_floating_point():
         loss = F.l1_loss(out, target.to(out), reduction="sum") / target.shape[-1]
         return loss, torch.zeros_like(loss), len(target)
     return F.cross_entropy(out, target, reduction="sum"), (out.argmax(-1) == target).sum(), len(out)
+
+
+# --------------------------------------------------- one sequence over several processes
+
+
+def token_layout(config):
+    """Which process holds which tokens: zigzag balances a causal Transformer."""
+    zigzag = config.causal and config.model == "transformer"
+    return dist_attention.zigzag if zigzag else dist_attention.contiguous
+
+
+def spread(model, config):
+    """Lets the mixers of a model work on tokens that are shared out over the processes.
+
+    Parameters keep their names, so that weights of one process serve several and the other way.
+    """
+    layout = token_layout(config)
+
+    def attend(q, k, v, causal, keep):
+        return product(q, k, v, causal, layout=layout, keep=keep)
+
+    if config.sequence_parallel:
+        product = getattr(dist_attention, f"{config.sequence_parallel}_attention")
+        for block in model.blocks:
+            mixer = block.mixer
+            if isinstance(mixer, Attention):
+                mixer.attend = attend
+                continue
+            axes = {"C": 1}  # of S4 and S4D; every other parameter counts channels first
+            if isinstance(mixer, SGConv):
+                axes = {"w": mixer.w.ndim - 2, "norm": mixer.norm.ndim - 2}
+            dist_attention.check_channels(mixer, axes)
+            mixer.forward = partial(dist_attention.mix, mixer, axes=axes, layout=layout)
+    return model
+
+
+class SumOverRanks(torch.autograd.Function):
+    """Adds over the processes; its gradient does so too, for one process alone has the loss."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return SumOverRanks.forward(ctx, grad)
+
+
+def token_sums(model, head, batch, config):
+    """`loss_sums` of this process's tokens of a batch.  The first process alone judges labels."""
+    (rank, world), layout, whole = ranks(), token_layout(config), batch
+
+    def own(t):
+        return None if t is None else dist_attention.shard(t, rank, world, 1, layout)
+
+    batch = Batch(*map(own, batch[:3]), batch.target)
+    at = dist_attention.positions(whole.x.shape[1], rank, world, layout).to(whole.x.device)
+    x = batch.x.to(next(head.parameters()).dtype) if batch.x.is_floating_point() else batch.x
+    h = model(x, batch.keep, **({"positions": at} if config.model == "transformer" else {}))
+    if batch.where is not None:
+        return judged(head(h[batch.where]), own(batch.target)[batch.where])
+    real = h if batch.keep is None else h * batch.keep[..., None]
+    lengths = whole.x.shape[1] if whole.keep is None else whole.keep.sum(1, keepdim=True)
+    pooled = SumOverRanks.apply(real.sum(1)) / lengths  # (B, D), the same on every process
+    loss, right, count = judged(head(pooled), batch.target)
+    return (loss, right, count) if rank == 0 else (loss * 0, right * 0, 0)
+
+
+def batch_sums(model, head, batch, config):
+    """-> sum of the losses, right answers, terms that this process counts."""
+    if config.sequence_parallel and ranks()[1] > 1:
+        return token_sums(model, head, batch, config)
+    return loss_sums(model, head, batch, config.pooling)
+
+
+def examples_of(config):
+    """This process's share of the examples: (0, 1), all, when the processes share the tokens."""
+    return (0, 1) if config.sequence_parallel else ranks()
 
 
 # ----------------------------------------------------------------------------------- the loop
@@ -404,7 +500,7 @@ def part(batch, i, n):
 def evaluate(model, head, resident, stage, config):
     """Mean loss and accuracy over every example exactly once; masks fixed by their own seed."""
     model.eval()
-    by_length, (rank, world) = np.argsort(resident.longest(), kind="stable"), ranks()
+    by_length, (rank, world) = np.argsort(resident.longest(), kind="stable"), examples_of(config)
     sums = torch.zeros(3, dtype=torch.float64, device=config.device)
     for i, start in enumerate(range(0, len(resident), config.batch_size)):
         if i % world == rank:
@@ -412,7 +508,7 @@ def evaluate(model, head, resident, stage, config):
             generator = seeded(config, VALIDATION_SEED, start)
             batch = make_batch(resident, index, stage, config, generator)
             with autocast(config):
-                loss, right, count = loss_sums(model, head, batch, config.pooling)
+                loss, right, count = batch_sums(model, head, batch, config)
             sums += torch.stack([loss.double(), right.double(), loss.new_tensor(count).double()])
     total([sums])
     model.train()
@@ -425,16 +521,16 @@ def gradients(model, head, batch, config):
 
     Each process takes its own examples, in `accumulate` parts; the sums are those of one process.
     """
-    (rank, world), n = ranks(), config.accumulate
+    (rank, world), n = examples_of(config), config.accumulate
     count = len(batch.target) if batch.where is None else int(batch.where.sum())
     sums = torch.zeros(2, device=config.device, dtype=torch.float64)
     for i in range(rank * n, rank * n + n):
         if (piece := part(batch, i, world * n)) is not None:
             with autocast(config):
-                loss, right, _ = loss_sums(model, head, piece, config.pooling)
+                loss, right, _ = batch_sums(model, head, piece, config)
             (loss / count).backward()
             sums += torch.stack([loss.detach().double(), right.double()])
-    if world > 1:
+    if ranks()[1] > 1:
         parameters = [p for m in (model, head) for p in m.parameters()]
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -508,7 +604,7 @@ def train(config, position=0):
     labelled = splits[0] if config.labels is None else splits[0].subset(config.labels)
     seeded(config, config.seed)
     where = {"device": config.device, "dtype": DTYPES[config.precision]}
-    model = build_model(config, data).to(**where)
+    model = spread(build_model(config, data).to(**where), config)
     if config.pretrained:
         load_weights(model, config.pretrained)
     with Run(config, model, position) as run:
