@@ -104,6 +104,8 @@ class Config:
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
     out: str = flag("runs/latest", "folder for config, metrics, weights and result")
     data_dir: str = flag("data", "folder where tasks are found or cached")
+    source: str = flag(None, "published files of the task: a directory or archive", kind=str)
+    pictures: int = flag(None, "how many pictures to draw (pathfinder)", kind=int)
     pretrain_steps: int = flag(3000, "optimiser steps of pretraining")
     finetune_steps: int = flag(300, "optimiser steps of fine-tuning")
     pretrain_lr: float = flag(3e-3, "highest learning rate of pretraining")
@@ -581,14 +583,18 @@ def fit(stage, model, head, train, val, config, run):
 
 def load_data(config):
     """The task; the first of several processes makes what is not cached, the others wait."""
+    options = {"source": config.source, "n": config.pictures}
+    options = {k: v for k, v in options.items() if v is not None}
     rank, world = ranks()
-    if world == 1:
-        return lra_data.load(config.task, data_dir=config.data_dir)
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    if world > 1:
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     if rank > 0:
         dist.barrier(patient)
-    data = lra_data.load(config.task, data_dir=config.data_dir)
-    if rank == 0:
+    try:
+        data = lra_data.load(config.task, data_dir=config.data_dir, **options)
+    except TypeError as error:
+        raise ValueError(f"task {config.task} does not take {', '.join(options)}") from error
+    if world > 1 and rank == 0:
         dist.barrier(patient)
     return data
 

@@ -465,6 +465,7 @@ def test_evaluation_counts_every_example_once(lattice):
         ({"d_model": 30, "n_heads": 4}, "30.*4"),
         ({"labels": 0}, "labels 0.*96"),
         ({"pretrained": "nowhere.pt"}, "nowhere.pt"),
+        ({"pictures": 5}, "lattice does not take n"),
     ],
 )
 def test_bad_settings_are_refused_with_their_numbers(small_lattice, tmp_path, settings, message):
