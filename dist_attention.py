@@ -277,7 +277,7 @@ def attention_block_grad(
     if q.device.type == "cpu":
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return kernel(grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias)
-    group, seed = q.shape[1] // k.shape[1], torch.zeros(2, dtype=torch.uint64, device=q.device)
+    group, seed = q.shape[1] // k.shape[1], torch.zeros(2, dtype=torch.int64, device=q.device)
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     if q.dtype == torch.float32:
         lse = F.pad(lse, (0, -lse.shape[2] % 32))
@@ -286,10 +286,8 @@ def attention_block_grad(
         dq, dk, dv, _ = kernel(grad, q, k, v, None, out, lse, seed[0], seed[1], 0.0, wanted, causal)
     else:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_backward
-        lengths = q.shape[2], k.shape[2]
-        dq, dk, dv = kernel(
-            grad, q, k, v, out, lse, None, None, *lengths, 0.0, causal, seed, seed[0]
-        )
+        lengths, rng = (q.shape[2], k.shape[2]), (seed.view(torch.uint64), seed[0])
+        dq, dk, dv = kernel(grad, q, k, v, out, lse, None, None, *lengths, 0.0, causal, *rng)
     return dq, *(x.float().unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
 
 

@@ -309,7 +309,7 @@ def plot():
         ax.loglog(*zip(*points, strict=True), "o-", color=color, label=label)
         if name.startswith("vanilla") and len(points) < len(rows):
             ax.annotate(
-                "memory ends", points[-1], xytext=(6, 6), textcoords="offset points", color=color
+                "memory limit", points[-1], xytext=(6, 6), textcoords="offset points", color=color
             )
     ax.set_xticks([row["L"] for row in rows], [f"{row['L']:,}" for row in rows])
     ax.minorticks_off()
