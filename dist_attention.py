@@ -763,24 +763,22 @@ class Exchange(torch.autograd.Function):
         return None, None, None, None, *move(link, segments, cuts, grads)
 
 
+def pieces(tensors, cuts, rank, n):
+    """[(dtype, shape)] of n tokens of the channels of a rank."""
+    widths = [cut[rank].stop - cut[rank].start for cut in cuts]
+    return [
+        (x.dtype, (len(x), width, n, x.shape[3])) for x, width in zip(tensors, widths, strict=True)
+    ]
+
+
 def to_channels(link, segments, cuts, tensors):
     """cuts: per tensor and rank, the slice of its channels; segments: per rank, its tokens."""
     ranks, L = range(link.world), sum(size(s) for s in segments)
-    spec = {
-        p: [
-            (
-                x.dtype,
-                (len(x), cut[link.rank].stop - cut[link.rank].start, size(segments[p]), x.shape[3]),
-            )
-            for x, cut in zip(tensors, cuts, strict=True)
-        ]
-        for p in ranks
-    }
+    spec = {p: pieces(tensors, cuts, link.rank, size(segments[p])) for p in ranks}
     parts = {p: [x[:, cut[p]] for x, cut in zip(tensors, cuts, strict=True)] for p in ranks}
     came = swap(link, parts, spec, tensors[0].device)
-    whole = [
-        x.new_empty(*shape[:2], L, shape[3]) for x, (_, shape) in zip(tensors, spec[0], strict=True)
-    ]
+    device, spec = tensors[0].device, pieces(tensors, cuts, link.rank, L)
+    whole = [torch.empty(shape, dtype=dtype, device=device) for dtype, shape in spec]
     for p in ranks:
         for x, part in zip(whole, came[p], strict=True):
             place(x, part, segments[p], 2)
@@ -790,13 +788,7 @@ def to_channels(link, segments, cuts, tensors):
 def to_tokens(link, segments, cuts, tensors):
     """The reverse of `to_channels`."""
     ranks, n = range(link.world), size(segments[link.rank])
-    spec = {
-        p: [
-            (x.dtype, (len(x), cut[p].stop - cut[p].start, n, x.shape[3]))
-            for x, cut in zip(tensors, cuts, strict=True)
-        ]
-        for p in ranks
-    }
+    spec = {p: pieces(tensors, cuts, p, n) for p in ranks}
     parts = {p: [pick(x, segments[p], 2) for x in tensors] for p in ranks}
     came = swap(link, parts, spec, tensors[0].device)
     return tuple(torch.cat([came[p][i] for p in ranks], 1) for i in range(len(tensors)))
@@ -980,9 +972,10 @@ def product(q, k, v, causal=False, keep=None):
     return scores.softmax(-1) @ v
 
 
-def worst(error, device):
-    """The largest error of any rank."""
-    error = torch.tensor(error, dtype=torch.float64, device=device)
+def worst(errors, device):
+    """The largest error of any rank; what is not a number counts as infinite."""
+    largest = max(math.inf if math.isnan(e) else e for e in errors)
+    error = torch.tensor(largest, dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(error, op=dist.ReduceOp.MAX)
     return error.item()
@@ -991,20 +984,15 @@ def worst(error, device):
 def check_case(attend, layout, causal, dtype, device, lengths=(45, 45), heads=(4, 2), padded=False):
     """Largest error of out, dq, dk, dv of any rank against one process, random output gradient."""
     link, generator = Link(), torch.Generator().manual_seed(0)
-    shape = [
-        (heads[0], lengths[0]),
-        (heads[1], lengths[1]),
-        (heads[1], lengths[1]),
-        (heads[0], lengths[0]),
-    ]
-    q, k, v, grad = (
-        torch.randn(2, h, n, 16, generator=generator, dtype=torch.float64).to(dtype).to(device)
-        for h, n in shape
+    q, grad, k, v = (
+        torch.randn(2, heads[i], lengths[i], 16, generator=generator, dtype=torch.float64)
+        .to(dtype)
+        .to(device)
+        for i in (0, 0, 1, 1)
     )
-    keep = torch.arange(lengths[1], device=device) < torch.tensor(
-        [[lengths[1]], [lengths[1] // 2]], device=device
-    )
-    keep = keep if padded else None
+    keep, at = None, torch.arange(lengths[1], device=device)
+    if padded:
+        keep = torch.stack([at >= 0, at < lengths[1] // 2])  # the second example is half padding
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     whole = product(*leaves, causal, keep)
     expected = [whole.detach(), *torch.autograd.grad(whole, leaves, grad.double())]
@@ -1021,7 +1009,7 @@ def check_case(attend, layout, causal, dtype, device, lengths=(45, 45), heads=(4
         assert x.dtype == dtype and scale > 0
         if x.numel():
             errors.append((x.double() - mine(y)).abs().max().item() / scale)
-    return worst(math.nan if any(math.isnan(e) for e in errors) else max(errors), device)
+    return worst(errors, device)
 
 
 class Decay(nn.Module):
@@ -1057,7 +1045,7 @@ def check_mixer(layout, dtype, device):
     y.backward(mine(grad))
     sum_gradients(over.parameters())
     pairs = (y.detach(), mine(whole)), (u.grad, mine(dx)), (over.mixer.a.grad, alone.a.grad)
-    return worst(max(rel_err(a, b) for a, b in pairs), device)
+    return worst([rel_err(a, b) for a, b in pairs], device)
 
 
 SCHEDULES = ring_attention, allgather_attention, ulysses_attention
@@ -1125,7 +1113,7 @@ def random_tokens(seed, start, stop, heads, d_head, block=4096):
 
 
 def sampled_error(q, out, at, rows, L, heads):
-    """Error of sampled rows against float64 over keys that are made again, block by block."""
+    """Errors of sampled rows against float64 over keys that are made again, block by block."""
     E, errors = q.shape[3], []
     for row in rows:
         total = (
@@ -1144,7 +1132,7 @@ def sampled_error(q, out, at, rows, L, heads):
             total = total[0] * old + part * now, new
         assert pos < L
         errors.append(rel_err(out[0, :, row].double().cpu(), total[0]))
-    return max(errors)
+    return errors
 
 
 def run(tokens, heads, d_head, device, rank, world):
@@ -1164,7 +1152,7 @@ def run(tokens, heads, d_head, device, rank, world):
     at = positions(tokens, rank, world, zigzag)
     rows = sorted({0, len(at) // 3, len(at) // 2, len(at) - 1})
     error = worst(sampled_error(q, out, at, rows, tokens, heads), device)
-    seconds = worst(seconds, device)
+    seconds = worst([seconds], device)
     if rank == 0:
         flop, sent = 2 * tokens * (tokens + 1) * heads * d_head, traffic["bytes"] / 1e6
         print(

@@ -121,6 +121,10 @@ def test_what_everything_is_compared_with_is_attention():
     assert da.rel_err(whole[0, 0], expected) < 1e-13
 
 
+def test_what_is_not_a_number_is_no_small_error():
+    assert da.worst([0.0, float("nan"), 1e-16], "cpu") == float("inf")
+
+
 def test_without_a_process_group():
     q = torch.randn(1, 2, 9, 8, dtype=torch.float64, requires_grad=True)
     for attend in da.SCHEDULES:
