@@ -65,13 +65,13 @@ def thresholds(width):
 
 
 def efficiency(what, tokens, rounds, d_in=1024, d_out=4096):
-    """Returns {form: {"ms", "share" of the FLOPs, "efficiency"}} of one layer, 63 % and 31 %."""
+    """Returns {form: {"ms", "share" of the FLOPs, "efficiency"}} of one layer."""
     layers = {"dense": nn.Linear(d_in, d_out)}
     for ratio in (0.625, 0.3125):
         for kind in KINDS:
             with torch.device("meta"):
                 layer = match(d_in, d_out, kind, ratio)(d_in, d_out)
-            layers[f"{kind} {ratio:.0%}"] = random_(layer.to_empty(device="cpu"))
+            layers[f"{kind} {ratio}"] = random_(layer.to_empty(device="cpu"))
     recorded = what != "forward"
     x = torch.randn(tokens, d_in, requires_grad=recorded)
     g = torch.randn(tokens, d_out)
