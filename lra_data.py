@@ -47,7 +47,8 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count, pairwise
@@ -96,16 +97,84 @@ class Data:
     symbols: tuple[str, ...] | None = None  # how token i is written, where tokens are symbols
 
 
-# --------------------------------------------------------------------------- arrays and the cache
+# --------------------------------------------------------------------- files, arrays and the cache
+
+UNREADABLE = (OSError, EOFError, KeyError, ValueError, zlib.error, lzma.LZMAError, wave.Error)
+UNREADABLE += (tarfile.TarError, zipfile.BadZipFile, http.client.HTTPException)
+
+
+@contextmanager
+def naming(path, expected):
+    """What goes wrong inside becomes a ValueError that names the file and what was expected."""
+    try:
+        yield
+    except UNREADABLE as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path}: damaged or missing ({reason}), expected {expected}") from error
+
+
+@contextmanager
+def appearing(path):
+    """Gives a temporary name for a file or folder that is renamed to `path` at the end.
+
+    So what stands at `path` is whole, even after a kill. Of two processes that make the same
+    folder, the slower one leaves that of the faster one.
+    """
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield part
+        try:
+            part.replace(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+    finally:
+        part.unlink(missing_ok=True) if part.is_file() else shutil.rmtree(part, ignore_errors=True)
+
+
+def read_bytes(path):
+    with naming(path, "a readable file"):
+        return path.read_bytes()
+
+
+def read_text(path):
+    with naming(path, "UTF-8 text"):
+        return path.read_bytes().decode()
+
+
+def read_table(path, columns, header=None):
+    """Lines of a tab separated UTF-8 file without quoting, one by one: (line number, fields)."""
+    number = 0
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                fields = line.decode().rstrip("\r\n").split("\t")
+                if len(fields) != columns or (number == 1 and header not in (None, fields)):
+                    found = f"{len(fields)} columns {line[:60]!r}"
+                    raise ValueError(f"{found}, expected {header or columns}")
+                if not line.endswith(b"\n"):
+                    raise ValueError("no end of line: the file is cut, expected whole lines")
+                if number > 1 or header is None:
+                    yield number, fields
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}:{number}: {error}") from error
+    if number < 1 + (header is not None):
+        raise ValueError(f"{path}: no examples, expected {columns} columns, separated by tabs")
+
+
+def fill(flat, lengths):
+    """Rows that lie one after the other, of the given lengths (n,), as one array (n, L, ...)."""
+    keep = np.arange(lengths.max(initial=1)) < lengths[..., None]  # (n, L), (n, 2, L) for pairs
+    tokens = np.zeros(keep.shape + flat.shape[1:], flat.dtype)
+    tokens[keep] = flat
+    return tokens
 
 
 def pad(rows):
     """Rows of different lengths as one zero padded array (n, L, ...), and their lengths (n,)."""
     lengths = np.array([len(row) for row in rows], np.int32)
-    keep = np.arange(lengths.max(initial=1)) < lengths[:, None]  # (n, L)
-    tokens = np.zeros(keep.shape + rows[0].shape[1:], rows[0].dtype)
-    tokens[keep] = np.concatenate(rows)
-    return tokens, lengths
+    return fill(np.concatenate(rows), lengths), lengths
 
 
 def cut(tokens, labels, lengths, sizes):
@@ -115,86 +184,152 @@ def cut(tokens, labels, lengths, sizes):
     return [Split(tokens[a:b], labels[a:b], lengths[a:b]) for a, b in stops]
 
 
-def cached(folder, make):
-    """The three splits in `folder`, one .npz each; `make()` gives them when the folder is missing.
+def hold_out(tokens, labels, lengths, n_test, seed):
+    """Splits of (train, test): train is shuffled by the seed and its last tenth becomes val."""
+    n = len(labels) - n_test
+    if n < 10:
+        raise ValueError(f"{n} training examples, expected 10 or more to hold a tenth out")
+    order = np.random.RandomState([seed, 5]).permutation(n)
+    order = np.concatenate([order, np.arange(n, n + n_test)])
+    return cut(tokens[order], labels[order], lengths[order], [n - n // 10, n // 10, n_test])
 
-    Written under a temporary name and renamed: a killed run leaves no half cache. The padding is
-    not stored. ValueError when a file is damaged.
-    """
+
+CACHE = "what was written; delete its folder to make it again"
+
+
+def cached(folder, make):
+    """The three splits in `folder`, one .npz each, without padding; made when it is missing."""
     if not folder.exists():
         splits = make()
-        part = folder.with_name(f"{folder.name}.part{os.getpid()}")
-        part.mkdir(parents=True)
-        try:
+        with appearing(folder) as part:
+            part.mkdir()
             for name, split in zip(SPLITS, splits, strict=True):
                 keep = np.arange(split.tokens.shape[split.lengths.ndim]) < split.lengths[..., None]
                 arrays = dict(labels=split.labels, lengths=split.lengths)
                 np.savez(part / f"{name}.npz", flat=split.tokens[keep], **arrays)
-            settle(part, folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
     return [read_npz(folder / f"{name}.npz") for name in SPLITS]
 
 
-def settle(part, folder):
-    """Renames a finished folder; another process that was faster made the same."""
-    try:
-        part.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
+def read_npz(path):
+    with naming(path, CACHE), np.load(path) as file:
+        labels, lengths = file["labels"], file["lengths"]
+        return Split(fill(file["flat"], lengths), labels, lengths)
 
 
 def save_npy(path, array):
-    """Written under another name and renamed."""
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    with open(part, "wb") as file:
+    with appearing(path) as part, open(part, "wb") as file:
         np.save(file, array)
-    os.replace(part, path)
 
 
 def read_npy(path):
     """An array; above 1 GiB it stays on disk, memory-mapped."""
-    try:
-        with open(path, "rb") as file:
-            np.lib.format.read_magic(file)
-        large = path.stat().st_size > 2**30
-        return np.load(path, mmap_mode="r" if large else None)
-    except (OSError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"{path}: damaged ({error}); delete its folder to make it again"
-        ) from error
+    with naming(path, CACHE):
+        array = np.lib.format.open_memmap(path, "r")
+        return array if array.nbytes > 2**30 else np.array(array)
+
+
+def fingerprint(name, files):
+    """A cache name that changes when one of the files does."""
+    stats = [(f.resolve(), f.stat()) for f in files if f.exists()]
+    stats = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    return f"{name}-{hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}"
 
 
 def run_all(function, jobs, processes, name, total):
     """function(job) for all jobs, on several cores, with a progress bar."""
     processes = min(processes or os.cpu_count(), len(jobs))
-    bar = tqdm(total=total, initial=total - len(jobs), desc=name, unit=" shards", disable=None)
-    with bar:
-        if processes < 2:
-            for job in jobs:
-                function(job)
-                bar.update()
-        else:
-            with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-                for done in as_completed([pool.submit(function, job) for job in jobs]):
-                    done.result()
-                    bar.update()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(processes, 1), spawn) as pool:  # starts a process only when used
+        done = map(function, jobs) if processes < 2 else pool.map(function, jobs)
+        for _ in tqdm(done, name, total, unit=" shards", initial=total - len(jobs), disable=None):
+            pass
 
 
-def read_npz(path):
-    """One split that `cached` wrote."""
-    try:
-        with np.load(path) as file:
-            flat, labels, lengths = file["flat"], file["labels"], file["lengths"]
-        keep = np.arange(lengths.max()) < lengths[..., None]  # (n, L), (n, 2, L) for pairs
-        tokens = np.zeros(keep.shape + flat.shape[1:], flat.dtype)
-        tokens[keep] = flat
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(
-            f"{path}: damaged ({error}); delete its folder to make it again"
-        ) from error
-    return Split(tokens, labels, lengths)
+# ------------------------------------------------------------------------- archives and their files
+
+
+class Remote(NamedTuple):
+    """A published archive. sha256: as other loaders have it; None when nobody published one."""
+
+    url: str
+    sha256: str | None
+
+
+RELEASE = Remote("https://storage.googleapis.com/long-range-arena/lra_release.gz", None)
+CIFAR = Remote(
+    "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+)
+IMDB = Remote(
+    "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
+    "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe",
+)
+SPEECH = Remote(
+    "http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz",
+    "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58",
+)
+
+
+def find(source, data_dir, remote, name, *folders):
+    """The path `name`, in one of the folders or at the top of `source`: a directory or tar archive.
+
+    Without source: under data_dir, or in the archive that --download leaves there. The release
+    holds some folders twice: the inner tree comes first, its copies outside differ.
+    """
+    root = Path(data_dir if source is None else source)
+    archive = root / remote.url.split("/")[-1]
+    if root.is_file():
+        root = unpack(root, data_dir)
+    names = [f"{folder}/{name}" for folder in folders] + [name]
+    for above in ("lra_release/lra_release", "lra_release", ""):
+        for candidate in names:
+            if (root / above / candidate).exists():
+                return root / above / candidate
+    if source is None and archive.exists():
+        return find(archive, data_dir, remote, name, *folders)
+    raise ValueError(f"{root}: expected one of {', '.join(names)} in it; published as {remote.url}")
+
+
+def unpack(archive, data_dir):
+    """Unpacks a tar archive under data_dir, once. Refuses all but files and folders inside."""
+    target = Path(data_dir) / fingerprint(f"unpacked-{archive.name}", [archive])
+    if target.exists():
+        return target
+    if not hasattr(tarfile, "data_filter"):
+        raise ValueError(f"{archive}: expected Python 3.10.12 or newer, which unpacks safely")
+    with naming(archive, "a whole tar archive"), appearing(target) as part:
+        part.mkdir()
+        with tarfile.open(archive) as tar:
+            for member in tqdm(tar, desc=archive.name, unit=" files", disable=None):
+                path = PurePosixPath(member.name)
+                inside = not path.is_absolute() and ".." not in path.parts
+                if not (inside and (member.isreg() or member.isdir())):
+                    raise ValueError(f"{member.name!r} is no file or folder inside the archive")
+                tar.extract(member, part, filter="data")
+            while tar.fileobj.read(2**20):
+                pass  # to the end, where a compressed file holds its checksum
+    return target
+
+
+def download(remote, data_dir):
+    """Fetches an archive into data_dir, where it appears when it is whole and right."""
+    path, digest = Path(data_dir) / remote.url.split("/")[-1], hashlib.sha256()
+    if path.exists():
+        return path
+    advice = f"a whole archive. Get it in another way and put it at {path}, or its tree anywhere"
+    with naming(remote.url, f"{advice}, and pass --source"), appearing(path) as part:
+        with urllib.request.urlopen(remote.url, timeout=60) as answer, open(part, "wb") as file:
+            total = int(answer.headers.get("Content-Length") or 0)
+            bar = tqdm(total=total or None, desc=path.name, unit="B", unit_scale=True, disable=None)
+            while block := answer.read(2**20):
+                digest.update(block)
+                bar.update(file.write(block))
+            bar.close()
+        if total not in (0, part.stat().st_size):
+            raise OSError(f"{part.stat().st_size} bytes came, expected {total}")
+        if remote.sha256 not in (None, digest.hexdigest()):
+            raise OSError(f"sha256 {digest.hexdigest()}, expected {remote.sha256}")
+    return path
 
 
 # ------------------------------------------------------------------------------------------ lattice
@@ -431,8 +566,7 @@ def apply(operator, args):
 def read_listops(source, data_dir):
     """The published files: a header `Source<tab>Target`, then lines of a tree and its value."""
     names = [f"basic_{name}.tsv" for name in SPLITS]
-    above = places("listops-1000", "listops")
-    folder = find(source, data_dir, [place + names[0] for place in above], RELEASE).parent
+    folder = find(source, data_dir, RELEASE, names[0], "listops-1000", "listops").parent
     key = fingerprint("listops-files", [folder / name for name in names])
     read = partial(map, read_listops_file, [folder / name for name in names])
     return cached(Path(data_dir) / key, read)
@@ -909,8 +1043,8 @@ def read_pathfinder(source, data_dir, seed, size, contour):
     out, a second one is an error.
     """
     name = "curv_baseline" if contour == 6 else f"curv_contour_length_{contour}"
-    above = places(f"pathfinder{size}", f"pathfinder/pathfinder{size}")
-    found = find(source, data_dir, [f"{place}{name}/metadata" for place in above], RELEASE)
+    folders = f"pathfinder{size}", f"pathfinder/pathfinder{size}"
+    found = find(source, data_dir, RELEASE, f"{name}/metadata", *folders)
     tables = sorted(found.glob("*.npy"), key=lambda path: (len(path.name), path.name))
     target = Path(data_dir) / fingerprint(f"pathfinder{size}-{contour}-files-seed{seed}", tables)
     if not (target / "images.npy").exists():
@@ -1045,8 +1179,8 @@ def read_cifar(source, data_dir, seed, convert):
     A record is a label and 3 x 1024 bytes, R, G, B. convert: (n, 1024, 3) -> tokens.
     """
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
-    above = ("cifar-10-batches-bin/", "cifar10/cifar-10-batches-bin/", "cifar10/", "")
-    folder = find(source, data_dir, [place + names[0] for place in above], CIFAR).parent
+    folders = "cifar-10-batches-bin", "cifar10/cifar-10-batches-bin", "cifar10"
+    folder = find(source, data_dir, CIFAR, names[0], *folders).parent
     parts = []
     for name in names:
         content = np.frombuffer(read_bytes(folder / name), np.uint8)
@@ -1062,16 +1196,6 @@ def read_cifar(source, data_dir, seed, convert):
     return hold_out(tokens, labels, np.full(len(labels), 1024), n_test, seed)
 
 
-def hold_out(tokens, labels, lengths, n_test, seed):
-    """Splits of (train, test): train is shuffled by the seed and its last tenth becomes val."""
-    n = len(labels) - n_test
-    if n < 10:
-        raise ValueError(f"{n} training examples, expected 10 or more to hold a tenth out")
-    order = np.random.RandomState([seed, 5]).permutation(n)
-    order = np.concatenate([order, np.arange(n, n + n_test)])
-    return cut(tokens[order], labels[order], lengths[order], [n - n // 10, n // 10, n_test])
-
-
 # --------------------------------------------------------------------------------- text, retrieval
 
 
@@ -1082,7 +1206,7 @@ def text(data_dir, seed, *, name="text", characters=False, max_len=4096, min_cou
     symbols and all others <unk>: both conventions exist. A tenth of train is held out for val (many
     published numbers select on test instead).
     """
-    root = find(source, data_dir, ["aclImdb/train/pos", "train/pos"], IMDB).parent.parent
+    root = find(source, data_dir, IMDB, "train/pos", "aclImdb").parent.parent
     texts, labels, counts = [], [], []
     for split in ("train", "test"):
         for label, folder in enumerate(("neg", "pos")):
@@ -1114,8 +1238,7 @@ def retrieval(
     published ones: the seed changes nothing.
     """
     names = [f"new_aan_pairs.{split}.tsv" for split in ("train", "eval", "test")]
-    above = places("tsv_data", "aan")
-    folder = find(source, data_dir, [place + names[0] for place in above], RELEASE).parent
+    folder = find(source, data_dir, RELEASE, names[0], "tsv_data", "aan").parent
     symbols, splits = None, []
     for path in (folder / name for name in names):
         texts, labels = [], []
@@ -1169,13 +1292,9 @@ def speech(data_dir, seed, *, name="speech", rate=16_000, source=None):
     """
     if rate not in (16_000, 8_000):
         raise ValueError(f"rate {rate}, expected 16000 or 8000 Hz")
-    above = (
-        "speech_commands_v0.02/",
-        "SpeechCommands/speech_commands_v0.02/",
-        "speech_commands/",
-        "",
-    )
-    lists = [find(source, data_dir, [a + "validation_list.txt" for a in above], SPEECH)]
+    top = "speech_commands_v0.02"
+    folders = top, f"SpeechCommands/{top}", "speech_commands"
+    lists = [find(source, data_dir, SPEECH, "validation_list.txt", *folders)]
     lists.append(lists[0].with_name("testing_list.txt"))
     root = lists[0].parent
     words = sorted(
@@ -1226,163 +1345,6 @@ def read_wav(path):
             "expected (1, 2, 16000) and 1 .. 16000 samples"
         )
     return np.frombuffer(data, "<i2").astype(np.int16)
-
-
-# --------------------------------------------------------------- directories, archives, text files
-
-
-class Remote(NamedTuple):
-    """A published archive. sha256: as other loaders have it; None when nobody published one."""
-
-    url: str
-    sha256: str | None
-
-
-RELEASE = Remote("https://storage.googleapis.com/long-range-arena/lra_release.gz", None)
-CIFAR = Remote(
-    "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-    "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-)
-IMDB = Remote(
-    "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
-    "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe",
-)
-SPEECH = Remote(
-    "http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz",
-    "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58",
-)
-
-
-def places(*names):
-    """Where the release has a folder: the inner tree first, the copies in the outer one differ."""
-    above = ("lra_release/lra_release/", "lra_release/", "")
-    return [f"{place}{name}/" for place in above for name in names] + [""]
-
-
-def find(source, data_dir, candidates, remote):
-    """The first of the relative paths under `source`, a directory or a tar archive (unpacked once).
-
-    Without source: under data_dir, or in the archive that --download leaves there.
-    """
-    root = Path(data_dir if source is None else source)
-    archive = root / remote.url.split("/")[-1]
-    if (
-        source is None
-        and archive.exists()
-        and not any((root / path).exists() for path in candidates)
-    ):
-        root = archive
-    if root.is_file():
-        root = unpack(root, data_dir)
-    for candidate in candidates:
-        if (root / candidate).exists():
-            return root / candidate
-    raise ValueError(
-        f"{root}: expected one of {', '.join(candidates)} in it; published as {remote.url}"
-    )
-
-
-def unpack(archive, data_dir):
-    """Unpacks a tar archive under data_dir, once. Refuses all but files and folders inside."""
-    target = Path(data_dir) / fingerprint(f"unpacked-{archive.name}", [archive])
-    if target.exists():
-        return target
-    if not hasattr(tarfile, "data_filter"):
-        raise ValueError(
-            f"{archive}: this Python unpacks no archive safely, expected 3.10.12 or newer"
-        )
-    part = target.with_name(f"{target.name}.part{os.getpid()}")
-    try:
-        with tarfile.open(archive) as tar:
-            for member in tqdm(tar, desc=archive.name, unit=" files", disable=None):
-                path = PurePosixPath(member.name)
-                inside = not path.is_absolute() and ".." not in path.parts
-                if not (inside and (member.isreg() or member.isdir())):
-                    raise ValueError(f"{member.name!r} is no file or folder inside the archive")
-                tar.extract(member, part, filter="data")
-            while tar.fileobj.read(2**20):
-                pass  # to the end, where a compressed file holds its checksum
-        part.mkdir(parents=True, exist_ok=True)
-        settle(part, target)
-    except (tarfile.TarError, ValueError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f"{archive}: {error}, expected a whole tar archive") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return target
-
-
-def download(remote, data_dir):
-    """Fetches an archive into data_dir, under a temporary name until it is there and right."""
-    path = Path(data_dir) / remote.url.split("/")[-1]
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part, digest = path.with_name(f"{path.name}.part{os.getpid()}"), hashlib.sha256()
-    try:
-        with urllib.request.urlopen(remote.url, timeout=60) as answer, open(part, "wb") as file:
-            total = int(answer.headers.get("Content-Length") or 0)
-            bar = tqdm(total=total or None, desc=path.name, unit="B", unit_scale=True, disable=None)
-            while block := answer.read(2**20):
-                digest.update(block)
-                bar.update(file.write(block))
-            bar.close()
-        if total not in (0, part.stat().st_size):
-            raise OSError(f"{part.stat().st_size} bytes came, expected {total}")
-        if remote.sha256 not in (None, digest.hexdigest()):
-            raise OSError(f"sha256 {digest.hexdigest()}, expected {remote.sha256}")
-        os.replace(part, path)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise ValueError(
-            f"{remote.url}: {error}. Get the file in another way and put it at {path}, or its "
-            f"unpacked tree anywhere, and pass --source"
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
-    return path
-
-
-def fingerprint(name, files):
-    """A cache name that changes when one of the files does."""
-    stats = [
-        (str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()
-    ]
-    return f"{name}-{hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}"
-
-
-def read_bytes(path):
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}, expected a readable file") from error
-
-
-def read_text(path):
-    """A whole UTF-8 file."""
-    try:
-        return read_bytes(path).decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text: {error}") from error
-
-
-def read_table(path, columns, header=None):
-    """Lines of a tab separated UTF-8 file without quoting, one by one: (line number, fields)."""
-    number = 0
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                fields = line.decode().rstrip("\r\n").split("\t")
-                if len(fields) != columns or (number == 1 and header not in (None, fields)):
-                    raise ValueError(
-                        f"{len(fields)} columns {line[:60]!r}, expected {header or columns}"
-                    )
-                if not line.endswith(b"\n"):
-                    raise ValueError("no end of line: the file is cut, expected whole lines")
-                if number > 1 or header is None:
-                    yield number, fields
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}:{number}: {error}") from error
-    if number < 1 + (header is not None):
-        raise ValueError(f"{path}: no examples, expected {columns} columns, separated by tabs")
 
 
 # -------------------------------------------------------------------------------------------- tasks
