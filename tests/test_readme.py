@@ -1,4 +1,4 @@
-"""README.md: what it shows of the demonstration is what results/demo.json holds; its files exist."""
+"""README.md shows what results/demo.json holds, and names files that exist."""
 
 import json
 import re
