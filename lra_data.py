@@ -30,7 +30,6 @@ Not included: augmentation, tokenisers, the ten-word speech task, TFRecords.
 import argparse
 import hashlib
 import http.client
-import io
 import lzma
 import math
 import multiprocessing
@@ -336,56 +335,44 @@ def download(remote, data_dir):
 
 
 def lattice(
-    data_dir,
-    seed,
-    *,
-    distances=(1, 3),
-    beta=0.45,
-    side=8,
-    sweeps=12,
-    n_train=4000,
-    n_val=1000,
-    n_test=4000,
+    name, data_dir, seed, *, distances=(1, 3), sweeps=12, n_train=4000, n_val=1000, n_test=4000
 ):
-    """Binary textures on a torus, flattened to L = side^2: at which distance are sites coupled?
+    """Binary textures on an 8 x 8 torus, L = 64: at which distance are sites coupled?
 
     Class c is an Ising model whose sites interact with the four sites `distances[c]` steps away
-    along the rows and columns, P(s) ~ exp(beta sum_<ij> s_i s_j), sampled by `sweeps` Gibbs sweeps
+    along the rows and columns, P(s) ~ exp(.45 sum_<ij> s_i s_j), sampled by `sweeps` Gibbs sweeps
     from noise and turned over by a random global sign: neither the mean nor any single site tells
-    the class. With side 8, the map x -> 3x mod 8 turns distance 1 into 3, so every statistic that
-    ignores positions agrees too. Tokens 0 and 1. Not part of the Long Range Arena: it is the task
-    that fits a laptop's minutes.
+    the class. The map x -> 3x mod 8 turns distance 1 into 3, so every statistic that ignores
+    positions agrees too. Tokens 0 and 1. Not part of the Long Range Arena: it is the task that
+    fits a laptop's minutes.
     """
-    if len(set(distances)) != 2 or not 0 < min(distances) <= max(distances) < side:
-        raise ValueError(f"distances {distances}: expected two different ones, 1 .. {side - 1}")
+    if len(set(distances)) != 2 or not 0 < min(distances) <= max(distances) < 8:
+        raise ValueError(f"distances {distances}: expected two different ones, 1 .. 7")
     sizes = [n_train, n_val, n_test]
     if min(sizes) < 2 or sweeps < 0:
         raise ValueError(f"sizes {sizes}, sweeps {sweeps}: expected sizes >= 2, sweeps >= 0")
     rng = np.random.RandomState([seed, 1])  # its stream is frozen in all versions of numpy
     n = sum(sizes)
     labels = rng.permutation(n) % 2
-    tokens = np.zeros((n, side * side), np.uint8)
+    tokens = np.zeros((n, 64), np.uint8)
     for c, distance in enumerate(distances):
-        spins = gibbs(rng, int((labels == c).sum()), side, distance, beta, sweeps)
+        spins = gibbs(rng, int((labels == c).sum()), 8, distance, 0.45, sweeps)
         spins *= rng.choice([-1, 1], (len(spins), 1)).astype(np.int8)
         tokens[labels == c] = spins > 0
-    lengths = np.full(n, side * side)
-    splits = cut(tokens, labels, lengths, sizes)
-    return Data("lattice", *splits, vocab_size=2, n_classes=2)
+    return Data(name, *cut(tokens, labels, np.full(n, 64), sizes), vocab_size=2, n_classes=2)
 
 
 def gibbs(rng, n, side, distance, beta, sweeps):
     """n independent Ising samples, (n, side^2) int8 of +-1.
 
     Sites are visited one after the other, so any coupling distance is valid (a checkerboard is
-    not, for even ones); the samples go in lock-step."""
+    not, for even ones); the samples go in lock-step.
+    """
     at = np.arange(side * side).reshape(side, side)
     moves = [(distance, 0), (-distance, 0), (0, distance), (0, -distance)]
     neighbours = np.stack([np.roll(at, move, (0, 1)).ravel() for move in moves], 1)  # (side^2, 4)
     p_up = 1 / (1 + np.exp(-2 * beta * np.arange(-4, 5)))  # by the sum of the four neighbours
-    spins = rng.choice([-1, 1], (side * side, n)).astype(
-        np.int8
-    )  # (side^2, n): a site is contiguous
+    spins = rng.choice([-1, 1], (side * side, n)).astype(np.int8)  # a site is contiguous
     for _ in range(sweeps):
         for site in range(side * side):
             field = spins[neighbours[site]].sum(0, dtype=np.int64)  # (n,)
@@ -400,10 +387,10 @@ MIN, CLOSE = 10, 14  # operators are MIN .. CLOSE - 1
 
 
 def listops(
+    name,
     data_dir,
     seed,
     *,
-    name="listops",
     above=500,
     below=2000,
     max_depth=10,
@@ -424,23 +411,17 @@ def listops(
     source: None generates. A directory or archive with the published `basic_{train,val,test}.tsv`
     reads those and evaluates every tree; ValueError names file and line.
     """
-    sizes = [n_train, n_val, n_test]
+    sizes, limits = [n_train, n_val, n_test], (max_depth, max_args, above, below)
     if source is not None:
         splits = read_listops(source, data_dir)
-    elif not (
-        1 <= above <= below - 2 and max_depth >= 2 and 2 <= max_args <= 25 and min(sizes) > 0
-    ):
+    elif min(sizes) < 1 or max_depth < 2 or not 2 <= max_args <= 25 or not 1 <= above <= below - 2:
         raise ValueError(
-            f"above {above}, below {below}, max_depth {max_depth}, max_args {max_args}, "
-            f"sizes {sizes}: expected 1 <= above <= below - 2, max_depth >= 2, "
-            "2 <= max_args <= 25, sizes >= 1"
+            f"sizes {sizes}, max_depth, max_args, above, below {limits}: expected sizes >= 1, "
+            "max_depth >= 2, 2 <= max_args <= 25, 1 <= above <= below - 2"
         )
     else:
-        limits = (max_depth, max_args, above, below)
-        key = "-".join(map(str, [name, *limits, *sizes, f"seed{seed}"]))
-        splits = cached(
-            Path(data_dir) / key, lambda: cut(*listops_trees(seed, sum(sizes), *limits), sizes)
-        )
+        folder = Path(data_dir) / "-".join(map(str, [name, *limits, *sizes, f"seed{seed}"]))
+        splits = cached(folder, lambda: cut(*listops_trees(seed, sum(sizes), *limits), sizes))
     return Data(name, *splits, len(LISTOPS_VOCAB), n_classes=10, symbols=LISTOPS_VOCAB)
 
 
@@ -546,14 +527,11 @@ def listops_value(tokens):
         else:
             operator, *args = stack.pop() if len(stack) > 1 else [None]
             if not args:
-                raise ValueError(
-                    f"token {place}: ']' closes nothing, expected an operator with arguments"
-                )
+                raise ValueError(f"token {place}: ']' closes no operator with arguments")
             stack[-1].append(apply(operator - MIN, sorted(args)))
     if len(stack) > 1 or len(stack[0]) != 1:
-        raise ValueError(
-            f"{len(stack) - 1} operators left open, {len(stack[0])} roots: expected 0 and 1"
-        )
+        found = f"{len(stack) - 1} operators left open, {len(stack[0])} roots"
+        raise ValueError(f"{found}: expected 0 and 1")
     return int(stack[0][0])
 
 
@@ -565,33 +543,28 @@ def apply(operator, args):
 
 def read_listops(source, data_dir):
     """The published files: a header `Source<tab>Target`, then lines of a tree and its value."""
-    names = [f"basic_{name}.tsv" for name in SPLITS]
-    folder = find(source, data_dir, RELEASE, names[0], "listops-1000", "listops").parent
-    key = fingerprint("listops-files", [folder / name for name in names])
-    read = partial(map, read_listops_file, [folder / name for name in names])
-    return cached(Path(data_dir) / key, read)
+    first = find(source, data_dir, RELEASE, "basic_train.tsv", "listops-1000", "listops")
+    files = [first.with_name(f"basic_{name}.tsv") for name in SPLITS]
+    folder = Path(data_dir) / fingerprint("listops-files", files)
+    return cached(folder, lambda: [read_listops_file(path) for path in files])
 
 
 def read_listops_file(path):
-    index = {word: i for i, word in enumerate(LISTOPS_VOCAB)}
+    index, known = {word: i for i, word in enumerate(LISTOPS_VOCAB)}, " ".join(LISTOPS_VOCAB)
     rows, labels = [], []
     for number, (tree, label) in read_table(path, 2, ["Source", "Target"]):
         words = tree.replace("(", " ").replace(")", " ").split()
         try:
             row = [index[word] for word in words]
-            value = listops_value(row)
+            labels.append(listops_value(row))
         except KeyError as error:
-            raise ValueError(
-                f"{path}:{number}: unknown token {error}, expected one of {LISTOPS_VOCAB}"
-            ) from None
+            raise ValueError(f"{path}:{number}: unknown token {error}, expected {known}") from None
         except ValueError as error:
             raise ValueError(f"{path}:{number}: not a tree: {error}") from None
-        if label != str(value):
-            raise ValueError(
-                f"{path}:{number}: label {label!r}, expected {value}, the value of the tree"
-            )
+        if label != str(labels[-1]):
+            value = f"{labels[-1]}, the value of the tree"
+            raise ValueError(f"{path}:{number}: label {label!r}, expected {value}")
         rows.append(np.array(row, np.uint8))
-        labels.append(value)
     tokens, lengths = pad(rows)
     return Split(tokens, np.array(labels, np.int64), lengths)
 
@@ -629,15 +602,7 @@ LANES = 256  # pictures that grow in lock-step
 
 
 def pathfinder(
-    data_dir,
-    seed,
-    *,
-    name="pathfinder32",
-    size=32,
-    contour=14,
-    n=200_000,
-    processes=None,
-    source=None,
+    name, data_dir, seed, *, size=32, contour=14, n=200_000, processes=None, source=None
 ):
     """Pathfinder (Linsley et al. 2018, arXiv:1805.08315): are the two disks the ends of one snake?
 
@@ -661,55 +626,69 @@ def pathfinder(
             f"size {size}, contour {contour}, n {n}: expected size 32, 64, 128 or 256, "
             "contour 6, 9 or 14, n >= 10"
         )
-    if source is not None:
-        images, labels = read_pathfinder(source, data_dir, seed, size, contour)
+    if source is None:
+        folder = Path(data_dir) / f"pathfinder{size}-{contour}-{n}-seed{seed}"
+        plan = partial(plan_drawing, seed, size, contour, n)
     else:
-        images, labels = draw_pathfinder(data_dir, seed, size, contour, n, processes)
-    sizes = [len(labels) - 2 * (len(labels) // 10), len(labels) // 10, len(labels) // 10]
+        folder, plan = plan_reading(source, data_dir, seed, size, contour)
+    images, labels = make_pictures(folder, size, plan, processes)
+    tenth = len(labels) // 10
+    sizes = [len(labels) - 2 * tenth, tenth, tenth]
     splits = cut(images, labels, np.full(len(labels), size * size), sizes)
     return Data(name, *splits, 256, 2, (127.5,), (127.5,))
 
 
-def draw_pathfinder(data_dir, seed, size, contour, n, processes):
-    """Draws what the folder lacks, shard by shard: images (n, L, 1) uint8 and labels (n,)."""
-    folder = Path(data_dir) / f"pathfinder{size}-{contour}-{n}-seed{seed}"
-    part = folder / "images.part.npy"
-    shards = [folder / f"labels-{first:09}.npy" for first in range(0, n, SHARD)]
+def make_pictures(folder, size, plan, processes):
+    """images (n, L, 1) uint8 and labels (n,) in `folder`; what it lacks is made shard by shard.
+
+    plan() gives n and functions, one for each SHARD of the n; these return pictures and labels.
+    """
     if not (folder / "images.npy").exists():
+        part = folder / "images.part.npy"
+        n, shards = plan()
         if not part.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            new = part.with_name(f"new{os.getpid()}.npy")
-            np.lib.format.open_memmap(new, "w+", np.uint8, (n, size * size, 1)).flush()
-            os.replace(new, part)
-        todo = [(part, shard, seed, size, contour) for shard in shards if not shard.exists()]
-        run_all(pathfinder_shard, todo, processes, folder.name, len(shards))
-        save_npy(folder / "labels.npy", np.concatenate([read_npy(shard) for shard in shards]))
-        os.replace(part, folder / "images.npy")
-    for shard in shards:
-        shard.unlink(missing_ok=True)
-    return read_pictures(folder, n, size)
-
-
-def read_pictures(folder, n, size):
+            with appearing(part) as new:
+                np.lib.format.open_memmap(new, "w+", np.uint8, (n, size * size, 1)).flush()
+        marks = [folder / f"labels-{first:09}.npy" for first in range(0, n, SHARD)]
+        jobs = [(part, *job) for job in zip(marks, shards, strict=True) if not job[0].exists()]
+        try:
+            run_all(pathfinder_shard, jobs, processes, folder.name, len(shards))
+        except ValueError:  # a file that cannot be read: the next try starts anew
+            shutil.rmtree(folder)
+            raise
+        save_npy(folder / "labels.npy", np.concatenate([read_npy(mark) for mark in marks]))
+        part.replace(folder / "images.npy")
+    for mark in folder.glob("labels-*.npy"):
+        mark.unlink()
     images, labels = read_npy(folder / "images.npy"), read_npy(folder / "labels.npy")
-    if images.shape != (n, size * size, 1) or labels.shape != (n,):
+    if images.shape != (*labels.shape, size * size, 1):
         raise ValueError(
-            f"{folder}: images {images.shape}, labels {labels.shape}, expected "
-            f"{(n, size * size, 1)} and {(n,)}; delete the folder to make it again"
+            f"{folder}: {images.shape} images, {labels.shape} labels, expected {CACHE}"
         )
     return images, labels
 
 
 def pathfinder_shard(job):
-    """Draws one shard into its place among the images; its labels, written last, say it is done."""
-    part, shard, seed, size, contour = job
-    first = int(shard.stem.split("-")[1])
+    """Puts one shard into its place among the images; its labels, written last, say it is done."""
+    part, mark, make = job
+    first = int(mark.stem.split("-")[1])
+    pictures, labels = make()
     images = np.lib.format.open_memmap(part, "r+")
-    rng = np.random.RandomState([seed, 3, first // SHARD])
-    pictures, labels, _ = draw_pictures(rng, size, contour, min(SHARD, len(images) - first))
     images[first : first + len(labels)] = pictures.reshape(len(labels), -1, 1)
     images.flush()
-    save_npy(shard, labels)
+    save_npy(mark, labels)
+
+
+def plan_drawing(seed, size, contour, n):
+    """n and what draws it, for make_pictures."""
+    return n, [
+        partial(draw_shard, [seed, 3, i], size, contour, min(SHARD, n - first))
+        for i, first in enumerate(range(0, n, SHARD))
+    ]
+
+
+def draw_shard(seed, *options):
+    return draw_pictures(np.random.RandomState(seed), *options)[:2]
 
 
 def draw_pictures(rng, size, contour, n):
@@ -752,11 +731,6 @@ def dilate(images, radius):
     for y, x in disk:
         np.maximum(out, around[..., y : y + side, x : x + side], out=out)
     return out
-
-
-@cache
-def make_brush(size, margin):
-    return Brush(size, margin)
 
 
 class Brush:
@@ -851,6 +825,9 @@ class Brush:
         end = np.round(sheet.length * unit(np.deg2rad(np.arange(360)))).astype(int)
         self.home = 2 * sheet.seed_distance - np.minimum(0, end)  # (360, 2) first row and column
         self.home_span = self.size - 4 * sheet.seed_distance - np.abs(end)
+
+
+make_brush = cache(Brush)
 
 
 class Scene:
@@ -1035,84 +1012,85 @@ def paint(rng, brush, contour, at, way):
     return pictures[:, inside, inside], labels, markers
 
 
-def read_pathfinder(source, data_dir, seed, size, contour):
+def plan_reading(source, data_dir, seed, size, contour):
     """The published tree `curv_*/{imgs/<k>/sample_<i>.png, metadata/<k>.npy}`, in an order by seed.
 
-    The metadata are text in spite of their name: folder, file, number, label, ... One published png
-    is empty (pathfinder32/curv_baseline/imgs/0/sample_172.png): an empty file is reported and left
-    out, a second one is an error.
+    Returns the folder to keep it in and the plan for make_pictures. One published png is empty
+    (pathfinder32/curv_baseline/imgs/0/sample_172.png): an empty file is reported and left out, a
+    second one is an error.
     """
     name = "curv_baseline" if contour == 6 else f"curv_contour_length_{contour}"
     folders = f"pathfinder{size}", f"pathfinder/pathfinder{size}"
     found = find(source, data_dir, RELEASE, f"{name}/metadata", *folders)
     tables = sorted(found.glob("*.npy"), key=lambda path: (len(path.name), path.name))
-    target = Path(data_dir) / fingerprint(f"pathfinder{size}-{contour}-files-seed{seed}", tables)
-    if not (target / "images.npy").exists():
+
+    def plan():
         rows = [row for table in tables for row in read_metadata(table)]
         empty = [path for path, _ in rows if path.exists() and path.stat().st_size == 0]
         if len(empty) > 1 or len(rows) < 10 + len(empty):
-            raise ValueError(
-                f"{found}: {len(rows)} pictures, {len(empty)} of them empty files "
-                f"({', '.join(map(str, empty[:3]))}), expected 10 or more and at most one"
-            )
+            counts = f"{len(rows)} pictures, {len(empty)} of them empty files {empty[:3]}"
+            raise ValueError(f"{found}: {counts}, expected 10 or more and at most one")
         for path in empty:
             print(f"{path}: empty, left out", file=sys.stderr)
         rows = [row for row in rows if row[0] not in empty]
         order = np.random.RandomState([seed, 4]).permutation(len(rows))
-        store_pictures([rows[i] for i in order], target, size)
-    return read_pictures(target, len(np.load(target / "labels.npy")), size)
+        rows = [rows[i] for i in order]
+        shards = [rows[first : first + SHARD] for first in range(0, len(rows), SHARD)]
+        return len(rows), [partial(read_shard, shard, size) for shard in shards]
+
+    key = fingerprint(f"pathfinder{size}-{contour}-files-seed{seed}", tables)
+    return Path(data_dir) / key, plan
 
 
 def read_metadata(path):
-    """(png path, label) of every line."""
+    """(png path, label) of every line: text in spite of the name: folder, file, number, label."""
     for number, line in enumerate(read_text(path).splitlines(), 1):
         fields = line.split()
         if len(fields) < 4 or fields[3] not in ("0", "1", "0.0", "1.0"):
-            raise ValueError(
-                f"{path}:{number}: {line[:80]!r}, expected folder, file, number, label 0 or 1, ..."
-            )
+            expected = "folder, file, number, label 0 or 1, ..."
+            raise ValueError(f"{path}:{number}: {line[:80]!r}, expected {expected}")
         yield path.parent.parent / fields[0] / fields[1], int(fields[3][0])
 
 
-def store_pictures(rows, target, size):
-    """Reads the png files into target/images.npy and writes target/labels.npy."""
-    target.mkdir(parents=True, exist_ok=True)
-    part = target / f"images.part{os.getpid()}.npy"
-    try:
-        images = np.lib.format.open_memmap(part, "w+", np.uint8, (len(rows), size * size, 1))
-        for first in tqdm(range(0, len(rows), SHARD), desc="png files", disable=None):
-            paths = [path for path, _ in rows[first : first + SHARD]]
-            lines = np.stack([read_png(path, size) for path in paths])
-            images[first : first + len(paths)] = unfilter(lines).reshape(len(paths), -1, 1)
-        images.flush()
-        save_npy(target / "labels.npy", np.array([label for _, label in rows]))
-        os.replace(part, target / "images.npy")
-    finally:
-        part.unlink(missing_ok=True)
+def read_shard(rows, size):
+    """Pictures (n, size, size) and labels (n,) of rows of (png path, label)."""
+    lines = np.stack([read_png(path, size) for path, _ in rows])
+    return unfilter(lines), np.array([label for _, label in rows])
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def png_head(width, height, colour):
+    """8 bits a channel, one channel or, colour 2, three; no interlacing."""
+    return struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
+
+
+def png_chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def read_png(path, size):
     """The filtered lines (size, 1 + size) of an 8-bit grey png without interlacing, the only kind
-    in these files: the standard library suffices."""
+    in these files: the standard library suffices.
+    """
     content = read_bytes(path)
-    data, at, kind = b"", 8, b""
-    while kind != b"IEND":
-        length, kind = struct.unpack_from(">I4s", content.ljust(at + 8, b"\0"), at)
-        body = content[at + 8 : at + 8 + length]
-        crc = content[at + 8 + length : at + 12 + length]
-        if content[:8] != b"\x89PNG\r\n\x1a\n" or crc != struct.pack(">I", zlib.crc32(kind + body)):
+    chunks, at = [], 8
+    while not chunks or chunks[-1][0] != b"IEND":
+        stop = at + 12 + int.from_bytes(content[at : at + 4], "big")
+        kind, body = content[at + 4 : at + 8], content[at + 8 : stop - 4]
+        if content[:8] != PNG or content[at:stop] != png_chunk(kind, body):
             raise ValueError(f"{path}: expected a png file: damaged at byte {at}")
-        if (at == 8) != (kind == b"IHDR"):
-            raise ValueError(f"{path}: chunk {kind} at byte {at}, expected one header at byte 8")
-        if kind == b"IHDR" and body != struct.pack(">IIBBBBB", size, size, 8, 0, 0, 0, 0):
-            raise ValueError(f"{path}: header {body.hex()}, expected {size} x {size}, 8 bit grey")
-        data += body if kind == b"IDAT" else b""
-        at += 12 + length
-    try:
-        lines = zlib.decompressobj().decompress(data, size * (size + 1) + 1)
-    except zlib.error as error:
-        raise ValueError(f"{path}: {error}, expected a png file") from error
-    lines = np.frombuffer(lines, np.uint8)
+        chunks.append((kind, body))
+        at = stop
+    if [kind for kind, _ in chunks].count(b"IHDR") != 1 or chunks[0][0] != b"IHDR":
+        raise ValueError(f"{path}: starts with {chunks[0]}, expected one header")
+    if chunks[0][1] != png_head(size, size, 0):
+        raise ValueError(f"{path}: header {chunks[0][1]}, expected {size} x {size}, 8 bit grey")
+    data = b"".join(body for kind, body in chunks if kind == b"IDAT")
+    with naming(path, "a png file"):
+        data = zlib.decompressobj().decompress(data, size * (size + 1) + 1)
+    lines = np.frombuffer(data, np.uint8)
     if len(lines) != size * (size + 1) or lines[:: size + 1].max() > 4:
         raise ValueError(f"{path}: {len(lines)} bytes of pixels, expected {size} lines of {size}")
     return lines.reshape(size, size + 1)
@@ -1137,69 +1115,59 @@ def unfilter(lines):
 # -------------------------------------------------------------------------------------------- image
 
 
-def image(data_dir, seed, *, source=None):
-    """CIFAR-10 in grey, the Image task: L = 1024 symbols 0 .. 255, one a pixel, row by row.
+def grey_symbols(rgb):
+    """(n, 1024, 3) uint8 -> (n, 1024), as tf.image.rgb_to_grayscale, times 255.5 / 255, cut."""
+    return np.floor(rgb @ (np.array([0.2989, 0.5870, 0.1140]) * 255.5 / 255)).astype(np.uint8)
 
-    Grey as in the Long Range Arena: tf.image.rgb_to_grayscale, .2989 R + .5870 G + .1140 B, times
-    255.5 / 255 and cut to an integer. 45,000 / 5,000 / 10,000: a tenth of train is held out.
+
+def grey_numbers(rgb):
+    """(n, 1024, 3) uint8 -> (n, 1024, 1), as "L" of PIL."""
+    grey = (rgb.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32) + 32768) >> 16
+    return grey.astype(np.uint8)[..., None]
+
+
+IMAGES = {  # the tokens, and mean and deviation of their channels
+    "image": (grey_symbols, None, None),
+    "image-real": (grey_numbers, (122.6,), (61.0,)),
+    "scifar": (
+        np.asarray,
+        (255 * 0.4914, 255 * 0.4822, 255 * 0.4465),
+        (255 * 0.247, 255 * 0.243, 255 * 0.261),
+    ),
+}
+
+
+def image(name, data_dir, seed, *, source=None):
+    """CIFAR-10, L = 1024 pixels row by row: 45,000 / 5,000 / 10,000, a tenth of train held out.
+
+    image: grey symbols 0 .. 255, the task of the Long Range Arena. image-real: grey numbers, as
+    state-space models read it. scifar: numbers in three channels. Reads the binary version (the
+    python version is pickles, which can run code): a record is a label and 3 x 1024 bytes, R, G, B.
     """
-
-    def grey(rgb):
-        return np.floor(rgb @ (np.array([0.2989, 0.5870, 0.1140]) * 255.5 / 255)).astype(np.uint8)
-
-    return Data("image", *read_cifar(source, data_dir, seed, grey), 256, 10)
-
-
-def image_real(data_dir, seed, *, source=None):
-    """CIFAR-10 in grey as numbers (x - 122.6) / 61.0, as state-space models read it.
-
-    Grey as PIL's "L": (19595 R + 38470 G + 7471 B + 32768) >> 16.
-    """
-
-    def grey(rgb):
-        mixed = (rgb.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32) + 32768) >> 16
-        return mixed.astype(np.uint8)[..., None]
-
-    splits = read_cifar(source, data_dir, seed, grey)
-    return Data("image-real", *splits, 256, 10, (122.6,), (61.0,))
-
-
-def scifar(data_dir, seed, *, source=None):
-    """Sequential CIFAR-10 in colour: (n, 1024, 3), normalised by the usual means and deviations."""
-    splits = read_cifar(source, data_dir, seed, lambda rgb: rgb)
-    mean, std = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
-    return Data(
-        "scifar", *splits, 256, 10, tuple(255 * m for m in mean), tuple(255 * s for s in std)
-    )
-
-
-def read_cifar(source, data_dir, seed, convert):
-    """The binary version (the python version is pickles, which can run code: never loaded).
-
-    A record is a label and 3 x 1024 bytes, R, G, B. convert: (n, 1024, 3) -> tokens.
-    """
+    convert, mean, std = IMAGES[name]
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
     folders = "cifar-10-batches-bin", "cifar10/cifar-10-batches-bin", "cifar10"
     folder = find(source, data_dir, CIFAR, names[0], *folders).parent
-    parts = []
-    for name in names:
-        content = np.frombuffer(read_bytes(folder / name), np.uint8)
+    tokens, labels = [], []
+    for path in (folder / file for file in names):
+        content = np.frombuffer(read_bytes(path), np.uint8)
         if len(content) == 0 or len(content) % 3073:
-            raise ValueError(f"{folder / name}: {len(content)} bytes, expected a multiple of 3073")
+            raise ValueError(f"{path}: {len(content)} bytes, expected a multiple of 3073")
         records = content.reshape(-1, 3073)
         if records[:, 0].max() > 9:
-            raise ValueError(f"{folder / name}: label {records[:, 0].max()}, expected 0 .. 9")
-        rgb = records[:, 1:].reshape(-1, 3, 1024).swapaxes(1, 2)  # (n, 1024, 3)
-        parts.append((convert(rgb), records[:, 0]))
-    tokens, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
-    n_test = len(parts[-1][1])
-    return hold_out(tokens, labels, np.full(len(labels), 1024), n_test, seed)
+            raise ValueError(f"{path}: label {records[:, 0].max()}, expected 0 .. 9")
+        tokens.append(convert(records[:, 1:].reshape(-1, 3, 1024).swapaxes(1, 2)))
+        labels.append(records[:, 0])
+    n_test, labels = len(labels[-1]), np.concatenate(labels)
+    lengths = np.full(len(labels), 1024)
+    splits = hold_out(np.concatenate(tokens), labels, lengths, n_test, seed)
+    return Data(name, *splits, 256, 10, mean, std)
 
 
 # --------------------------------------------------------------------------------- text, retrieval
 
 
-def text(data_dir, seed, *, name="text", characters=False, max_len=4096, min_count=15, source=None):
+def text(name, data_dir, seed, *, characters=False, max_len=4096, min_count=15, source=None):
     """IMDB reviews, positive (1) or negative (0), from the tree aclImdb/{train,test}/{pos,neg}.
 
     Cut to max_len bytes (0 .. 255) or characters, of which those seen min_count times in train are
@@ -1207,30 +1175,26 @@ def text(data_dir, seed, *, name="text", characters=False, max_len=4096, min_cou
     published numbers select on test instead).
     """
     root = find(source, data_dir, IMDB, "train/pos", "aclImdb").parent.parent
-    texts, labels, counts = [], [], []
-    for split in ("train", "test"):
-        for label, folder in enumerate(("neg", "pos")):
-            files = sorted((root / split / folder).glob("*.txt"))
-            found = [
-                read_text(path) for path in tqdm(files, desc=f"{split}/{folder}", disable=None)
-            ]
-            if not all(found) or not files:
-                first = files[found.index("")] if files else root / split / folder
-                raise ValueError(f"{first}: empty, expected .txt files with reviews")
-            texts += found
-            labels += [label] * len(files)
-        counts.append(len(labels))
-    order = np.random.RandomState([seed, 5]).permutation(counts[0])  # as in hold_out
-    train = [texts[i] for i in order[: counts[0] - counts[0] // 10]]
-    symbols = vocabulary(train, max_len, min_count) if characters else None
+    texts, labels, n_train = [], [], 0
+    for folder in ("train/neg", "train/pos", "test/neg", "test/pos"):
+        files = sorted((root / folder).glob("*.txt"))
+        for path in tqdm(files, desc=folder, disable=None):
+            texts.append(read_text(path)[:max_len])
+            if not texts[-1]:
+                raise ValueError(f"{path}: empty, expected .txt files with reviews")
+        if not files:
+            raise ValueError(f"{root / folder}: empty, expected .txt files with reviews")
+        labels += [int(folder.endswith("pos"))] * len(files)
+        n_train += len(files) * folder.startswith("train")
+    order = np.random.RandomState([seed, 5]).permutation(n_train)  # as in hold_out
+    train = [texts[i] for i in order[: n_train - n_train // 10]]
+    symbols = vocabulary(train, min_count) if characters else None
     tokens, lengths = encode(texts, symbols, max_len)
-    splits = hold_out(tokens, np.array(labels), lengths, counts[1] - counts[0], seed)
+    splits = hold_out(tokens, np.array(labels), lengths, len(labels) - n_train, seed)
     return Data(name, *splits, len(symbols) if characters else 256, 2, symbols=symbols)
 
 
-def retrieval(
-    data_dir, seed, *, name="retrieval", characters=False, max_len=4000, min_count=15, source=None
-):
+def retrieval(name, data_dir, seed, *, characters=False, max_len=4000, min_count=15, source=None):
     """AAN: does one paper cite the other? tokens (n, 2, L) and lengths (n, 2), two documents each.
 
     Reads the published new_aan_pairs.{train,eval,test}.tsv: label, id, id, text, text, separated by
@@ -1240,7 +1204,7 @@ def retrieval(
     names = [f"new_aan_pairs.{split}.tsv" for split in ("train", "eval", "test")]
     folder = find(source, data_dir, RELEASE, names[0], "tsv_data", "aan").parent
     symbols, splits = None, []
-    for path in (folder / name for name in names):
+    for path in (folder / file for file in names):
         texts, labels = [], []
         for number, (label, _, _, *pair) in read_table(path, 5):
             if label not in ("0", "1", "0.0", "1.0"):
@@ -1250,40 +1214,35 @@ def retrieval(
             labels.append(int(label[0]))
             texts += [document[:max_len] for document in pair]
         if characters and not splits:
-            symbols = vocabulary(texts, max_len, min_count)
+            symbols = vocabulary(texts, min_count)
         tokens, lengths = encode(texts, symbols, max_len)
         tokens, lengths = tokens.reshape(len(labels), 2, -1), lengths.reshape(-1, 2)
         splits.append(Split(tokens, np.array(labels, np.int64), lengths))
     return Data(name, *splits, len(symbols) if characters else 256, 2, symbols=symbols)
 
 
-def vocabulary(texts, max_len, min_count):
+def vocabulary(texts, min_count):
     """<unk>, then the characters that occur min_count times or more, most frequent first."""
     counts = Counter()
     for document in texts:
-        counts.update(document[:max_len])
+        counts.update(document)
     known = sorted((c for c in counts if counts[c] >= min_count), key=lambda c: (-counts[c], c))
     return ("<unk>", *known[:254])
 
 
 def encode(texts, symbols, max_len):
-    """Tokens (n, L) uint8 and lengths (n,): bytes, or indices into symbols."""
+    """Texts of at most max_len characters: tokens (n, L) uint8, bytes or places in symbols."""
+    if symbols is None:
+        return pad([np.frombuffer(each.encode()[:max_len], np.uint8) for each in texts])
     index = np.zeros(0x110000, np.uint8)
-    if symbols is not None:
-        index[[ord(symbol) for symbol in symbols[1:]]] = np.arange(1, len(symbols))
-    rows = []
-    for document in texts:
-        if symbols is None:
-            rows.append(np.frombuffer(document[:max_len].encode()[:max_len], np.uint8))
-        else:
-            rows.append(index[np.frombuffer(document[:max_len].encode("utf-32-le"), np.uint32)])
-    return pad(rows)
+    index[[ord(symbol) for symbol in symbols[1:]]] = np.arange(1, len(symbols))
+    return pad([index[np.frombuffer(each.encode("utf-32-le"), np.uint32)] for each in texts])
 
 
 # ------------------------------------------------------------------------------------------- speech
 
 
-def speech(data_dir, seed, *, name="speech", rate=16_000, source=None):
+def speech(name, data_dir, seed, *, rate=16_000, source=None):
     """Speech Commands v0.02, all 35 words, one second each: (n, 16000, 1) int16, one channel.
 
     The folders are the classes, in alphabetical order; validation_list.txt and testing_list.txt are
@@ -1294,16 +1253,12 @@ def speech(data_dir, seed, *, name="speech", rate=16_000, source=None):
         raise ValueError(f"rate {rate}, expected 16000 or 8000 Hz")
     top = "speech_commands_v0.02"
     folders = top, f"SpeechCommands/{top}", "speech_commands"
-    lists = [find(source, data_dir, SPEECH, "validation_list.txt", *folders)]
-    lists.append(lists[0].with_name("testing_list.txt"))
-    root = lists[0].parent
-    words = sorted(
-        path.name for path in root.iterdir() if path.is_dir() and path.name[0] not in "._"
-    )
+    root = find(source, data_dir, SPEECH, "validation_list.txt", *folders).parent
+    lists = [root / "validation_list.txt", root / "testing_list.txt"]
+    words = sorted(path.name for path in root.glob("[!._]*") if path.is_dir())
     key = fingerprint(f"speech-{rate}", lists + [root / word for word in words])
     splits = cached(Path(data_dir) / key, lambda: read_speech(root, words, lists, 16_000 // rate))
-    train = splits[0].tokens
-    total = splits[0].lengths.sum()
+    train, total = splits[0].tokens, splits[0].lengths.sum()
     mean = train.sum(dtype=np.float64) / total  # the padding is zero
     std = np.sqrt(sum(np.square(clip, dtype=np.float64).sum() for clip in train) / total - mean**2)
     return Data(name, *splits, None, len(words), (float(mean),), (float(std) or 1.0,))
@@ -1312,9 +1267,7 @@ def speech(data_dir, seed, *, name="speech", rate=16_000, source=None):
 def read_speech(root, words, lists, stride):
     """Splits train, val, test of all wav files; the two lists name those that are not for train."""
     official = [read_text(path).split() for path in lists]
-    files = [
-        f"{word}/{path.name}" for word in words for path in sorted((root / word).glob("*.wav"))
-    ]
+    files = [f"{word}/{path.name}" for word in words for path in sorted(root.glob(f"{word}/*.wav"))]
     for path, names in zip(lists, official, strict=True):
         missing = sorted(set(names) - set(files))
         if missing or not names:
@@ -1333,12 +1286,9 @@ def read_speech(root, words, lists, stride):
 
 def read_wav(path):
     """Samples (n,) int16 of a 16-bit, one-channel, 16 kHz file of at most a second."""
-    try:
-        with wave.open(io.BytesIO(read_bytes(path))) as file:
-            form = file.getnchannels(), file.getsampwidth(), file.getframerate()
-            n, data = file.getnframes(), file.readframes(16_001)
-    except (wave.Error, EOFError) as error:
-        raise ValueError(f"{path}: {error or 'cut'}, expected a wav file") from error
+    with naming(path, "a wav file"), wave.open(str(path)) as file:
+        form = file.getnchannels(), file.getsampwidth(), file.getframerate()
+        n, data = file.getnframes(), file.readframes(16_001)
     if form != (1, 2, 16_000) or not 0 < n <= 16_000 or len(data) != 2 * n:
         raise ValueError(
             f"{path}: channels, bytes, rate {form}, {n} samples in {len(data)} bytes, "
@@ -1351,43 +1301,35 @@ def read_wav(path):
 
 
 class Task(NamedTuple):
-    function: Callable  # (data_dir, seed, **options) -> Data
+    function: Callable  # (name, data_dir, seed, **options) -> Data
+    options: dict  # what makes the task, in place of the function's defaults
     size: str
     origin: Remote | str
     stem: str  # of what it keeps under data_dir
 
 
-LISTOPS_SMALL = partial(listops, name="listops-small", above=100, below=500)
-LISTOPS_TINY = partial(
-    listops, name="listops-tiny", above=16, below=128, max_args=5, n_train=20_000
-)
 MADE = "generated"
+SMALL = dict(above=100, below=500)
+TINY = dict(above=16, below=128, max_args=5, n_train=20_000)
+CHARACTERS = dict(characters=True)
 TASKS = {
-    "lattice": Task(lattice, "4,000/1,000/4,000, L 64", MADE, "lattice"),
-    "listops": Task(listops, "96,000/2,000/2,000, L < 2000", MADE, "listops-1"),
-    "listops-small": Task(LISTOPS_SMALL, "96,000/2,000/2,000, L < 500", MADE, "listops-small"),
-    "listops-tiny": Task(LISTOPS_TINY, "20,000/2,000/2,000, L < 128", MADE, "listops-tiny"),
-    "text": Task(text, "22,500/2,500/25,000, L <= 4096 bytes", IMDB, "aclImdb"),
-    "text-characters": Task(
-        partial(text, name="text-characters", characters=True), "as text", IMDB, "aclImdb"
-    ),
-    "retrieval": Task(retrieval, "147,086 pairs to train, L <= 4000 bytes", RELEASE, "lra_release"),
-    "retrieval-characters": Task(
-        partial(retrieval, name="retrieval-characters", characters=True),
-        "as retrieval",
-        RELEASE,
-        "lra_release",
-    ),
-    "image": Task(image, "45,000/5,000/10,000, L 1024", CIFAR, "cifar-10"),
-    "image-real": Task(image_real, "as image, numbers", CIFAR, "cifar-10"),
-    "scifar": Task(scifar, "as image, in colour", CIFAR, "cifar-10"),
-    "speech": Task(speech, "84,843 clips to train, L 16000", SPEECH, "speech"),
-    "speech-8k": Task(
-        partial(speech, name="speech-8k", rate=8_000), "as speech, L 8000", SPEECH, "speech"
-    ),
+    "lattice": Task(lattice, {}, "4,000/1,000/4,000, L 64", MADE, "lattice"),
+    "listops": Task(listops, {}, "96,000/2,000/2,000, L < 2000", MADE, "listops-1"),
+    "listops-small": Task(listops, SMALL, "as listops, L < 500", MADE, "listops-small"),
+    "listops-tiny": Task(listops, TINY, "20,000/2,000/2,000, L < 128", MADE, "listops-tiny"),
+    "text": Task(text, {}, "22,500/2,500/25,000, L <= 4096 bytes", IMDB, "aclImdb"),
+    "text-characters": Task(text, CHARACTERS, "as text", IMDB, "aclImdb"),
+    "retrieval": Task(retrieval, {}, "147,086 pairs to train, L <= 4000", RELEASE, "lra_release"),
+    "retrieval-characters": Task(retrieval, CHARACTERS, "as retrieval", RELEASE, "lra_release"),
+    "image": Task(image, {}, "45,000/5,000/10,000, L 1024", CIFAR, "cifar-10"),
+    "image-real": Task(image, {}, "as image, numbers", CIFAR, "cifar-10"),
+    "scifar": Task(image, {}, "as image, in colour", CIFAR, "cifar-10"),
+    "speech": Task(speech, {}, "84,843 clips to train, L 16000", SPEECH, "speech"),
+    "speech-8k": Task(speech, dict(rate=8_000), "as speech, L 8000", SPEECH, "speech"),
 } | {
     f"pathfinder{size}{suffix}": Task(
-        partial(pathfinder, name=f"pathfinder{size}{suffix}", size=size, contour=contour),
+        pathfinder,
+        dict(size=size, contour=contour),
         f"160,000/20,000/20,000, L {size**2}",
         MADE,
         f"pathfinder{size}-{contour}",
@@ -1406,7 +1348,7 @@ def load(task, data_dir="data", seed=0, **options):
         raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed {seed}: expected 0 <= seed < 2^32")
-    return TASKS[task].function(data_dir, seed, **options)
+    return TASKS[task].function(task, data_dir, seed, **(TASKS[task].options | options))
 
 
 def checksum(data):
@@ -1503,14 +1445,9 @@ def write_png(path, picture):
     """(height, width, 1 or 3) uint8 as an 8-bit png."""
     height, width, channels = picture.shape
     lines = np.pad(picture.reshape(height, -1).astype(np.uint8), [(0, 0), (1, 0)]).tobytes()
-    head = struct.pack(">IIBBBBB", width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)
-    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
-    content = b"\x89PNG\r\n\x1a\n"
-    for kind, body in chunks:
-        content += (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-    path.write_bytes(content)
+    head = png_chunk(b"IHDR", png_head(width, height, 2 if channels == 3 else 0))
+    data = png_chunk(b"IDAT", zlib.compress(lines))
+    path.write_bytes(PNG + head + data + png_chunk(b"IEND", b""))
 
 
 def self_check():
