@@ -3,27 +3,26 @@
 Structured feedforward layers for language models and self-guided training: Wei, Moalla, Pascanu,
 Gulcehre, NeurIPS 2024, arXiv:2406.16450.
 
-Cut W (d_out, d_in) into a grid of n_out x n_in blocks, each with its own product of rank c:
+Each layer of the paper cuts W (M, N) into a grid of n_out x n_in blocks (S, P), S = M / n_out,
+P = N / n_in, and makes every block a product of its own, of rank c:
 
-    name          grid                  c                            weights
-    LowRank       1 x 1                 R                            R (N + M)
-    BlockDense    1 x n_blocks          R / n_blocks                 R (M + N / n_blocks)
-    BlockShuffle  n_blocks x n_blocks   min(N, M) / n_blocks^2       min(N, M) (N + M) / n_blocks
+    W[a, b] = U[a][:, b c : (b+1) c]  V[b][a c : (a+1) c]        (S, P) = (S, c) x (c, P)
 
-While training, a full matrix that starts at U V may guide the factors and fade out (self-guided
-training); after training, U V may be multiplied out for calls of few tokens (pre-merge).
+    name          grid     c                 weights
+    LowRank       1 x 1    R                 R (N + M)
+    BlockDense    1 x B    R / B             R (M + N / B)
+    BlockShuffle  B x B    min(N, M) / B^2   min(N, M) (N + M) / B        (Monarch)
 
-    paper         code          shape
-    N, M          d_in, d_out   sizes of the layer
-    B             n_blocks      int
-    blkdiag(V)    V             (n_in, n_out c, P), P = d_in / n_in columns a block
-    blkdiag(U)    U             (n_out, S, n_in c), S = d_out / n_out rows a block
-    W             W             (d_out, d_in), the guide; None when there is none
-    alpha         alpha         float, weight of the guide, cosine from 1 to 0
+    paper         code                     shape
+    N, M, B       d_in, d_out, n_blocks
+    blkdiag(V)    V                        (n_in, n_out c, P), n_in blocks of n_out c rows
+    blkdiag(U)    U                        (n_out, S, n_in c), n_out blocks of S rows
+    W of eq. 1    W                        (d_out, d_in), the guide; None unless guided
+    alpha         alpha                    weight of the guide, falls from 1 to 0 in training
 
 Departures, marked on their lines: BlockShuffle leaves out the second shuffle unless asked (the
-paper finds that it changes nothing, appendix A.1) and wants n_blocks^2 to divide the smaller size;
-one coin an optimiser step for stochastic guiding. Not included: GPU kernels of its own, a trainer.
+paper finds that it changes nothing, appendix A.1) and wants B^2 to divide min(N, M); one coin an
+optimiser step for stochastic guiding. Not included: GPU kernels of its own, a trainer.
 
     python structured_ffn.py            checks, demo and timing, about 30 s on one core
     python structured_ffn.py --check    checks alone, about 5 s
@@ -53,20 +52,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def grid_matrix_ref(V, U):
-    """The matrix that a grid of low-rank blocks stands for.
-
-        W[a, b] = U[a][:, b c : (b+1) c]  V[b][a c : (a+1) c, :]      block (a, b), (S, P)
+    """W[a, b] = U[a][:, b c : (b+1) c]  V[b][a c : (a+1) c, :] for each block of the grid.
 
     V: (n_in, n_out c, P), U: (n_out, S, n_in c).  Returns (n_out S, n_in P).
     """
     (n_in, _, P), (n_out, S, bc) = V.shape, U.shape
     c = bc // n_in
-    W = np.zeros((n_out * S, n_in * P))
+    W = np.zeros((n_out, S, n_in, P))
     for a in range(n_out):
         for b in range(n_in):
-            product = U[a][:, b * c : (b + 1) * c] @ V[b][a * c : (a + 1) * c]  # (S, c) x (c, P)
-            W[a * S : (a + 1) * S, b * P : (b + 1) * P] = product
-    return W
+            W[a, :, b] = U[a][:, b * c : (b + 1) * c] @ V[b][a * c : (a + 1) * c]
+    return W.reshape(n_out * S, n_in * P)
 
 
 def low_rank_ref(V, U):
@@ -89,15 +85,13 @@ def block_shuffle_ref(V, U):
     V: (B, Q, N / B), U: (B, S, Q), Q = min(N, M) / B.  A shuffle takes what stood at (r, l), l < B,
     to (l, r).  Returns (B S, N).
     """
-    B, Q, P = V.shape
-    S = U.shape[1]
-    W = np.zeros((B * S, B * P))
+    (B, Q, P), S = V.shape, U.shape[1]
+    W = np.zeros((S, B, B, P))  # output s B + l, input k P + p
     for k in range(B):
         for q in range(Q):
             r, l = divmod(k * Q + q, B)  # hidden number k Q + q becomes input r of block l
-            for s in range(S):
-                W[s * B + l, k * P : (k + 1) * P] += U[l, s, r] * V[k, q]
-    return W
+            W[:, l, k] += np.outer(U[l, :, r], V[k, q])
+    return W.reshape(S * B, B * P)
 
 
 def guided_ref(x, W, W_structured, bias, alpha):
@@ -109,10 +103,10 @@ def guided_ref(x, W, W_structured, bias, alpha):
 
 
 def grid_linear(x, V, U, bias=None):
-    """y = W x + bias without W: a product a column of blocks, a move, a product a row of blocks.
+    """y = W x + bias without W: every V[b] on its part of x, a regrouping, every U[a].
 
     x: (..., n_in P), V: (n_in, n_out c, P), U: (n_out, S, n_in c).  Returns (..., n_out S).
-    Cost 2 T (|V| + |U|) FLOPs for T tokens; the move copies T n_out n_in c numbers in runs of c.
+    T tokens cost 2 T (|V| + |U|) FLOPs; the regrouping copies T n_out n_in c numbers, c at a time.
     """
     n_in, n_out = len(V), len(U)
     if n_in == n_out == 1:
@@ -122,13 +116,13 @@ def grid_linear(x, V, U, bias=None):
     if n_out == 1:
         z = _products(x, V)  # (T, n_in, c)
         return F.linear(z.reshape(*lead, U.shape[2]), U[0], bias)
-    z = torch.bmm(x, V.transpose(1, 2)).unflatten(2, (n_out, -1))  # (n_in, T, n_out, c)
+    z = torch.bmm(x, V.mT).unflatten(2, (n_out, -1))  # (n_in, T, n_out, c)
     z = z.permute(2, 1, 0, 3).reshape(n_out, x.shape[1], U.shape[2])  # -> (n_out, T, n_in c)
     return _products(z, U, bias).reshape(*lead, n_out * U.shape[1])
 
 
 def _products(x, M, bias=None):
-    """x: (n, T, p), M: (n, q, p), bias: (n q,) or None.  Returns (T, n, q)."""
+    """x[i] M[i]^T for every i.  x: (n, T, p), M: (n, q, p), bias: (n q,).  Returns (T, n, q)."""
     n, q, _ = M.shape
     out = None
     # With nothing to record, write where the next step reads: it saves a pass over the result.
@@ -136,8 +130,13 @@ def _products(x, M, bias=None):
     if not recorded and not torch.compiler.is_compiling():
         out = x.new_empty(x.shape[1], n, q).transpose(0, 1)  # (n, T, q), contiguous as (T, n, q)
     if bias is None:
-        return torch.bmm(x, M.transpose(1, 2), out=out).transpose(0, 1)
-    return torch.baddbmm(bias.view(n, 1, q), x, M.transpose(1, 2), out=out).transpose(0, 1)
+        return torch.bmm(x, M.mT, out=out).transpose(0, 1)
+    return torch.baddbmm(bias.view(n, 1, q), x, M.mT, out=out).transpose(0, 1)
+
+
+def shuffle(x, n, dim=0):
+    """The paper's shuffle along dim, read as n rows of k: what stood at (i, j) goes to (j, i)."""
+    return x.unflatten(dim, (n, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
 
 def paper_to_grid(V, U):
@@ -148,13 +147,12 @@ def paper_to_grid(V, U):
     """
     B, Q, _ = V.shape
     _check_divides(B, "n_blocks", Q=Q)
-    return V[:, torch.arange(Q, device=V.device).view(-1, B).T.flatten()], U
+    return shuffle(V, Q // B, dim=1), U
 
 
 def grid_to_paper(V, U):
     """The inverse of paper_to_grid."""
-    B, Q, _ = V.shape
-    return V[:, torch.arange(Q, device=V.device).view(B, -1).T.flatten()], U
+    return shuffle(V, len(V), dim=1), U
 
 
 # ---------------------------------------------------------------- layers
@@ -187,9 +185,10 @@ class Grid(nn.Module):
         self.V = nn.Parameter(torch.empty(n_in, n_out * c, P))
         self.U = nn.Parameter(torch.empty(n_out, S, n_in * c))
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
-        self.register_parameter("W", None)  # the guide's matrix, see Guide
+        # Set by Guide: W and alpha of eq. 1; coin False leaves the guide out of a training step.
+        self.register_parameter("W", None)
         self.alpha, self.coin = 0.0, True
-        self._merged, self._merged_from, self.threshold = None, None, 0
+        self._merged, self._merged_from, self.threshold = None, None, 0  # see merge
         if not self.V.is_meta:
             self.reset_parameters()
 
@@ -206,8 +205,8 @@ class Grid(nn.Module):
         """The (d_out, d_in) matrix that the layer stands for, with gradient."""
         U = self.U.unflatten(2, (self.n_in, self.c))  # (n_out, S, n_in, c)
         V = self.V.unflatten(1, (self.n_out, self.c))  # (n_in, n_out, c, P)
-        W = torch.einsum("asbc,bacp->asbp", U, V)  # (n_out, S, n_in, P)
-        return (W.transpose(0, 1) if self.shuffle_out else W).reshape(self.d_out, self.d_in)
+        W = torch.einsum("asbc,bacp->asbp", U, V).reshape(self.d_out, self.d_in)
+        return shuffle(W, self.n_out) if self.shuffle_out else W
 
     @torch.no_grad()
     def project_(self, weight):
@@ -220,7 +219,7 @@ class Grid(nn.Module):
             raise ValueError(f"weight {tuple(weight.shape)}, expected {(self.d_out, self.d_in)}")
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if self.shuffle_out:
-            weight = weight.unflatten(0, (-1, n_out)).transpose(0, 1).flatten(0, 1)
+            weight = shuffle(weight, self.d_out // n_out)  # undo the second shuffle
         blocks = weight.reshape(n_out, -1, n_in, self.d_in // n_in).transpose(1, 2)
         left, sigma, right = torch.linalg.svd(blocks, full_matrices=False)  # of (n_out, n_in, S, P)
         root = sigma[..., :c].sqrt()  # (n_out, n_in, c)
@@ -233,9 +232,9 @@ class Grid(nn.Module):
         """U V x + bias, always by the factors."""
         if not self.shuffle_out:
             return grid_linear(x, self.V, self.U, self.bias)
-        bias = None if self.bias is None else self.bias.view(-1, self.n_out).T.flatten()
-        y = grid_linear(x, self.V, self.U, bias).unflatten(-1, (self.n_out, -1))  # (..., n_out, S)
-        return y.transpose(-1, -2).flatten(-2)  # output s n_out + a
+        bias = None if self.bias is None else shuffle(self.bias, self.U.shape[1])
+        y = grid_linear(x, self.V, self.U, bias)  # (..., a S + s)
+        return shuffle(y, self.n_out, dim=y.dim() - 1)  # (..., s n_out + a)
 
     def forward(self, x):
         if x.shape[-1] != self.d_in:
@@ -273,6 +272,7 @@ class Grid(nn.Module):
         return [(p.data_ptr(), getattr(p, "_version", object())) for p in (self.U, self.V)]
 
     def _merged_serves(self, x):
+        """Whether x goes through the merged form; frees it when it may be out of date."""
         if torch.compiler.is_compiling():
             return False
         if self.training or torch.is_grad_enabled() or self._written() != self._merged_from:
@@ -288,15 +288,17 @@ class Grid(nn.Module):
     @torch.no_grad()
     def _measure(self):
         """Tokens, a power of two up to 4096, up to which the merged form is the faster one."""
-        W, T, best = self._merged, 1, 0
+        W, best = self._merged, 0
         key = (*self.V.shape, *self.U.shape, W.dtype, W.device, torch.get_num_threads())
-        while key not in _THRESHOLDS:
-            x = W.new_zeros(T, self.d_in)
-            dense = partial(F.linear, x, W, self.bias)
-            merged, factors = seconds([dense, partial(self.structured, x)])
-            if merged > factors or T == 4096:
-                _THRESHOLDS[key] = T if merged <= factors else best
-            T, best = 2 * T, T
+        if key not in _THRESHOLDS:
+            for T in (2**k for k in range(13)):
+                x = W.new_zeros(T, self.d_in)
+                dense = partial(F.linear, x, W, self.bias)
+                merged, factors = seconds([dense, partial(self.structured, x)])
+                if merged > factors:
+                    break
+                best = T
+            _THRESHOLDS[key] = best
         return _THRESHOLDS[key]
 
 
@@ -304,22 +306,20 @@ _THRESHOLDS: dict[tuple, int] = {}  # measured by Grid.merge: shape, type, devic
 _MERGED: weakref.WeakSet[Grid] = weakref.WeakSet()
 
 
-@cache
-def _watch_optimizers():
-    """Fused optimisers write to U and V past torch's version counter: watch their steps."""
+def _drop_merged(optimizer, *_):
+    """After every optimiser step: fused ones write to U and V past torch's version counter."""
+    groups = optimizer.param_groups if _MERGED else ()
+    written = {id(p) for group in groups for p in group["params"]}
+    for layer in _MERGED:
+        if written & {id(layer.U), id(layer.V)}:
+            layer._merged = None
 
-    def drop_merged(optimizer, *_):
-        groups = optimizer.param_groups if _MERGED else ()
-        written = {id(p) for group in groups for p in group["params"]}
-        for layer in _MERGED:
-            if id(layer.U) in written or id(layer.V) in written:
-                layer._merged = None
 
-    register_optimizer_step_post_hook(drop_merged)
+_watch_optimizers = cache(partial(register_optimizer_step_post_hook, _drop_merged))
 
 
 class LowRank(Grid):
-    """W = U V of rank R; starts as the truncation of a Gaussian matrix (spectral start)."""
+    """W = U V; starts as the best rank R approximation of a matrix drawn from N(0, std^2)."""
 
     def __init__(self, d_in, d_out, R, bias=True, std=0.02):
         self.std = std
@@ -330,7 +330,7 @@ class LowRank(Grid):
 
 
 class BlockDense(Grid):
-    """W = U blkdiag(V): each of n_blocks parts of the input gives R / n_blocks hidden numbers."""
+    """W = U blkdiag(V): each of n_blocks parts of x gives R / n_blocks of the R hidden numbers."""
 
     def __init__(self, d_in, d_out, R, n_blocks, bias=True):
         _check_divides(n_blocks, "n_blocks", R=R)
@@ -376,9 +376,12 @@ class Guide:
         self.n_steps, self.stochastic, self.seed, self.t = n_steps, stochastic, seed, 0
         for layer in self.layers:
             layer.W, layer._merged = nn.Parameter(layer.dense_weight().detach().clone()), None
-        self._set()
+        self._set_alpha()
 
-    def _set(self):
+    def _set_alpha(self, optimizer=None):
+        """Give the layers alpha and their coins of step t, or finish."""
+        if self.t >= self.n_steps:
+            return self.finish(optimizer)
         # differs from the paper: one coin a layer and optimiser step, drawn from (seed, t) alone,
         # not one a forward pass: ranks, micro-batches, recomputation and resumed runs then agree
         coins, alpha = random.Random(f"{self.seed} {self.t}"), alpha_at(self.t, self.n_steps)
@@ -388,19 +391,16 @@ class Guide:
     def step(self, optimizer=None):
         """Call after each optimiser step."""
         self.t += 1
-        if self.t < self.n_steps:
-            self._set()
-        elif self.layers[0].W is not None:
-            self.finish(optimizer)
+        self._set_alpha(optimizer)
 
     def finish(self, optimizer=None):
         """From here on the layers are U V alone; W leaves the model and the optimiser."""
-        guides = {id(layer.W) for layer in self.layers}
-        for group in optimizer.param_groups if optimizer else ():
-            for p in [p for p in group["params"] if id(p) in guides]:
-                optimizer.state.pop(p, None)
+        guides = {id(layer.W) for layer in self.layers if layer.W is not None}
+        for group in optimizer.param_groups if optimizer and guides else ():
             group["params"] = [p for p in group["params"] if id(p) not in guides]
         for layer in self.layers:
+            if optimizer:
+                optimizer.state.pop(layer.W, None)
             layer.W, layer.alpha, layer.coin = None, 0.0, True
 
     def state_dict(self):
@@ -409,10 +409,7 @@ class Guide:
     def load_state_dict(self, state):
         for k in self.state_dict():
             setattr(self, k, state[k])
-        if self.t < self.n_steps:
-            self._set()
-        else:
-            self.finish()
+        self._set_alpha()
 
 
 # ---------------------------------------------------------------- FFN, planner, conversion
@@ -447,21 +444,20 @@ def match(d_model, d_ff, kind, ratio, n_blocks=4):
         return nn.Linear
     if kind not in KINDS or not 0 < ratio <= 1:
         raise ValueError(f"kind {kind!r}, ratio {ratio}: expected {[*KINDS]} and 0 < ratio <= 1")
-    dense, narrow, wide = 2 * d_model * d_ff, min(d_model, d_ff), max(d_model, d_ff)
-    if kind == "blockshuffle":
-        B = 2 * narrow * (narrow + wide) / (ratio * dense)  # the number of blocks wanted
-        fits = [b for b in range(1, narrow + 1) if narrow % b**2 == 0 and wide % b == 0]
-        plan = {"n_blocks": min(fits, key=lambda b: abs(1 / b - 1 / B))}
+    rank = ratio * (d_model * d_ff) / (d_model + d_ff)  # of the LowRank FFN with as many weights
+    if kind == "lowrank":
+        plan = {"R": max(1, round(rank))}
     elif kind == "blockdense":
-        R = ratio * dense / ((d_model + d_ff) * (1 + 1 / n_blocks))
-        plan = {"R": max(1, round(R / n_blocks)) * n_blocks, "n_blocks": n_blocks}
+        plan = {"R": max(1, round(2 * rank / (n_blocks + 1))) * n_blocks, "n_blocks": n_blocks}
     else:
-        plan = {"R": max(1, round(ratio * dense / (2 * (d_model + d_ff))))}
+        narrow, wide = sorted((d_model, d_ff))
+        fits = [b for b in range(1, narrow + 1) if narrow % b**2 == 0 and wide % b == 0]
+        plan = {"n_blocks": min(fits, key=lambda b: abs(1 / b - rank / narrow))}
     linear = partial(KINDS[kind], **plan)
-    got = ffn_weights(linear, d_model, d_ff) / dense
+    got = ffn_weights(linear, d_model, d_ff) / (2 * d_model * d_ff)
     if abs(got - ratio) > 0.15 * ratio:
-        near = f"the nearest, {plan}, has {got:.3f}"
-        raise ValueError(f"{kind} FFN {d_model} x {d_ff}, ratio {ratio}: {near}")
+        wanted = f"{kind} FFN {d_model} x {d_ff}, ratio {ratio}"
+        raise ValueError(f"{wanted}: the nearest, {plan}, has {got:.3f}")
     return linear
 
 
@@ -497,30 +493,26 @@ def convert(model, make, pick):
         raise ValueError("pick accepted none of the model's nn.Linear layers")
     errors = {}
     for name, old in chosen:
-        parent, _, last = name.rpartition(".")
         new = from_linear(old, make)
+        parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, new)
         errors[name] = ((new.dense_weight() - old.weight).norm() / old.weight.norm()).item()
     return errors
 
 
-# ---------------------------------------------------------------- language model
+# ---------------------------------------------------------------- language model, counters
 
 
 @dataclass(frozen=True)
 class LMConfig:
-    """linear(d_in, d_out) builds the FFN matrices of all blocks but the first (section 4.1).
-
-    d_ff None: 4 d_model.  d_head None: d_model / n_heads; smaller for "wide and structured".
-    n_kv_heads None: n_heads.
-    """
+    """linear(d_in, d_out) builds the FFN matrices of all blocks but the first (section 4.1)."""
 
     d_model: int = 64
     n_layers: int = 3
     n_heads: int = 4
-    d_ff: int | None = None
-    d_head: int | None = None
-    n_kv_heads: int | None = None
+    d_ff: int | None = None  # 4 d_model
+    d_head: int | None = None  # d_model / n_heads; smaller for "wide and structured"
+    n_kv_heads: int | None = None  # n_heads
     vocab_size: int = 256
     linear: Callable = nn.Linear
 
@@ -586,9 +578,6 @@ class LM(nn.Module):
         return F.linear(self.norm(x), self.embed.weight)  # (B, L, D) x (D, vocab)
 
 
-# ---------------------------------------------------------------- counters
-
-
 def ffn_weights(linear, d_model, d_ff):
     """Weights of the two matrices of one FFN, without biases, as the paper counts."""
     with torch.device("meta"):
@@ -604,8 +593,9 @@ def count(config, L=1024):
     """
     (d_ff, E, G), D, n, H = config.sizes(), config.d_model, config.n_layers, config.n_heads
     ffn = ffn_weights(nn.Linear, D, d_ff) + (n - 1) * ffn_weights(config.linear, D, d_ff)
-    params = ffn + n * 2 * D * (H + G) * E + config.vocab_size * D
-    return {"ffn": ffn, "params": params, "flops": 3 * 2 * (params + n * 2 * L * H * E)}
+    params = ffn + n * 2 * D * (H + G) * E + config.vocab_size * D  # q, out (D, H E), k, v (D, G E)
+    macs = params + n * 2 * L * H * E  # a token: the matrices, then scores and mixing over L tokens
+    return {"ffn": ffn, "params": params, "flops": 3 * 2 * macs}
 
 
 def guided_fraction(structured, dense, L=1024):
@@ -614,8 +604,8 @@ def guided_fraction(structured, dense, L=1024):
     (1 + f) F_s + f G / 2 = F_d;  G: FLOPs of the guides, halved by the mean of alpha (stochastic).
     """
     F_s, F_d = count(structured, L)["flops"], count(dense, L)["flops"]
-    d_ff = structured.sizes()[0]
-    G = 6 * (structured.n_layers - 1) * ffn_weights(nn.Linear, structured.d_model, d_ff)
+    guide = ffn_weights(nn.Linear, structured.d_model, structured.sizes()[0])  # of one block
+    G = 6 * (structured.n_layers - 1) * guide
     return (F_d - F_s) / (F_s + 0.5 * G)
 
 
@@ -647,30 +637,32 @@ def _check_layer(layer, reference, x):
     W = torch.from_numpy(reference(*_numpy(layer.V, layer.U))).to(x)
     want = x @ W.T + layer.bias
     with torch.no_grad():
-        rows = [("forward, nothing recorded == numpy", rel_err(layer(x), want))]
+        unrecorded = layer(x)
         layer.eval().merge(threshold=len(x))
-        rows.append(("merged == numpy", rel_err(layer(x), want)))
+        merged = layer(x)
     y = layer.train()(x)
-    rows.append(("forward == numpy", rel_err(y, want)))
     leaves, g = [x, layer.V, layer.U], torch.cos(torch.arange(y.numel(), device=x.device)).to(x)
-    got = torch.autograd.grad(y, leaves, g.view_as(y))
-    dense = torch.autograd.grad(x @ layer.dense_weight().T, leaves, g.view_as(y))
-    worst = max(rel_err(a, b) for a, b in zip(got, dense, strict=True))
-    rows.append(("gradients of x, V, U == dense", worst))
+    outputs = (y, x @ layer.dense_weight().T)
+    grads = [torch.autograd.grad(out, leaves, g.view_as(y)) for out in outputs]
     with FlopCounterMode(display=False) as flops:
         layer(x)
-    formula = 2 * len(x) * (layer.V.numel() + layer.U.numel())
-    rows.append(("FLOPs == formula", rel_err(flops.get_total_flops(), formula)))
     Guide(layer, 10)
-    worst = 0.0
-    for layer.alpha in (0.0, 0.3, 1.0):
-        worst = max(worst, rel_err(layer(x), want))
-    rows.append(("guided start, any alpha == unguided", worst))
+    mixes = []
+    for layer.alpha in (0.0, 1.0, 0.3):
+        mixes.append(layer(x))
     with torch.no_grad():
         layer.W.mul_(-0.5)  # away from the start, so that the guide shows
-    layer.alpha = 0.3
-    guided = guided_ref(*_numpy(x, layer.W, W, layer.bias), 0.3)
-    return [*rows, ("guided == numpy", rel_err(layer(x), guided))]
+    formula = 2 * len(x) * (layer.V.numel() + layer.U.numel())
+    guided = guided_ref(*_numpy(x, layer.W, W, layer.bias), layer.alpha)
+    return [
+        ("forward, nothing recorded == numpy", rel_err(unrecorded, want)),
+        ("merged == numpy", rel_err(merged, want)),
+        ("forward == numpy", rel_err(y, want)),
+        ("gradients of x, V, U == dense", float(np.max([*map(rel_err, *grads)]))),
+        ("FLOPs == formula", rel_err(flops.get_total_flops(), formula)),
+        ("guided start, any alpha == unguided", float(np.max([rel_err(y, want) for y in mixes]))),
+        ("guided == numpy", rel_err(layer(x), guided)),
+    ]
 
 
 def self_check(dtype=torch.float64, device="cpu"):
@@ -678,7 +670,7 @@ def self_check(dtype=torch.float64, device="cpu"):
     limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
     torch.manual_seed(0)
 
-    def both_shuffles(V, U):
+    def both_shuffles(V, U):  # the reference takes the paper's factors
         return block_shuffle_ref(*_numpy(*grid_to_paper(torch.tensor(V), torch.tensor(U))))
 
     rows = []
@@ -692,10 +684,9 @@ def self_check(dtype=torch.float64, device="cpu"):
         nn.init.normal_(layer.bias)
         x = torch.randn(7, layer.d_in, device=device, dtype=dtype, requires_grad=True)
         errors = _check_layer(layer, reference, x)
-        rows += [(f"{name}: {what}", error, limit) for what, error in errors]
         W = layer.dense_weight().detach()
-        again = layer.project_(W).dense_weight()
-        rows.append((f"{name}: SVD of its own matrix", rel_err(again, W), limit))
+        errors.append(("SVD of its own matrix", rel_err(layer.project_(W).dense_weight(), W)))
+        rows += [(f"{name}: {what}", error, limit) for what, error in errors]
     xl, steps = PUBLISHED["xl"]
     flops = count(xl)["flops"] * steps * 512 * 1024
     return [*rows, ("training FLOPs of xl == 2.10e20", rel_err(flops, 2.10e20), 2e-3)]
@@ -780,19 +771,18 @@ def seconds(calls, rounds=5, least=2e-4, clock=time.perf_counter):
 
 def timing(device, T=512, d_in=1024, d_out=4096):
     """Beside nn.Linear.  Efficiency: share of the FLOPs / share of the time."""
-    layers = {"dense": nn.Linear(d_in, d_out)}
-    layers |= {kind: match(d_in, d_out, kind, 0.3125)(d_in, d_out) for kind in KINDS}
-    calls = [layer.to(device) for layer in layers.values()]
+    kinds = ["dense", *KINDS]
+    layers = [match(d_in, d_out, kind, 0.3125)(d_in, d_out).to(device) for kind in kinds]
     x = torch.randn(T, d_in, device=device, requires_grad=True)
     g = torch.randn(T, d_out, device=device)
     with torch.no_grad():
-        forward = seconds([partial(layer, x) for layer in calls])
-    both = seconds([lambda layer=layer: layer(x).backward(g) for layer in calls])
+        forward = seconds([partial(layer, x) for layer in layers])
+    both = seconds([lambda layer=layer: layer(x).backward(g) for layer in layers])
     print(f"\ntiming: {d_in} -> {d_out}, {T} tokens, {device}, {torch.get_num_threads()} thread(s)")
     print(f"  {'ms (share of dense, efficiency)':<36}{'forward':<22}forward + backward")
-    for i, (name, layer) in enumerate(layers.items()):
+    for i, (kind, layer) in enumerate(zip(kinds, layers, strict=True)):
         share = sum(p.numel() for p in layer.parameters() if p.dim() > 1) / (d_in * d_out)
-        print(f"  {name:<15}{share:6.3f} of the FLOPs", end="")
+        print(f"  {kind:<15}{share:6.3f} of the FLOPs", end="")
         for t in (forward, both):
             print(f"{1e3 * t[i]:8.2f} ({t[i] / t[0]:.2f}, {share * t[0] / t[i]:.2f})", end="")
         print()
