@@ -98,17 +98,21 @@ def attention_slow(q, k, v, causal=False, keep=None, bias=None):
     return scores.softmax(-1) @ v  # (B, H, Lq, Lk) x (B, H, Lk, E) -> (B, H, Lq, E)
 
 
-def tile_scores(q, k, causal, bias, i, j, tile):
-    """Scores of queries i .. i + tile[0] and keys j .. j + tile[1]. (B, H, tile[0], tile[1])."""
-    q, k = q[:, :, i : i + tile[0]], k[:, :, j : j + tile[1]]
-    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT / math.sqrt(q.shape[-1])
+def tiles(q, k, causal, tile):
+    """(queries, keys) as slices, tile[0] by tile[1], without tiles that lie all in the future."""
+    for i in range(0, q.shape[2], tile[0]):
+        for j in range(0, min(k.shape[2], i + tile[0]) if causal else k.shape[2], tile[1]):
+            yield slice(i, i + tile[0]), slice(j, j + tile[1])
+
+
+def tile_scores(q, k, causal, bias, rows, cols):
+    """Scores of the queries `rows` and the keys `cols`; q and k have equal heads. (B, H, ., .)."""
+    scores = q[:, :, rows] @ k[:, :, cols].mT / math.sqrt(q.shape[-1])
     if bias is not None:  # (1 or B, 1 or H, 1 or Lq, Lk)
-        rows = slice(i, i + tile[0]) if bias.shape[2] > 1 else slice(None)
-        scores = scores + bias[:, :, rows, j : j + tile[1]]
-    if causal and j + k.shape[2] > i + 1:
-        row = torch.arange(i, i + q.shape[2], device=q.device)[:, None]
-        col = torch.arange(j, j + k.shape[2], device=q.device)
-        scores = scores.masked_fill(col > row, -torch.inf)
+        scores = scores + bias.expand(-1, -1, q.shape[2], -1)[:, :, rows, cols]
+    if causal and cols.stop > rows.start:  # else the tile lies all in the past
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+        scores = scores.masked_fill(future.triu(1 + rows.start - cols.start), -torch.inf)
     return scores
 
 
@@ -118,24 +122,19 @@ def attention_online(q, k, v, causal=False, bias=None, tile=(256, 1024)):
     Milakov and Gimelshein 2018, arXiv:1805.02867v2, algorithm 3; Dao et al. 2022,
     arXiv:2205.14135v2, algorithm 1.  Shapes as `attention_block`.  Without autograd.
     """
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # (B, H, Lk, E)
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
-    lse = q.new_full(q.shape[:3], -torch.inf)
-    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)  # (B, G, Lk, E) -> (B, H, Lk, E)
-    for i in range(0, q.shape[2], tile[0]):
-        rows = slice(i, i + tile[0])
-        m, l, acc = lse[:, :, rows], torch.zeros_like(lse[:, :, rows]), out[:, :, rows]
-        for j in range(0, min(k.shape[2], i + tile[0]) if causal else k.shape[2], tile[1]):
-            scores = tile_scores(q, k, causal, bias, i, j, tile)
-            m_new = torch.maximum(m, scores.amax(-1))
-            finite = m_new.masked_fill(m_new == -torch.inf, 0)  # -inf - -inf would be nan
-            decay = (m - finite).exp()  # what was summed under the old maximum shrinks
-            weights = (scores - finite[..., None]).exp()
-            l = l * decay + weights.sum(-1)
-            acc = acc * decay[..., None] + weights @ v[:, :, j : j + tile[1]]
-            m = m_new
-        out[:, :, rows] = acc / l.masked_fill(l == 0, 1)[..., None]
-        lse[:, :, rows] = m + l.log()
-    return out, lse
+    m, l = q.new_full(q.shape[:3], -torch.inf), q.new_zeros(q.shape[:3])
+    for rows, cols in tiles(q, k, causal, tile):
+        scores = tile_scores(q, k, causal, bias, rows, cols)
+        m_new = torch.maximum(m[:, :, rows], scores.amax(-1))
+        finite = m_new.masked_fill(m_new == -torch.inf, 0)  # -inf - -inf would be nan
+        decay = (m[:, :, rows] - finite).exp()  # what was summed under the old maximum shrinks
+        weights = (scores - finite[..., None]).exp()
+        l[:, :, rows] = l[:, :, rows] * decay + weights.sum(-1)
+        out[:, :, rows] = out[:, :, rows] * decay[..., None] + weights @ v[:, :, cols]
+        m[:, :, rows] = m_new
+    return out / l.masked_fill(l == 0, 1)[..., None], m + l.log()
 
 
 def attention_online_grad(grad, q, k, v, out, lse, causal=False, bias=None, tile=(256, 1024)):
@@ -143,31 +142,29 @@ def attention_online_grad(grad, q, k, v, out, lse, causal=False, bias=None, tile
 
     Dao 2023, arXiv:2307.08691v1, algorithm 2.  out and lse may be those over more keys than k.
     """
-    dq, scale = torch.zeros_like(q), 1 / math.sqrt(q.shape[-1])
-    group = q.shape[1] // k.shape[1]
-    dk, dv = (torch.zeros_like(x.repeat_interleave(group, dim=1)) for x in (k, v))  # per query head
+    group, scale = q.shape[1] // k.shape[1], 1 / math.sqrt(q.shape[-1])
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))  # (B, G, Lk, E) -> (B, H, Lk, E)
+    dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a query that saw nothing has weights 0
     delta = (grad * out).sum(-1, keepdim=True)  # (B, H, Lq, 1): sum_j P_ij dP_ij
-    for i in range(0, q.shape[2], tile[0]):
-        rows = slice(i, i + tile[0])
-        for j in range(0, min(k.shape[2], i + tile[0]) if causal else k.shape[2], tile[1]):
-            cols = slice(j, j + tile[1])
-            weights = tile_scores(q, k, causal, bias, i, j, tile) - lse[:, :, rows, None]
-            weights = weights.exp()
-            k_tile, v_tile = (x[:, :, cols].repeat_interleave(group, dim=1) for x in (k, v))
-            dscores = weights * (grad[:, :, rows] @ v_tile.mT - delta[:, :, rows]) * scale
-            dv[:, :, cols] += weights.mT @ grad[:, :, rows]
-            dk[:, :, cols] += dscores.mT @ q[:, :, rows]
-            dq[:, :, rows] += dscores @ k_tile
+    for rows, cols in tiles(q, k, causal, tile):
+        weights = (tile_scores(q, k, causal, bias, rows, cols) - lse[:, :, rows, None]).exp()
+        dweights = grad[:, :, rows] @ v[:, :, cols].mT
+        dscores = weights * (dweights - delta[:, :, rows]) * scale
+        dv[:, :, cols] += weights.mT @ grad[:, :, rows]
+        dk[:, :, cols] += dscores.mT @ q[:, :, rows]
+        dq[:, :, rows] += dscores @ k[:, :, cols]
     return dq, *(x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))  # (B, H, ..) -> (B, G, ..)
 
 
 def fused(q, k, v, causal, bias):
     """True when a kernel of this device that returns the log-sum-exp takes these arguments."""
+    if q.shape[-1] != v.shape[-1]:
+        return False
     if q.device.type == "cpu":
         has = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
-        return has and q.shape[-1] == v.shape[-1] and not (causal and bias is not None)
-    small = q.shape[-1] % 8 == 0 and q.shape[-1] == v.shape[-1] and q.shape[-1] <= 256
+        return has and not (causal and bias is not None)
+    small = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
     return q.device.type == "cuda" and q.dtype != torch.float64 and bias is None and small
 
 
@@ -251,18 +248,13 @@ def attention(q, k, v, causal=False, keep=None, bias=None):
     bias: broadcasts to (B, H, Lq, Lk), added to the scores.  Returns (B, H, Lq, E).  A real query
     never reads a padded key; what a padded query gets is of no use, but finite.
     """
-    if keep is not None and causal and right_padded(keep):
-        keep = None
-    if keep is not None:
-        hidden = hide(keep, q.dtype)
-        bias = hidden if bias is None else bias + hidden
+    if keep is not None and not (causal and right_padded(keep)):
+        bias = hide(keep, q.dtype) + (0 if bias is None else bias)
     if causal and bias is not None:  # the kernel takes one mask: write both into it, O(Lq Lk)
-        L = q.shape[2], k.shape[2]
-        bias = bias + torch.full(L, -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-    causal = causal and bias is None
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-    )
+        bias = bias + q.new_full((q.shape[2], k.shape[2]), -torch.inf).triu(1)
+        causal = False
+    shared = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, enable_gqa=shared)
 
 
 def right_padded(keep):
@@ -329,11 +321,10 @@ class Attention(nn.Module):
             raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}")
         if n_heads % n_kv_heads:
             raise ValueError(f"n_heads {n_heads} is not divisible by n_kv_heads {n_kv_heads}")
-        if rope and (d_model // n_heads) % 2:
-            raise ValueError(
-                f"RoPE needs an even head size, got {d_model} / {n_heads} = {d_model // n_heads}"
-            )
-        self.n_heads, self.n_kv_heads, self.d_head = n_heads, n_kv_heads, d_model // n_heads
+        d_head = d_model // n_heads
+        if rope and d_head % 2:
+            raise ValueError(f"RoPE needs an even head size, got {d_model} / {n_heads} = {d_head}")
+        self.n_heads, self.n_kv_heads, self.d_head = n_heads, n_kv_heads, d_head
         self.causal, self.rope, self.attend = causal, rope, attend
         self.qkv = nn.Linear(d_model, (n_heads + 2 * n_kv_heads) * self.d_head)
         self.out = nn.Linear(d_model, d_model)
@@ -431,9 +422,8 @@ class TransformerConfig:
 
     def __post_init__(self):
         if (self.vocab_size is None) == (self.n_channels is None):
-            raise ValueError(
-                f"set one of vocab_size ({self.vocab_size}) and n_channels ({self.n_channels})"
-            )
+            both = f"vocab_size ({self.vocab_size}) and n_channels ({self.n_channels})"
+            raise ValueError(f"set one of {both}")
         if self.d_ff is None:
             object.__setattr__(self, "d_ff", 4 * self.d_model)
 
@@ -460,13 +450,9 @@ class Block(nn.Module):
     def forward(self, x, keep, positions):
         u = self.norm_mixer(x)  # differs from the paper: the norm stands before the sublayer
         # a mixer with RoPE must know where its tokens stand; any other takes (x, keep)
-        mixed = (
-            self.mixer(u, keep, positions)
-            if getattr(self.mixer, "rope", False)
-            else self.mixer(u, keep)
-        )
+        where = (positions,) if getattr(self.mixer, "rope", False) else ()
         # differs from the paper: dropout on the sublayers' outputs, not on the attention weights
-        x = x + self.dropout(mixed)
+        x = x + self.dropout(self.mixer(u, keep, *where))
         return x + self.dropout(self.ffn(self.norm_ffn(x)))
 
     def prefill(self, x, state):
@@ -562,30 +548,29 @@ def reference(q, k, v, causal, keep):
     """attention_ref over batch and heads. Returns (out, lse) as float64 tensors."""
     q, k, v, keep = (x.detach().double().cpu().numpy() for x in (q, k, v, keep))
     group = q.shape[1] // k.shape[1]
-    results = [
+    heads = [
         attention_ref(q[b, h], k[b, h // group], v[b, h // group], causal, keep[b] > 0)
-        for b in range(len(q))
-        for h in range(q.shape[1])
+        for b, h in np.ndindex(q.shape[:2])
     ]
-    return [
-        torch.from_numpy(np.stack(x)).unflatten(0, q.shape[:2]) for x in zip(*results, strict=True)
-    ]
+    both = (torch.from_numpy(np.stack(x)) for x in zip(*heads, strict=True))
+    return [x.unflatten(0, q.shape[:2]) for x in both]
+
+
+def random_grad(q):
+    """An output gradient; the same for the same shape."""
+    return torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(q)
 
 
 def check_kernels(q, k, v, causal, keep, limit):
-    """The ladder definition, product, tiles, fused, blocks; forward and gradients."""
+    """The ladder definition, product, tiles, fused kernel: outputs and gradients."""
     name, real = "causal" if causal else "full", keep[:, None, :, None]
-    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(q) * real
-    q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+    grad, leaves = random_grad(q) * real, [x.clone().requires_grad_() for x in (q, k, v)]
     ref, lse_ref = reference(q, k, v, causal, keep)
-    slow = attention_slow(q, k, v, causal, keep)
-    grads = torch.autograd.grad(slow, (q, k, v), grad)
-    fast = attention(q, k, v, causal, keep)
-    fast_grads = torch.autograd.grad(fast, (q, k, v), grad)
-    with torch.no_grad():
-        args = q, k, v, causal, hide(keep, q.dtype)
-        out, lse = attention_online(*args, tile=(5, 7))
-        online_grads = attention_online_grad(grad, *args[:3], out, lse, *args[3:], tile=(5, 7))
+    slow, fast = (attend(*leaves, causal, keep) for attend in (attention_slow, attention))
+    grads, fast_grads = (torch.autograd.grad(x, leaves, grad) for x in (slow, fast))
+    mask = causal, hide(keep, q.dtype)
+    out, lse = attention_online(q, k, v, *mask, tile=(5, 7))
+    online_grads = attention_online_grad(grad, q, k, v, out, lse, *mask, tile=(5, 7))
     rows = [
         (f"{name}: product == definition", rel_err(slow, ref), limit),
         (f"{name}: tiles == definition", rel_err(out, ref), limit),
@@ -600,25 +585,21 @@ def check_kernels(q, k, v, causal, keep, limit):
 
 def check_blocks(q, k, v, keep, limit):
     """Blocks of keys, each by the kernel that returns lse, add up to the whole, and so do grads."""
-    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(q)
-    bias, cuts = hide(keep, q.dtype), (0, 1, 12, 12, k.shape[2])
-    blocks = [(slice(a, b), bias[..., a:b]) for a, b in pairwise(cuts)]
-    out, lse = attention_block(q, k[:, :, :0], v[:, :, :0])
-    for cols, part in blocks:
-        block = attention_block(q, k[:, :, cols], v[:, :, cols], False, part)
-        out, lse = merge(out, lse, *block)
-    parts = [
-        attention_block_grad(grad, q, k[:, :, cols], v[:, :, cols], out, lse, False, part)
-        for cols, part in blocks
-    ]
+    grad, bias, cuts = random_grad(q), hide(keep, q.dtype), (0, 0, 1, 12, 12, k.shape[2])
+    blocks = [(k[:, :, a:b], v[:, :, a:b], False, bias[..., a:b]) for a, b in pairwise(cuts)]
+    out, lse = attention_block(q, *blocks[0])
+    for block in blocks[1:]:
+        out, lse = merge(out, lse, *attention_block(q, *block))
+    parts = [attention_block_grad(grad, q, *x[:2], out, lse, *x[2:]) for x in blocks]
+    dqs, dks, dvs = zip(*parts, strict=True)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     whole = attention_slow(*leaves, keep=keep)
     dq, dk, dv = torch.autograd.grad(whole, leaves, grad)
     return [
         ("merged blocks == product", rel_err(out, whole), limit),
-        ("dq of blocks == product", rel_err(sum(x[0] for x in parts), dq), limit),
-        ("dk of blocks == product", rel_err(torch.cat([x[1] for x in parts], 2), dk), limit),
-        ("dv of blocks == product", rel_err(torch.cat([x[2] for x in parts], 2), dv), limit),
+        ("dq of blocks == product", rel_err(sum(dqs), dq), limit),
+        ("dk of blocks == product", rel_err(torch.cat(dks, 2), dk), limit),
+        ("dv of blocks == product", rel_err(torch.cat(dvs, 2), dv), limit),
     ]
 
 
@@ -627,8 +608,9 @@ def check_layers(dtype, device, limit):
     torch.manual_seed(0)
     at = torch.tensor([0, 1, 7, 1000], device=device)
     x = torch.randn(4, 8, dtype=dtype, device=device)
-    table = sinusoidal_positions(at, 7)
     turned, moved = rope(x[None, None], at)[0, 0], rope(x[None, None], at + 5)[0, 0]
+    table_ref = sinusoidal_positions_ref(at.tolist(), 7)
+    turned_ref = rope_ref(x.double().cpu().numpy(), at.tolist())
     layer = Attention(16, 4, causal=True, n_kv_heads=2, rope=True).to(device, dtype)
     u = torch.randn(2, 21, 16, dtype=dtype, device=device)
     y, state = layer.prefill(u[:, :9], layer.initial_state(2, capacity=4))
@@ -637,16 +619,8 @@ def check_layers(dtype, device, limit):
     mha = nn.MultiheadAttention(16, 4, batch_first=True).to(device, dtype)
     theirs = mha(u, u, u, need_weights=False)[0]
     return [
-        (
-            "sinusoids == definition",
-            rel_err(table, sinusoidal_positions_ref(at.tolist(), 7)),
-            limit,
-        ),
-        (
-            "RoPE == definition",
-            rel_err(turned, rope_ref(x.double().cpu().numpy(), at.tolist())),
-            limit,
-        ),
+        ("sinusoids == definition", rel_err(sinusoidal_positions(at, 7), table_ref), limit),
+        ("RoPE == definition", rel_err(turned, turned_ref), limit),
         ("RoPE: products depend on distance", rel_err(moved @ moved.T, turned @ turned.T), limit),
         ("prefill and step == forward", rel_err(torch.cat(ys, 1), layer(u)), limit),
         ("weights of nn.MultiheadAttention", rel_err(from_multihead(mha)(u), theirs), limit),
@@ -656,15 +630,13 @@ def check_layers(dtype, device, limit):
 def self_check(dtype=torch.float64, device="cpu"):
     """Each rung against the slower one before it. Returns [(name, error, limit)]."""
     limit = {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(2, heads, 33, 8, generator=generator, dtype=torch.float64).to(device, dtype)
-        for heads in (4, 2, 2)
-    )
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 33, 8, generator=rng, dtype=torch.float64) for h in (4, 2, 2))
+    q, k, v = (x.to(device, dtype) for x in (q, k, v))
     keep = torch.arange(33, device=device) < torch.tensor([[33], [20]], device=device)
     rows = [row for c in (False, True) for row in check_kernels(q, k, v, c, keep, limit)]
     rows += check_blocks(q, k, v, keep, limit) + check_layers(dtype, device, limit)
-    q, k, v = (torch.randn(1, 1, 4096, 64, generator=generator, device="cpu") for _ in range(3))
+    q, k, v = (torch.randn(1, 1, 4096, 64, generator=rng) for _ in range(3))
     some, full = [0, 1, 2047, 4095], (x[0, 0].double().numpy() for x in (q, k, v))
     ref = attention_ref(*full, causal=True, rows=some)[0]
     fast = attention(*(x.to(device) for x in (q, k, v)), causal=True)[0, 0, some]
@@ -685,9 +657,7 @@ def print_table(rows):
 def demo(device, L=64, steps=200):
     """Repeat a random word: L/2 random symbols, then the same again. Chance is 1/16."""
     torch.manual_seed(0)
-    config = TransformerConfig(
-        d_model=32, n_layers=2, n_heads=2, vocab_size=16, causal=True, rope=True
-    )
+    config = TransformerConfig(d_model=32, n_heads=2, vocab_size=16, causal=True, rope=True)
     model, head = Transformer(config).to(device), nn.Linear(32, 16).to(device)
     groups = model.param_groups(3e-3, 0.01) + [{"params": list(head.parameters())}]
     optimizer = torch.optim.AdamW(groups, lr=3e-3)
@@ -725,9 +695,8 @@ def timing(device, L=2048):
             if q.is_cuda:
                 torch.cuda.synchronize()
             best[name] = min(best[name], time.perf_counter() - start)
-    print(
-        f"forward and backward, 4 heads of 64, L = {L}, float32, {torch.get_num_threads()} threads"
-    )
+    setting = f"4 heads of 64, L = {L}, float32, {torch.get_num_threads()} threads"
+    print(f"forward and backward, {setting}")
     for name, seconds in best.items():
         print(f"  {name:<8}{1e3 * seconds:8.1f} ms  {best['product'] / seconds:5.1f} x the product")
 
