@@ -19,8 +19,7 @@ Diagonal State Space Models", arXiv:2206.11893v2.
     B_bar        B_bar                  (D, N/2, 1) complex, or (D, N, 1) real
     K            K                      (D, L)
     D            D_skip                 (D,)
-    u, y         u, y; x for a module   (B, L, D)
-    x            State.x                (B, D, N) real, (Re, Im) of the pairs
+    u, y; x      x, y; State.x          (B, L, D); (B, D, N) real: (Re, Im) of the pairs
 
 Departures from the paper stand at their lines: the two-level kernel in place of the Cauchy kernel,
 which is here too, without its pole; Q tied to P; Re Lam kept negative.
@@ -57,11 +56,11 @@ def hippo_legs(N):
 def nplr_legs(N):
     """Normal plus low rank form of HiPPO-LegS (S4), a half of its pairs.
 
-        A = V_full (diag(Lam_full) - P_full P_full^*) V_full^*,   P_full = V_full^* sqrt(n + 1/2)
+        A = U (diag(Lam, Lam conj) - q q^*) U^*,   U = (V, V conj),   q = U^* p = (P, P conj)
 
-    Returns Lam, P, B: (N/2,) complex128, V: (N, N/2), the pairs with positive frequency.
-    A + p p^T + I/2 is skew, so a Hermitian solver finds V, exactly unitary; the eigenvectors of A
-    itself are useless (condition 1e17 at N = 24).
+    Returns Lam, P, B: (N/2,) complex128, V: (N, N/2), the pairs with positive frequency.  With
+    p = sqrt(n + 1/2), A + p p^T + I/2 is skew, so a Hermitian solver finds U, exactly unitary; the
+    eigenvectors of A itself are useless (condition 1e17 at N = 24).
     """
     if N < 2 or N % 2:
         raise ValueError(f"d_state must be even and at least 2 (conjugate pairs), got {N}")
@@ -160,10 +159,11 @@ def s4d_legs(N):
 
 
 class System(NamedTuple):
-    """D discrete systems  x_l = x_{l-1} + E x_{l-1} + B_bar u_l,  y_l = 2 Re(C x_l), halves.
+    """D discrete systems  x_l = x_{l-1} + E x_{l-1} + B_bar u_l,  y_l = 2 Re(C x_l).
 
-    E = A_bar - I is carried, not A_bar: near I (small dt) the rounding of A_bar would grow L-fold.
-    E x = e x - f Re(g x), "diag(e) - f g": r = 1 for S4 and 0 for S4D.
+    x holds one of each conjugate pair, hence the 2 Re.  E = A_bar - I is carried, not A_bar: near
+    I (small dt) the rounding of A_bar would grow L-fold.  E x = e x - f Re(g x), written
+    diag(e) - f g below, has r = 1 for S4 and 0 for S4D.
     """
 
     e: torch.Tensor  # (D, N/2, 1) complex128
@@ -179,7 +179,7 @@ def discretize(Lam, P, B, C, dt):
     Lam, P, B: (D, N/2) complex128, C: (n, D, N/2), dt: (D, 1).  With R = (1 - dt Lam / 2)^-1, by
     Woodbury's identity,
         (I - dt A / 2)^-1 = R - (dt / 2) R P P^* R / (1 + (dt / 2) P^* R P),
-        B_bar = dt (I - dt A / 2)^-1 B,   A_bar - I = 2 (I - dt A / 2)^-1 - 2,
+        B_bar = dt (I - dt A / 2)^-1 B,   A_bar - I = 2 (I - dt A / 2)^-1 - 2 I,
     where P^* v over whole pairs is twice the real part over halves, and 2 R - 2 = dt Lam R.
     """
     R = 1 / (1 - dt / 2 * Lam)  # (D, N/2)
@@ -203,6 +203,7 @@ def real_form(e, f, g, W, C):
     real, imag = (torch.diag_embed(part[..., 0].to(dtype)) for part in (e.real, e.imag))
     E = torch.cat([torch.cat([real, -imag], -1), torch.cat([imag, real], -1)], -2)  # (D, N, N)
     f, W = (torch.cat([v.real, v.imag], -2).to(dtype) for v in (f, W))  # (D, N, r), (D, N, j)
+    # a row v acts by Re(v x) = (Re v, -Im v) (Re x, Im x); the 2 of 2 Re(C x) goes into C
     g, C = (torch.cat([v.real, -v.imag], -1).to(dtype) for v in (g, C))  # (D, r, N), (n, D, N)
     return torch.baddbmm(E, f, g, alpha=-1), W, 2 * C.transpose(0, 1)
 
@@ -241,7 +242,7 @@ def two_level_kernel(system, L):
     while R.shape[1] < n * rows:  # E = A_bar^m - I, A_bar^(2m) - I, ...
         R = torch.cat([R, torch.baddbmm(R, R, E)], 1)  # (D, 2i n, N)
         E = square(E) if R.shape[1] < n * rows else E
-    K = R[:, : n * rows] @ W  # (D, rows n, m)
+    K = R[:, : n * rows] @ W  # (D, rows n, m), directions innermost
     return K.view(D, rows, n, m).permute(2, 0, 1, 3).reshape(n, D, rows * m)[..., :L]
 
 
@@ -372,7 +373,8 @@ class S4(nn.Module):
         self.log_dt = nn.Parameter(low + torch.rand(d_model) * (high - low))  # (D,)
         self.set_dynamics(Lam, B)
         self.P = self.per_channel(np.stack([P.real, P.imag], -1))  # (D, N/2, 2)
-        self.C = nn.Parameter(torch.randn(1 + bidirectional, *self.B.shape) * 0.5**0.5)
+        C = torch.randn(1 + bidirectional, *self.B.shape)  # (n, D, N/2, 2)
+        self.C = nn.Parameter(C * 0.5**0.5)  # complex, of variance 1
         self.D_skip = nn.Parameter(torch.randn(d_model))
 
     def set_dynamics(self, Lam, B):
@@ -408,7 +410,7 @@ class S4(nn.Module):
         """Impulse response without the skip: (D, L), (2, D, L) when bidirectional (see fft_conv).
 
         rate: input step in units of that of training, 2 for half the sampling rate.  The integral
-        of the kernel stays the same.  Raises ValueError when a dt is not finite.
+        of the kernel stays the same.  ValueError if a dt is not positive and finite.
         """
         with torch.autocast(self.C.device.type, enabled=False):
             K = self.impulse_response(L, rate)  # (n, D, L)
@@ -446,17 +448,13 @@ class S4(nn.Module):
         return State(dense[0].new_zeros(batch, *dense[0].shape[:2]), system, dense)
 
     def step(self, x_t, state):
-        """One position: x_t (B, D), State -> y_t (B, D), State.
-
-        E x costs O(N) a channel as diagonal minus rank one; from a batch of 8 on the dense E, read
-        once for all, is faster than many small elementwise operations.
-        """
+        """One position: x_t (B, D), State -> y_t (B, D), State.  O(N) a channel, or dense."""
         if x_t.shape != state.x.shape[:2]:
             raise ValueError(f"expected x_t {tuple(state.x.shape[:2])}, got {tuple(x_t.shape)}")
         x, (e, f, g, _, _), (E, B_bar, C) = state
         u = x_t.to(x.dtype)  # (B, D)
         with torch.autocast(x.device.type, enabled=False):
-            if len(x) >= 8:
+            if len(x) >= 8:  # E, read once for the batch, beats many small operations
                 change = torch.einsum("dij,bdj->bdi", E, x)  # (B, D, N)
             else:
                 z = torch.complex(*x.chunk(2, -1))  # (B, D, N/2)
@@ -468,10 +466,7 @@ class S4(nn.Module):
         return y.to(x_t.dtype), state._replace(x=x)
 
     def prefill(self, x, state):
-        """Positions after those seen so far: x (B, L, D), State -> y (B, L, D), State.
-
-        By chunks of m = 64: within, a Toeplitz matrix T; what came before, through C A_bar^(j+1).
-        """
+        """The next positions: x (B, L, D), State -> y (B, L, D), State, by chunks of m = 64."""
         self.check(x)
         m = 1 << min(6, (x.shape[1] - 1).bit_length())
         with torch.autocast(self.C.device.type, enabled=False):
@@ -485,8 +480,8 @@ class S4(nn.Module):
             h = state.x.permute(1, 2, 0)  # (D, N, B)
             out = []
             for u in x.to(W.dtype).permute(2, 1, 0).split(m, 1):  # (D, t, B), t <= m
-                t, back = u.shape[1], u.flip(1)
-                out.append(T[:, :t, m - t :] @ back + R[:, :t] @ h)  # (D, t, B)
+                t, back = u.shape[1], u.flip(1)  # the latest first, as T and W count lags
+                out.append(T[:, :t, m - t :] @ back + R[:, :t] @ h)  # (D, t, B): chunk, before it
                 for i, power in enumerate(powers):  # h <- A_bar^t h, t in binary
                     h = torch.baddbmm(h, power, h) if t >> i & 1 else h
                 h = h + W[..., :t] @ back
@@ -544,8 +539,7 @@ class S4Config:
 
 def s4_mixer(config, i, kind=S4):
     """The default mixer of block i."""
-    bidirectional = not config.causal
-    return kind(config.d_model, config.d_state, bidirectional, config.dt_min, config.dt_max)
+    return kind(config.d_model, config.d_state, not config.causal, config.dt_min, config.dt_max)
 
 
 def s4d_mixer(config, i):
@@ -558,15 +552,11 @@ class S4Model(nn.Module):
 
     def __init__(self, config, mixer=s4_mixer):
         super().__init__()
-        if (config.vocab_size is None) == (config.n_channels is None):
-            given = f"{config.vocab_size} and {config.n_channels}"
-            raise ValueError(f"set exactly one of vocab_size and n_channels, got {given}")
+        D, vocab, n = config.d_model, config.vocab_size, config.n_channels
+        if (vocab is None) == (n is None):
+            raise ValueError(f"set exactly one of vocab_size and n_channels, got {vocab} and {n}")
         self.config = config
-        D = config.d_model
-        values = config.vocab_size is None
-        self.embed = (
-            nn.Linear(config.n_channels, D) if values else nn.Embedding(config.vocab_size, D)
-        )
+        self.embed = nn.Linear(n, D) if vocab is None else nn.Embedding(vocab, D)
         self.blocks = nn.ModuleList(
             S4Block(D, mixer(config, i), config.dropout) for i in range(config.n_layers)
         )
@@ -592,7 +582,7 @@ class S4Model(nn.Module):
         return self.advance("prefill", x, state)
 
     def advance(self, mode, x, state):
-        """forward, with "step" or "prefill" of each mixer in place of the whole of it."""
+        """As forward, by the method `mode` ("step" or "prefill") of each mixer."""
         h, after = self.embed(x), []
         for block, before in zip(self.blocks, state, strict=True):
             y, s = getattr(block.mixer, mode)(block.norm(h), before)
@@ -618,23 +608,18 @@ class S4Model(nn.Module):
         return out
 
     def param_groups(self, lr, weight_decay):
-        """AdamW groups as the papers use them.
-
-        Lam, P, B, dt learn at min(lr, 1e-3) without decay; C, skips, biases and norms at lr without
-        decay; the weights of linear maps and embeddings at lr with decay.
-        """
+        """AdamW groups as the papers use them: three dicts, every parameter in one."""
         mixers = [m for m in self.modules() if isinstance(m, S4)]
-        plain = {id(p) for m in mixers for p in (m.C, m.D_skip)}
-        slow = {id(p) for m in mixers for p in m.parameters()} - plain
-        groups = {"slow": [], "plain": [], "decayed": []}
-        for p in self.parameters():
-            free = id(p) in plain or p.ndim < 2
-            groups["slow" if id(p) in slow else "plain" if free else "decayed"].append(p)
-        return [
-            {"params": groups["slow"], "lr": min(lr, 1e-3), "weight_decay": 0.0},
-            {"params": groups["plain"], "lr": lr, "weight_decay": 0.0},
-            {"params": groups["decayed"], "lr": lr, "weight_decay": weight_decay},
+        group = {id(p): 0 for m in mixers for p in m.parameters()}
+        group |= {id(p): 1 for m in mixers for p in (m.C, m.D_skip)}
+        groups = [
+            {"params": [], "lr": min(lr, 1e-3), "weight_decay": 0.0},  # Lam, P, B, dt
+            {"params": [], "lr": lr, "weight_decay": 0.0},  # C, skips, biases, norms
+            {"params": [], "lr": lr, "weight_decay": weight_decay},  # linear maps, embeddings
         ]
+        for p in self.parameters():
+            groups[group.get(id(p), 1 if p.ndim < 2 else 2)]["params"].append(p)
+        return groups
 
 
 # ---------------------------------------------------------------- self-check
@@ -649,9 +634,8 @@ def rel_err(a, b):
 
 def check_reference(N=8, L=63, dt=0.05):
     """The ladder of the paper in numpy, float64; each rung against the one before."""
-    Lam, P, B_half, V = nplr_legs(N)
+    (Lam, P, B_half, V), C = nplr_legs(N), np.cos(np.arange(N))
     A_bar, B_bar = discretize_ref(*hippo_legs(N), dt)
-    C = np.cos(np.arange(N))
     u, K = np.sin(np.arange(L) ** 2), kernel_ref(A_bar, B_bar, C, L)
     y = recurrence_ref(A_bar, B_bar, C, u)
     yield "recurrence == convolution with K", rel_err(convolution_ref(u, K), y), 1e-10
