@@ -19,9 +19,9 @@ read        text, retrieval, image, speech and their variants, from the publishe
             directory or tar archive given as `source`, or what --download left in `data_dir`.
             listops and pathfinder read published files too when they are given a `source`.
 
-A section a task, each reads alone. Every bad file is a ValueError that names it, the line or the
-numbers, and what was expected. png and wav files are read with the standard library (zlib, wave):
-the tasks use one kind of each. Pickles are never loaded.
+A section a task; what several share comes first. Every bad file is a ValueError that names it, the
+line or the numbers, and what was expected. png and wav files are read with the standard library
+(zlib, wave): the tasks use one kind of each. Pickles are never loaded.
 
 Validation is never test: where no split was published, a tenth of train is held out by the seed.
 Not included: augmentation, tokenisers, the ten-word speech task, TFRecords.
@@ -427,29 +427,24 @@ def listops(
 
 def listops_trees(seed, n, max_depth, max_args, above, below):
     """n different trees: tokens (n, L) uint8, answers (n,), lengths (n,)."""
-    seen, rows, answers = set(), [], []
-    bar = tqdm(total=n, desc="listops", unit=" trees", disable=None)
-    for chunk in count():
-        if chunk > 20 + len(rows) // 10:
-            raise ValueError(
-                f"found {len(rows)} of {n} different trees with {above} < length < {below} among "
-                f"{4096 * chunk}: expected wider limits or a smaller set"
-            )
-        rng = np.random.RandomState([seed, 2, chunk])
-        levels, length = grow_trees(rng, 4096, max_depth, max_args, above, below)
-        flat, value = lay_out(levels, length), evaluate_trees(levels)
-        for tree, answer in zip(np.split(flat, np.cumsum(length)[:-1]), value, strict=True):
-            fingerprint = tree.tobytes()
-            if fingerprint not in seen:
-                seen.add(fingerprint)
-                rows.append(tree)
-                answers.append(answer)
-        bar.update(min(len(rows), n) - bar.n)
-        if len(rows) >= n:
-            break
-    bar.close()
-    tokens, lengths = pad(rows[:n])
-    return tokens, np.array(answers[:n]), lengths
+    answers = {}  # of each tree, in the order they are found
+    with tqdm(total=n, desc="listops", unit=" trees", disable=None) as bar:
+        for chunk in count():
+            rng = np.random.RandomState([seed, 2, chunk])
+            levels, length = grow_trees(rng, 4096, max_depth, max_args, above, below)
+            trees = np.split(lay_out(levels), np.cumsum(length)[:-1])
+            for tree, answer in zip(trees, evaluate_trees(levels), strict=True):
+                answers.setdefault(tree.tobytes(), answer)
+            bar.update(min(len(answers), n) - bar.n)
+            if len(answers) >= n:
+                break
+            if chunk >= 20 + len(answers) // 10:
+                raise ValueError(
+                    f"found {len(answers)} of {n} different trees with {above} < length < {below} "
+                    f"among {4096 * (chunk + 1)}: expected wider limits or a smaller set"
+                )
+    tokens, lengths = pad([np.frombuffer(tree, np.uint8) for tree in list(answers)[:n]])
+    return tokens, np.array(list(answers.values())[:n]), lengths
 
 
 def grow_trees(rng, n_trees, max_depth, max_args, above, below):
@@ -496,23 +491,20 @@ def evaluate_trees(levels):
     return value
 
 
-def lay_out(levels, length):
-    """The trees written out in prefix order, one after the other: (length.sum(),) uint8."""
-    sizes = [np.ones(len(levels[-1][0]), np.int64)]  # tokens under each node, from the deepest up
-    for _, n_args in levels[-2::-1]:
-        at, size = np.flatnonzero(n_args), np.ones(len(n_args), np.int64)
-        if len(at):
-            size[at] = 2 + np.add.reduceat(sizes[0], np.cumsum(n_args[at]) - n_args[at])
-        sizes.insert(0, size)
-    flat = np.full(length.sum(), CLOSE, np.uint8)
-    place = np.cumsum(length) - length  # of the nodes of the present level
-    for depth, (kind, n_args) in enumerate(levels):
+def lay_out(levels):
+    """The trees written out in prefix order, one after the other: (their tokens,) uint8."""
+    before = [np.zeros(1, np.int64)]  # level by level: tokens under all nodes left of the i-th
+    for _, n_args in levels[::-1]:
+        first = np.cumsum(n_args) - n_args  # of each node's arguments
+        under = before[0][first + n_args] - before[0][first]
+        size = 1 + (n_args > 0) + under  # 1 for its "]"
+        before.insert(0, np.concatenate([[0], np.cumsum(size)]))
+    flat = np.full(before[0][-1], CLOSE, np.uint8)
+    place = before[0][:-1]  # of the nodes of the present level
+    for (kind, n_args), below in zip(levels, before[1:], strict=True):
         flat[place] = kind
-        if depth + 1 < len(levels):
-            at = np.flatnonzero(n_args)
-            before = np.cumsum(sizes[depth + 1]) - sizes[depth + 1]
-            first = before[np.cumsum(n_args[at]) - n_args[at]]  # of each operator's arguments
-            place = np.repeat(place[at] + 1 - first, n_args[at]) + before
+        first = np.cumsum(n_args) - n_args
+        place = np.repeat(place + 1 - below[first], n_args) + below[:-1]
     return flat
 
 
@@ -616,10 +608,10 @@ def pathfinder(
     snake reaches): measure a model against that, not against 50 %.
 
     Drawing takes about 1, 50, 40, 7 ms of CPU a picture at 32, 64, 128, 256, most of it at 64 in
-    the 900 pairs that get stuck for each that ends; `processes`
-    (default: all cores) share it. They are spawned: a script that calls this needs the usual
-    `if __name__ == "__main__"`. A killed run goes on where it stopped. Pictures above 1 GiB stay on
-    disk, memory-mapped. source: the published folders of png files and text metadata instead.
+    the 900 pairs that get stuck for each that ends. `processes` (default: all cores) share the
+    work; they are spawned: a script that calls this needs the usual `if __name__ == "__main__"`.
+    A killed run goes on where it stopped. Pictures above 1 GiB stay on disk, memory-mapped.
+    source: the published folders of png files and text metadata are read instead.
     """
     if size not in SHEETS or contour not in (6, 9, 14) or n < 10:
         raise ValueError(
@@ -740,6 +732,12 @@ class Brush:
     segment ends, then 360 for the free angles of first segments. Places are flat indices into a map
     of `side` rows, the picture inside a rim that is wide enough for every stamp. A stamp is a row
     of offsets and a row of values; short rows repeat an entry.
+
+    ring    (n_ring,) places around a pivot      weight  (angles, n_ring), how likely each is next
+    step    (angles,) from a pivot to the next   pivot   (360,) from the start of a first segment
+    line    stamp: what is seen of a segment     mask    stamp: what it occupies
+    wide    stamp: where no tip may lie          room    how full the pixels of mask may be before
+    dot     stamp: a marker                      blank   (2, side^2) maps of an empty picture
     """
 
     def __init__(self, size, margin):
@@ -768,7 +766,6 @@ class Brush:
         return steps.astype(np.int64) @ [self.side, 1]
 
     def draw_stamps(self, angles, margin, radius):
-        """line: what is seen. mask: what it occupies. wide: where no tip may lie. dot: marker."""
         sheet = self.sheet
         large = np.stack([self.segment(angle, radius * SCALE) for angle in angles])
         lines, masks = [
@@ -816,7 +813,8 @@ class Brush:
             inside = np.zeros((self.size - 2 * border,) * 2, np.uint8)
             return np.pad(inside, self.rim + border, constant_values=255)
 
-        self.blank = [frame(sheet.border).ravel(), dilate(frame(sheet.border), margin).ravel()]
+        edge = frame(sheet.border)
+        self.blank = np.stack([edge.ravel(), dilate(edge, margin).ravel()])  # (2, side^2)
         self.frame = frame(sheet.border + 1).ravel()
         self.places = np.flatnonzero(self.frame == 0)
         # the two snakes start in the middle, 2 seed_distance away from all edges
@@ -831,15 +829,12 @@ make_brush = cache(Brush)
 
 
 class Scene:
-    """What is occupied in many pictures at once: maps `taken` and, where no tip may lie, `near`."""
+    """Maps (2, n, side^2) of n pictures: what is `taken` and, dilated, where no tip may lie."""
 
-    def __init__(self, brush, n):
-        self.brush = brush
-        self.base = np.arange(n) * brush.side**2
-        self.taken, self.near = (np.tile(blank, n) for blank in brush.blank)
-
-    def maps(self):
-        return [each.reshape(len(self.base), -1) for each in (self.taken, self.near)]
+    def __init__(self, brush, maps):
+        self.brush, self.maps = brush, np.ascontiguousarray(maps)
+        self.taken, self.near = self.maps.reshape(2, -1)  # flat views of the same memory
+        self.base = np.arange(maps.shape[1]) * brush.side**2
 
     def occupy(self, lanes, at, way):
         """Adds the segments of direction `way` at `at` to the pictures `lanes`."""
@@ -863,15 +858,14 @@ def snake_pairs(rng, brush, contour, n):
     finishes first is no selection.
     """
     last = 2 * contour
-    scene, lane = Scene(brush, LANES), np.arange(LANES)
+    scene = Scene(brush, np.repeat(brush.blank[:, None], LANES, 1))
     at, way = np.zeros((2, LANES, last), np.int64)
     pivot = np.zeros((LANES, 2), np.int64)
-    step = np.full(LANES, last)  # "finished": all lanes start below
+    lane, step = np.arange(LANES), np.full(LANES, last)  # "finished": all lanes start below
     finished = []
     while n > 0:
         anew = np.flatnonzero(step == last)
-        for each, blank in zip(scene.maps(), brush.blank, strict=True):
-            each[anew] = blank
+        scene.maps[:, anew] = brush.blank[:, None]
         at[anew, :2], way[anew, :2] = first_segments(rng, brush, len(anew))
         pivot[anew] = at[anew, :2] + brush.pivot[way[anew, :2] - brush.n_ring]
         step[anew] = 2
@@ -887,14 +881,12 @@ def snake_pairs(rng, brush, contour, n):
         if len(done):
             # as published, the last segment of the second snake counts, that of the first does not
             scene.occupy(done, at[done, last - 1], way[done, last - 1])
-            finished.append([each[done] for each in (*scene.maps(), at, way)])
+            finished.append((scene.maps[:, done], at[done], way[done]))
             n -= len(done)
-        if finished and (n == 0 or sum(len(each[0]) for each in finished) >= LANES // 4):
-            taken, near, ats, ways = (np.concatenate(each) for each in zip(*finished, strict=True))
+        if finished and (n == 0 or sum(len(ats) for _, ats, _ in finished) >= LANES // 4):
+            maps, ats, ways = zip(*finished, strict=True)
+            yield Scene(brush, np.concatenate(maps, 1)), np.concatenate(ats), np.concatenate(ways)
             finished = []
-            batch = Scene(brush, len(ats))
-            batch.taken, batch.near = taken.ravel(), near.ravel()
-            yield batch, ats, ways
 
 
 def first_segments(rng, brush, n):
@@ -946,11 +938,10 @@ def distract(rng, scene, length):
     for snake in range(count):
         todo = alive
         for _ in range(5):
-            saved = [each[todo] for each in scene.maps()]
+            saved = scene.maps[:, todo]
             at[todo, snake], way[todo, snake] = grow_one(rng, scene, todo, length)
             failed = way[todo, snake, -1] < 0
-            for each, before in zip(scene.maps(), saved, strict=True):
-                each[todo[failed]] = before[failed]
+            scene.maps[:, todo[failed]] = saved[:, failed]
             todo = todo[failed & (at[todo, snake, 0] >= 0)]
         grown = way[alive, snake, -1] >= 0
         way[alive[~grown], snake] = -1
@@ -1356,14 +1347,15 @@ def checksum(data):
     digest = hashlib.sha256()
     for split in (data.train, data.val, data.test):
         for array in (split.tokens, split.labels, split.lengths):
-            for block in np.array_split(array, max(1, array.nbytes >> 26)):
-                digest.update(np.ascontiguousarray(block).data)
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
 def trivial_levels(data):
-    """Test accuracy of the most frequent label, and of the most frequent one by first token
-    and by length (numbers in twenty bins), learned on train."""
+    """Test accuracy of the most frequent training label: of all, by first token, by length.
+
+    Numbers and lengths are sorted into twenty bins.
+    """
 
     def score(feature):
         table = np.zeros((1 + max(map(np.max, feature)), data.n_classes), np.int64)
@@ -1375,12 +1367,11 @@ def trivial_levels(data):
         return [np.searchsorted(edges, each) for each in values]
 
     pair = (data.train, data.test)
-    symbols = data.mean is None
     first = [each.tokens.reshape(len(each), -1)[:, 0].astype(np.int64) for each in pair]
     lengths = [each.lengths.reshape(len(each), -1).sum(1) for each in pair]
     return {
         "most frequent label": score([np.zeros(len(each), np.int64) for each in pair]),
-        "by first token": score(first if symbols else binned(first)),
+        "by first token": score(binned(first) if data.mean else first),
         "by length": score(binned(lengths)),
     }
 
@@ -1407,12 +1398,11 @@ def listing(data_dir):
     """One line a task: name, size, where it comes from, what is on disk."""
     lines = []
     for name, task in TASKS.items():
-        kept = [
-            path for top in Path(data_dir).glob(f"*{task.stem}*") for path in [top, *top.rglob("*")]
-        ]
-        size = sum(path.stat().st_size for path in kept if path.is_file())
+        tops = Path(data_dir).glob(f"*{task.stem}*")
+        kept = (path for top in tops for path in [top, *top.rglob("*")] if path.is_file())
+        size = sum(path.stat().st_size for path in kept)
         origin = task.origin if isinstance(task.origin, str) else task.origin.url
-        lines.append(f"{name:22} {task.size:41} {size / 1e6 if size else 0:9,.1f} MB  {origin}")
+        lines.append(f"{name:22} {task.size:41} {size / 1e6:9,.1f} MB  {origin}")
     return "\n".join(lines)
 
 
@@ -1429,7 +1419,7 @@ def show(data, folder):
         return f"wrote {path}"
     lines = []
     for row, label, length in zip(tokens[:3], data.train.labels, lengths, strict=False):
-        row = row.reshape(-1, row.shape[-1])[0] if lengths.ndim == 2 else row
+        row = row[0] if lengths.ndim == 2 else row  # of a pair, the first document
         row = row[: np.ravel(length)[0]][:400]
         if data.symbols:
             text = (" " if data.n_classes == 10 else "").join(data.symbols[token] for token in row)
@@ -1454,7 +1444,7 @@ def self_check():
     """(name, error, limit): fast == slow, made ~ published statistics, written == read."""
     rng = np.random.RandomState(0)
     levels, length = grow_trees(rng, 512, 10, 10, 100, 500)
-    trees = np.split(lay_out(levels, length), np.cumsum(length)[:-1])
+    trees = np.split(lay_out(levels), np.cumsum(length)[:-1])
     wrong = [listops_value(t) != v for t, v in zip(trees, evaluate_trees(levels), strict=True)]
     states = np.array(list(np.ndindex(*[2] * 9))).reshape(-1, 3, 3) * 2 - 1
     bonds = sum((states * np.roll(states, 1, axis)).sum((1, 2)) for axis in (1, 2))
