@@ -274,13 +274,13 @@ class SGConv(nn.Module):
                 f"length {L} is outside 1 .. max_len = {self.max_len}: construct with a larger "
                 f"max_len, or resample({L}) if the same signal is sampled at another rate"
             )
-        size = L if self.max_len == self.built_len else self.built_len
+        resampled = self.max_len != self.built_len
+        lags = self.built_len if resampled else L
         with torch.autocast(self.w.device.type, enabled=False):  # bf16 would ruin it
-            K = multi_scale_kernel(self.w / self.norm, size, self.decay, self.first_factor)
-            if self.max_len != self.built_len:  # stretched cell by cell, the sum stays
-                flat = K.reshape(1, -1, size)
-                flat = F.interpolate(flat, self.max_len, mode="linear") * (size / self.max_len)
-                K = flat.view(*K.shape[:-1], self.max_len)[..., :L]
+            K = multi_scale_kernel(self.w / self.norm, lags, self.decay, self.first_factor)
+            if resampled:  # stretched cell by cell, the sum stays
+                flat = F.interpolate(K.reshape(1, -1, lags), self.max_len, mode="linear")
+                K = flat.view(*K.shape[:-1], -1)[..., :L] * (lags / self.max_len)
         return K
 
     def resample(self, new_max_len):
@@ -373,15 +373,8 @@ class SGConvConfig:
 
 def sgconv_mixer(config, i):
     """The default mixer of block i."""
-    return SGConv(
-        config.d_model,
-        config.max_len,
-        config.kernel_dim,
-        bidirectional=not config.causal,
-        decay=config.decay,
-        init=config.init,
-        first_factor=config.first_factor,
-    )
+    variant = dict(decay=config.decay, init=config.init, first_factor=config.first_factor)
+    return SGConv(config.d_model, config.max_len, config.kernel_dim, not config.causal, **variant)
 
 
 class SGConvModel(nn.Module):
@@ -395,11 +388,8 @@ class SGConvModel(nn.Module):
                 f"got {config.vocab_size} and {config.n_channels}"
             )
         self.config = config
-        D = config.d_model
-        tokens = config.vocab_size is not None
-        self.embed = (
-            nn.Embedding(config.vocab_size, D) if tokens else nn.Linear(config.n_channels, D)
-        )
+        D, V = config.d_model, config.vocab_size
+        self.embed = nn.Linear(config.n_channels, D) if V is None else nn.Embedding(V, D)
         self.blocks = nn.ModuleList(
             SGConvBlock(D, mixer(config, i), config.dropout) for i in range(config.n_layers)
         )
@@ -416,15 +406,14 @@ class SGConvModel(nn.Module):
         """AdamW groups: kernels learn at min(lr, 1e-3) without decay; skips, biases and norms at lr
         without decay; the weights of linear maps and embeddings at lr with decay.
         """
-        kernels = {id(m.w) for m in self.modules() if isinstance(m, SGConv)}
-        groups = {"kernel": [], "plain": [], "decayed": []}
-        for p in self.parameters():
-            kind = "kernel" if id(p) in kernels else "plain" if p.ndim < 2 else "decayed"
-            groups[kind].append(p)
+        kernels = [m.w for m in self.modules() if isinstance(m, SGConv)]
+        known = {id(w) for w in kernels}
+        others = [p for p in self.parameters() if id(p) not in known]
+        plain, decayed = [p for p in others if p.ndim < 2], [p for p in others if p.ndim >= 2]
         return [
-            {"params": groups["kernel"], "lr": min(lr, 1e-3), "weight_decay": 0.0},
-            {"params": groups["plain"], "lr": lr, "weight_decay": 0.0},
-            {"params": groups["decayed"], "lr": lr, "weight_decay": weight_decay},
+            {"params": kernels, "lr": min(lr, 1e-3), "weight_decay": 0.0},
+            {"params": plain, "lr": lr, "weight_decay": 0.0},
+            {"params": decayed, "lr": lr, "weight_decay": weight_decay},
         ]
 
 
@@ -447,16 +436,27 @@ def check_layer(rows, dtype, device, limit, bidirectional):
     u = torch.randn(2, 37, 3, device=device, dtype=dtype)
     keep = torch.arange(37, device=device) < torch.tensor([[37], [23]], device=device)
     K = layer.kernel(37).detach().double().cpu().numpy()
-    fwd, back = K if bidirectional else (K, None)
     y, skip = np.zeros(u.shape), layer.D_skip.detach().double().cpu().numpy()
     for b, d in np.ndindex(2, 3):
         real = np.where(keep[b].cpu(), u[b, :, d].double().cpu(), 0)
-        y[b, :, d] = conv_ref(real, fwd[d], None if back is None else back[d]) + skip[d] * real
+        kernels = K[:, d] if bidirectional else [K[d]]
+        y[b, :, d] = conv_ref(real, *kernels) + skip[d] * real
     rows.append((f"layer {kind}: FFT == direct convolution", rel_err(layer(u, keep), y), limit))
     short = rel_err(layer(u, keep)[1, :23], layer(u[1:, :23])[0])
     rows.append((f"layer {kind}: padded == unpadded", short, limit))
     short = rel_err(layer.kernel(11), layer.kernel(40)[..., :11])
     rows.append((f"kernel {kind}: kernel(11) begins kernel(40)", short, limit))
+
+
+def check_2d(dtype, device, limit):
+    """SGConv2d against the sum over all pairs of pixels."""
+    image = SGConv2d(2, 3, 4, 2).to(device, dtype)
+    x = torch.randn(1, 2, 3, 4, device=device, dtype=dtype)
+    K, y = image.conv.kernel(12), x * image.conv.D_skip[:, None, None]
+    for i, j, s, t in np.ndindex(3, 4, 3, 4):
+        lag = (i - s) * 4 + j - t
+        y[0, :, i, j] += (K[0, :, lag] if lag >= 0 else K[1, :, -lag - 1]) * x[0, :, s, t]
+    return "SGConv2d == sum over pixels", rel_err(image(x), y), limit
 
 
 def self_check(dtype=torch.float64, device="cpu"):
@@ -485,13 +485,7 @@ def self_check(dtype=torch.float64, device="cpu"):
         rows.append((f"kernel, {name}: norm 1 at construction", error, 1e-6))
     for bidirectional in (False, True):
         check_layer(rows, dtype, device, limit, bidirectional)
-    image = SGConv2d(2, 3, 4, 2).to(device, dtype)
-    x = torch.randn(1, 2, 3, 4, device=device, dtype=dtype)
-    K, y = image.conv.kernel(12), x * image.conv.D_skip[:, None, None]
-    for i, j, s, t in np.ndindex(3, 4, 3, 4):
-        lag = (i - s) * 4 + j - t
-        y[0, :, i, j] += (K[0, :, lag] if lag >= 0 else K[1, :, -lag - 1]) * x[0, :, s, t]
-    rows.append(("SGConv2d == sum over pixels", rel_err(image(x), y), limit))
+    rows.append(check_2d(dtype, device, limit))
     layer = SGConv(3, 32, 4).to(device, dtype)
     total, doubled = layer.kernel(32).sum(-1), layer.resample(64).kernel(64).sum(-1)
     rows.append(("resample by 2 keeps the sum of the kernel", rel_err(doubled, total), limit))
