@@ -651,7 +651,7 @@ def make_pictures(folder, size, plan, processes):
         save_npy(folder / "labels.npy", np.concatenate([read_npy(mark) for mark in marks]))
         part.replace(folder / "images.npy")
     for mark in folder.glob("labels-*.npy"):
-        mark.unlink()
+        mark.unlink(missing_ok=True)
     images, labels = read_npy(folder / "images.npy"), read_npy(folder / "labels.npy")
     if images.shape != (*labels.shape, size * size, 1):
         raise ValueError(
