@@ -8,8 +8,11 @@ very same training examples, and most of the distance between architectures disa
 The way of the data, which is the order of this file:
 
     load -> Resident (on the device, once) -> draw (indices) -> make_batch (corrupt) -> model
-    -> head -> loss -> fit (the loop) -> checkpoint -> the same model, a new head -> fit
-    -> one test evaluation -> result.json
+    -> head -> loss_sums -> gradients -> fit (the loop); train: fit, the same model under a new
+    head, fit again, one test evaluation
+
+What a first reading can leave out comes after the loop: several processes (--sequence-parallel
+or torchrun), the folder of a run (checkpoints, --resume), the demonstration, the command line.
 
     paper                        here                                              shape
     self-pretraining (SPT)       --objective masked | causal, the stage "pretrain"
@@ -31,22 +34,22 @@ Not included: data that do not fit the memory of the device.
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple
 
 import numpy as np
@@ -84,13 +87,30 @@ KERNELS |= {"image-real": "image", "pathfinder32": "pathfinder", "pathfinder128"
 FFNS = ("dense", "lowrank", "blockdense", "blockshuffle")
 STAGES = ("pretrain", "finetune")
 VALIDATION_SEED = 2310_02980  # of the masks of validation and test
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}  # weights
+
+# Numbers are more than 0, these may be 0; they are finite, these less than that.
+MAY_BE_ZERO = ("seed", "warmup", "weight_decay", "dropout")
+SIZES = ("d_model", "n_layers", "n_heads", "d_ff", "d_state", "kernel_dim")
+BELOW = dict.fromkeys(("mask_ratio", "warmup", "dropout"), 1) | dict.fromkeys(SIZES, 2**20)
 
 
 def flag(default, help, *choices, kind=None):
     """A field of Config that is a flag of the command line as well."""
     meta = {"help": help, "choices": choices or None, "kind": kind or type(default)}
     return field(default=default, metadata=meta)
+
+
+def check_value(name, value, kind=str, choices=None, help=None):
+    """ValueError unless a setting is one of its choices, or a number in its range."""
+    if choices and value not in choices:
+        raise ValueError(f"{name} {value!r}: expected one of {', '.join(choices)}")
+    if value == "":
+        raise ValueError(f"{name}: expected a value, got an empty one")
+    if kind in (int, float):
+        zero, end = name in MAY_BE_ZERO, BELOW.get(name, 2**31 if kind is int else math.inf)
+        if not (0 < value < end or (zero and value == 0)):
+            least = "0 or more" if zero else "a positive number"
+            raise ValueError(f"{name} {value}: expected {least} below {end:,}")
 
 
 @dataclass(frozen=True)
@@ -141,20 +161,22 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            value, choices = getattr(self, f.name), f.metadata["choices"]
-            if choices and value is not None and value not in choices:
-                raise ValueError(f"{f.name} {value!r}: expected one of {', '.join(choices)}")
-            if f.name.endswith(("steps", "size", "every", "late", "lr", "clip")) and not value > 0:
-                raise ValueError(f"{f.name} {value}: expected a positive number")
+            if (value := getattr(self, f.name)) is not None and f.name != "labels":
+                check_value(f.name, value, **f.metadata)
         known = [name for name in DENOISING if self.task.startswith(name)]
         ratio, loss = DENOISING[known[0]] if known else (0.15, "ce")
-        object.__setattr__(self, "mask_ratio", self.mask_ratio or ratio)
+        ratio = ratio if self.mask_ratio is None else self.mask_ratio
+        object.__setattr__(self, "mask_ratio", ratio)
         object.__setattr__(self, "loss", self.loss or loss)
         object.__setattr__(self, "causal", self.causal or self.objective == "causal")
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio {self.mask_ratio}: expected a number between 0 and 1")
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate {self.accumulate}: expected at most batch_size {self.batch_size}"
+            )
         if self.objective == "masked" and self.causal:
             raise ValueError("causal with objective 'masked': a masked model looks both ways")
+        if self.model != "transformer" and (self.rope or self.ffn != "dense"):
+            raise ValueError(f"model {self.model!r} has no rope and no ffn: take 'transformer'")
         if self.sequence_parallel == "ring" and self.model != "transformer":
             raise ValueError(f"sequence_parallel 'ring' with model {self.model!r}: take 'ulysses'")
         if self.sequence_parallel and (self.pooling != "mean" or self.dropout > 0):
@@ -215,22 +237,19 @@ class Resident:
         return raw, torch.arange(L, device=raw.device) < lengths[:, None]
 
 
-def draw(lengths, batch_size, seed, steps):
-    """The index arrays of all steps, a function of the seed alone.
+def draw(lengths, batch_size, seed):
+    """Yields the index array of each step, without end, as a function of the seed alone.
 
     An epoch is a random permutation, cut into pools of 64 batches; each pool is sorted by length
     and cut into batches, which are shuffled: every example once, little padding.
     """
-    batches, epoch = [], 0
-    while len(batches) < steps:
-        rng, found = np.random.default_rng([seed, epoch]), []
+    for epoch in itertools.count():
+        rng, batches = np.random.default_rng([seed, epoch]), []
         pools = max(1, len(lengths) // (64 * batch_size))
         for pool in np.array_split(rng.permutation(len(lengths)), pools):
             pool = pool[np.argsort(lengths[pool], kind="stable")]
-            found += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-        batches += [found[i] for i in rng.permutation(len(found))]
-        epoch += 1
-    return batches[:steps]
+            batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+        yield from (batches[i] for i in rng.permutation(len(batches)))
 
 
 # ---------------------------------------------------------------------- corrupt: make a batch
@@ -303,15 +322,19 @@ def build_model(config, data):
     """The body, which both stages share: embedding, positions, blocks, final norm."""
     tokens = data.train.tokens
     shared = {name: getattr(config, name) for name in ("d_model", "n_layers", "causal", "dropout")}
-    if data.mean is None:
+    channels = None if data.mean is None else tokens.shape[2]
+    if config.loss != ("ce" if channels is None else "l1") and channels != 1:
+        kind = "symbols" if channels is None else f"{channels} channels"
+        raise ValueError(f"loss {config.loss!r} does not fit {kind} of task {config.task}")
+    if channels is None:
         shared["vocab_size"] = data.vocab_size + 1  # the last one is the mask
     else:
-        shared["n_channels"] = tokens.shape[2] + 1  # the last one is the flag
+        shared["n_channels"] = channels + 1  # the last one is the flag
     if config.model in ("s4", "s4d"):
         mixer = s4_mixer if config.model == "s4" else s4d_mixer
         return S4Model(S4Config(d_state=config.d_state, **shared), mixer)
     if config.model == "sgconv":
-        L = shared["max_len"] = tokens.shape[1] if data.mean is not None else tokens.shape[-1]
+        L = shared["max_len"] = tokens.shape[-1 if channels is None else 1]
         kernel = {"kernel_dim": min(32, L)} | PUBLISHED.get(KERNELS.get(config.task), {})
         if config.kernel_dim is not None:
             kernel["kernel_dim"] = config.kernel_dim
@@ -342,37 +365,227 @@ def build_head(stage, config, resident):
     return nn.Linear(config.d_model, width)
 
 
-def pool(h, keep, how):
-    """(B, L, D) -> (B, D) over the real positions."""
+def pool(h, keep, how, add=lambda x: x):
+    """(B, L, D) -> (B, D) over the real positions; `add` sums what processes have of a sequence."""
     keep = torch.ones_like(h[..., 0], dtype=torch.bool) if keep is None else keep
     if how == "mean":
-        return (h * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)
+        return add((h * keep[..., None]).sum(1)) / add(keep.sum(1, keepdim=True))
     if how == "max":
         return h.masked_fill(~keep[..., None], -math.inf).amax(1)
     return h[torch.arange(len(h), device=h.device), keep.sum(1) - 1]  # "last"
 
 
-def loss_sums(model, head, batch, pooling):
+def loss_sums(model, head, batch, config):
     """-> sum of the losses, number of right answers, number of terms (positions or examples)."""
-    x, target = batch.x, batch.target
+    shared = config.sequence_parallel and ranks()[1] > 1  # here are some tokens of each sequence
+    (x, keep, where, target), options = own_tokens(batch, config) if shared else (batch, {})
     x = x.to(next(head.parameters()).dtype) if x.is_floating_point() else x
-    h = model(x, batch.keep)  # (B, L, D)
-    if batch.where is None:
-        h = pool(h, batch.keep, pooling)  # (B, D)
+    h = model(x, keep, **options)  # (B, L, D)
+    if where is not None:
+        h, target = h[where], target[where]  # (n, D): only the positions that count
     else:
-        h, target = h[batch.where], target[batch.where]  # (n, D): only the positions that count
-    return judged(head(h), target)
-
-
-def judged(out, target):
-    """-> sum of the losses, number of right answers, number of terms."""
+        add = {"add": SumOverRanks.apply} if shared else {}
+        h = pool(h, keep, config.pooling, **add)  # (B, D)
+    out = head(h)  # (n or B, symbols, channels or classes)
     if target.is_floating_point():
         loss = F.l1_loss(out, target.to(out), reduction="sum") / target.shape[-1]
-        return loss, torch.zeros_like(loss), len(target)
-    return F.cross_entropy(out, target, reduction="sum"), (out.argmax(-1) == target).sum(), len(out)
+        right = torch.zeros_like(loss)
+    else:
+        loss = F.cross_entropy(out, target, reduction="sum")
+        right = (out.argmax(-1) == target).sum()
+    if shared and where is None and ranks()[0] > 0:
+        return loss * 0, right * 0, 0  # every process has the same `out`: the first judges it
+    return loss, right, len(out)
 
 
-# --------------------------------------------------- one sequence over several processes
+# ----------------------------------------------------------------------------------- the loop
+
+
+def seeded(config, *numbers):
+    """A generator that is a function of these numbers; seeds weights and dropout as well."""
+    value = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    torch.manual_seed(value)
+    return torch.Generator(config.device).manual_seed(value)
+
+
+def schedule(step, steps, warmup):
+    """Share of the highest rate: up to 1 in a line over warmup * steps, to 0 in half a cosine."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def autocast(config):
+    device = torch.device(config.device).type
+    return torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16")
+
+
+def part(batch, i, n):
+    """The i-th of n parts of a batch, by examples; None when it is empty."""
+    examples = len(batch.target)
+    low, high = examples * i // n, examples * (i + 1) // n
+    rows = len(batch.x) // examples  # 2 of a pair
+    cut = [None if t is None else t[low * rows : high * rows] for t in batch[:3]]
+    return Batch(*cut, batch.target[low:high]) if high > low else None
+
+
+@torch.no_grad()
+def evaluate(model, head, resident, stage, config):
+    """Mean loss and accuracy over every example exactly once; masks fixed by their own seed."""
+    model.eval()
+    by_length, (rank, world) = np.argsort(resident.longest(), kind="stable"), examples_of(config)
+    sums = torch.zeros(3, dtype=torch.float64, device=config.device)
+    for i, start in enumerate(range(0, len(resident), config.batch_size)):
+        if i % world == rank:
+            index = by_length[start : start + config.batch_size]
+            generator = seeded(config, VALIDATION_SEED, start)
+            batch = make_batch(resident, index, stage, config, generator)
+            with autocast(config):
+                loss, right, count = loss_sums(model, head, batch, config)
+            sums += torch.stack([loss.double(), right.double(), loss.new_tensor(count).double()])
+    total([sums])
+    model.train()
+    loss, right, count = sums.tolist()
+    return {"loss": loss / count, "accuracy": right / count}
+
+
+def gradients(model, head, batch, config):
+    """Of the mean loss over the batch of all processes.  Returns sum of losses, right, count.
+
+    Each process takes its own examples, in `accumulate` parts; the sums are those of one process.
+    """
+    (rank, world), n = examples_of(config), config.accumulate
+    count = len(batch.target) if batch.where is None else int(batch.where.sum())
+    sums = torch.zeros(2, device=config.device, dtype=torch.float64)
+    for i in range(rank * n, rank * n + n):
+        if (piece := part(batch, i, world * n)) is not None:
+            with autocast(config):
+                loss, right, _ = loss_sums(model, head, piece, config)
+            (loss / count).backward()
+            sums += torch.stack([loss.detach().double(), right.double()])
+    if ranks()[1] > 1:
+        parameters = [p for m in (model, head) for p in m.parameters()]
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        total([p.grad for p in parameters])
+        total([sums])
+    return (*sums, count)
+
+
+def fit(stage, model, head, train, val, config, run):
+    """Train one stage; leave model and head with the weights that were best on validation.
+
+    Judged by validation loss in pretraining, by validation accuracy in fine-tuning.
+    """
+    number = STAGES.index(stage)
+    steps, peak = getattr(config, f"{stage}_steps"), getattr(config, f"{stage}_lr")
+    groups = model.param_groups(peak, config.weight_decay)
+    groups.append({"params": list(head.parameters()), "lr": peak, "weight_decay": 0.0})
+    optimiser, peaks = torch.optim.AdamW(groups), [group["lr"] for group in groups]
+    parameters = [p for group in groups for p in group["params"]]
+    parts = {"model": model, "head": head, "optimiser": optimiser}
+    first, best = run.restore(stage, parts)
+    order = itertools.islice(draw(train.longest(), config.batch_size, config.seed), first, None)
+    for step in run.bar(stage, first, steps):
+        generator = seeded(config, config.seed, number, step)
+        batch = make_batch(train, next(order), stage, config, generator)
+        optimiser.zero_grad()
+        loss, right, count = gradients(model, head, batch, config)
+        nn.utils.clip_grad_norm_(parameters, config.clip)
+        for group, lr in zip(optimiser.param_groups, peaks, strict=True):
+            group["lr"] = lr * schedule(step, steps, config.warmup)
+        optimiser.step()
+        run.log(step, loss, right, count, batch.x)
+        if (step + 1) % config.eval_every == 0 or step + 1 == steps:
+            run.look(step)
+            score = evaluate(model, head, val, stage, config) | {"step": step + 1}
+            merit = -score["loss"] if stage == "pretrain" else score["accuracy"]
+            if best is None or merit > best["merit"]:
+                best = {"merit": merit, "score": score}
+                best |= copy.deepcopy({"model": model.state_dict(), "head": head.state_dict()})
+            run.save(step, parts, best, score)
+        elif run.interrupted:
+            run.look(step)
+            run.save(step, parts, best)
+    if not math.isfinite(best["score"]["loss"]):
+        raise FloatingPointError(f"{stage}: the loss of validation is {best['score']['loss']}")
+    model.load_state_dict(best["model"])
+    head.load_state_dict(best["head"])
+    return best["score"]
+
+
+def train(config, position=0):
+    """One arm: pretrain (unless objective "none"), fine-tune, test once.  Returns the result.
+
+    Raises ValueError on settings that do not fit the data or the model, FloatingPointError on a
+    loss that is not finite (the last checkpoint stays).
+    """
+    data = load_data(config)
+    train_split, val_split, test_split = (
+        Resident(split, data, config.device) for split in (data.train, data.val, data.test)
+    )
+    labelled = train_split if config.labels is None else train_split.subset(config.labels)
+    seeded(config, config.seed)
+    dtype = torch.float64 if config.precision == "float64" else torch.float32  # of the weights
+    model = spread(build_model(config, data).to(config.device, dtype), config)
+    if config.pretrained:
+        load_weights(model, config.pretrained)
+    skip = config.objective == "none" or config.pretrained
+    with Run(config, model, position) as run:
+        for stage in STAGES[1:] if skip else STAGES:
+            seeded(config, config.seed, STAGES.index(stage))
+            head = build_head(stage, config, train_split).to(config.device, dtype)
+            if stage in run.result:
+                continue  # finished before the run was resumed
+            pair = labelled, val_split
+            if stage == "pretrain":
+                pair = train_split.documents(), val_split.documents()
+            run.result[stage] = fit(stage, model, head, *pair, config, run)
+            if stage == "pretrain" and run.leader:
+                save(run.folder / "pretrained.pt", model.state_dict())
+        run.result["test"] = evaluate(model, head, test_split, "finetune", config)
+    return run.result
+
+
+# ----------------------------------------------------------- several processes, one training
+
+
+def ranks():
+    """This process's number and how many there are: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def examples_of(config):
+    """This process's share of the examples: (0, 1), all, when the processes share the tokens."""
+    return (0, 1) if config.sequence_parallel else ranks()
+
+
+def total(tensors):
+    """Sums each tensor over the processes, in place, in one message."""
+    if ranks()[1] > 1:
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat)
+        for t, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(piece.view_as(t))
+
+
+def load_data(config):
+    """The task; the first of several processes makes what is not cached, the others wait."""
+    options = {"source": config.source, "n": config.pictures}
+    options = {k: v for k, v in options.items() if v is not None}
+    rank, world = ranks()
+    if world > 1:
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    if rank > 0:
+        dist.barrier(patient)
+    try:
+        data = lra_data.load(config.task, data_dir=config.data_dir, **options)
+    except TypeError as error:
+        raise ValueError(f"task {config.task} does not take {', '.join(options)}") from error
+    if world > 1 and rank == 0:
+        dist.barrier(patient)
+    return data
 
 
 def token_layout(config):
@@ -420,214 +633,18 @@ class SumOverRanks(torch.autograd.Function):
         return SumOverRanks.forward(ctx, grad)
 
 
-def token_sums(model, head, batch, config):
-    """`loss_sums` of this process's tokens of a batch.  The first process alone judges labels."""
-    (rank, world), layout, whole = ranks(), token_layout(config), batch
+def own_tokens(batch, config):
+    """This process's tokens of a batch -> Batch, and what the model has to know besides."""
+    (rank, world), layout = ranks(), token_layout(config)
 
     def own(t):
-        return None if t is None else dist_attention.shard(t, rank, world, 1, layout)
+        per_token = t is not None and t.ndim > 1  # not the labels
+        return dist_attention.shard(t, rank, world, 1, layout) if per_token else t
 
-    batch = Batch(*map(own, batch[:3]), batch.target)
-    at = dist_attention.positions(whole.x.shape[1], rank, world, layout).to(whole.x.device)
-    x = batch.x.to(next(head.parameters()).dtype) if batch.x.is_floating_point() else batch.x
-    h = model(x, batch.keep, **({"positions": at} if config.model == "transformer" else {}))
-    if batch.where is not None:
-        return judged(head(h[batch.where]), own(batch.target)[batch.where])
-    real = h if batch.keep is None else h * batch.keep[..., None]
-    lengths = whole.x.shape[1] if whole.keep is None else whole.keep.sum(1, keepdim=True)
-    pooled = SumOverRanks.apply(real.sum(1)) / lengths  # (B, D), the same on every process
-    loss, right, count = judged(head(pooled), batch.target)
-    return (loss, right, count) if rank == 0 else (loss * 0, right * 0, 0)
-
-
-def batch_sums(model, head, batch, config):
-    """-> sum of the losses, right answers, terms that this process counts."""
-    if config.sequence_parallel and ranks()[1] > 1:
-        return token_sums(model, head, batch, config)
-    return loss_sums(model, head, batch, config.pooling)
-
-
-def examples_of(config):
-    """This process's share of the examples: (0, 1), all, when the processes share the tokens."""
-    return (0, 1) if config.sequence_parallel else ranks()
-
-
-# ----------------------------------------------------------------------------------- the loop
-
-
-def seeded(config, *numbers):
-    """A generator that is a function of these numbers; seeds weights and dropout as well."""
-    value = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-    torch.manual_seed(value)
-    return torch.Generator(config.device).manual_seed(value)
-
-
-def schedule(step, steps, warmup):
-    """Share of the highest rate: up to 1 in a line over warmup * steps, to 0 in half a cosine."""
-    rise = max(1, round(warmup * steps))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
-def autocast(config):
-    device = torch.device(config.device).type
-    return torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16")
-
-
-def ranks():
-    """This process's number and how many there are: (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def total(tensors):
-    """Sums each tensor over the processes, in place, in one message."""
-    if ranks()[1] > 1:
-        flat = torch.cat([t.reshape(-1) for t in tensors])
-        dist.all_reduce(flat)
-        for t, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            t.copy_(piece.view_as(t))
-
-
-def part(batch, i, n):
-    """The i-th of n parts of a batch, by examples; None when it is empty."""
-    examples = len(batch.target)
-    low, high = examples * i // n, examples * (i + 1) // n
-    rows = len(batch.x) // examples  # 2 of a pair
-    cut = [None if t is None else t[low * rows : high * rows] for t in batch[:3]]
-    return Batch(*cut, batch.target[low:high]) if high > low else None
-
-
-@torch.no_grad()
-def evaluate(model, head, resident, stage, config):
-    """Mean loss and accuracy over every example exactly once; masks fixed by their own seed."""
-    model.eval()
-    by_length, (rank, world) = np.argsort(resident.longest(), kind="stable"), examples_of(config)
-    sums = torch.zeros(3, dtype=torch.float64, device=config.device)
-    for i, start in enumerate(range(0, len(resident), config.batch_size)):
-        if i % world == rank:
-            index = by_length[start : start + config.batch_size]
-            generator = seeded(config, VALIDATION_SEED, start)
-            batch = make_batch(resident, index, stage, config, generator)
-            with autocast(config):
-                loss, right, count = batch_sums(model, head, batch, config)
-            sums += torch.stack([loss.double(), right.double(), loss.new_tensor(count).double()])
-    total([sums])
-    model.train()
-    loss, right, count = sums.tolist()
-    return {"loss": loss / count, "accuracy": right / count}
-
-
-def gradients(model, head, batch, config):
-    """Of the mean loss over the batch of all processes.  Returns sum of losses, right, count.
-
-    Each process takes its own examples, in `accumulate` parts; the sums are those of one process.
-    """
-    (rank, world), n = examples_of(config), config.accumulate
-    count = len(batch.target) if batch.where is None else int(batch.where.sum())
-    sums = torch.zeros(2, device=config.device, dtype=torch.float64)
-    for i in range(rank * n, rank * n + n):
-        if (piece := part(batch, i, world * n)) is not None:
-            with autocast(config):
-                loss, right, _ = batch_sums(model, head, piece, config)
-            (loss / count).backward()
-            sums += torch.stack([loss.detach().double(), right.double()])
-    if ranks()[1] > 1:
-        parameters = [p for m in (model, head) for p in m.parameters()]
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        total([p.grad for p in parameters])
-        total([sums])
-    return (*sums, count)
-
-
-def fit(stage, model, head, train, val, config, run):
-    """Train one stage; leave model and head with the weights that were best on validation.
-
-    Judged by validation loss in pretraining, by validation accuracy in fine-tuning.
-    """
-    number = STAGES.index(stage)
-    steps, peak = getattr(config, f"{stage}_steps"), getattr(config, f"{stage}_lr")
-    groups = model.param_groups(peak, config.weight_decay)
-    groups.append({"params": list(head.parameters()), "lr": peak, "weight_decay": 0.0})
-    optimiser, peaks = torch.optim.AdamW(groups), [group["lr"] for group in groups]
-    parameters = [p for group in groups for p in group["params"]]
-    batches = draw(train.longest(), config.batch_size, config.seed, steps)
-    parts = {"model": model, "head": head, "optimiser": optimiser}
-    first, best = run.restore(stage, parts)
-    for step in run.bar(stage, first, steps):
-        generator = seeded(config, config.seed, number, step)
-        batch = make_batch(train, batches[step], stage, config, generator)
-        optimiser.zero_grad()
-        loss, right, count = gradients(model, head, batch, config)
-        nn.utils.clip_grad_norm_(parameters, config.clip)
-        for group, lr in zip(optimiser.param_groups, peaks, strict=True):
-            group["lr"] = lr * schedule(step, steps, config.warmup)
-        optimiser.step()
-        run.log(step, loss, right, count, batch.x)
-        if (step + 1) % config.eval_every == 0 or step + 1 == steps:
-            run.look(step)
-            score = evaluate(model, head, val, stage, config) | {"step": step + 1}
-            merit = -score["loss"] if stage == "pretrain" else score["accuracy"]
-            if best is None or merit > best["merit"]:
-                best = {"merit": merit, "score": score}
-                best |= copy.deepcopy({"model": model.state_dict(), "head": head.state_dict()})
-            run.save(step, parts, best, score)
-        elif run.interrupted:
-            run.look(step)
-            run.save(step, parts, best)
-    model.load_state_dict(best["model"])
-    head.load_state_dict(best["head"])
-    return best["score"]
-
-
-def load_data(config):
-    """The task; the first of several processes makes what is not cached, the others wait."""
-    options = {"source": config.source, "n": config.pictures}
-    options = {k: v for k, v in options.items() if v is not None}
-    rank, world = ranks()
-    if world > 1:
-        patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-    if rank > 0:
-        dist.barrier(patient)
-    try:
-        data = lra_data.load(config.task, data_dir=config.data_dir, **options)
-    except TypeError as error:
-        raise ValueError(f"task {config.task} does not take {', '.join(options)}") from error
-    if world > 1 and rank == 0:
-        dist.barrier(patient)
-    return data
-
-
-def train(config, position=0):
-    """One arm: pretrain (unless objective "none"), fine-tune, test once.  Returns the result.
-
-    Raises ValueError on settings that do not fit the data or the model, FloatingPointError on a
-    loss that is not finite (the last checkpoint stays).
-    """
-    data = load_data(config)
-    splits = [Resident(s, data, config.device) for s in (data.train, data.val, data.test)]
-    labelled = splits[0] if config.labels is None else splits[0].subset(config.labels)
-    seeded(config, config.seed)
-    where = {"device": config.device, "dtype": DTYPES[config.precision]}
-    model = spread(build_model(config, data).to(**where), config)
-    if config.pretrained:
-        load_weights(model, config.pretrained)
-    with Run(config, model, position) as run:
-        for stage in STAGES:
-            if stage == "pretrain" and (config.objective == "none" or config.pretrained):
-                continue
-            seeded(config, config.seed, STAGES.index(stage))
-            head = build_head(stage, config, splits[0]).to(**where)
-            pair = [labelled, splits[1]]
-            if stage == "pretrain":
-                pair = [s.documents() for s in splits[:2]]
-            if stage not in run.result:
-                run.result[stage] = fit(stage, model, head, *pair, config, run)
-            if stage == "pretrain" and run.state is None:
-                save(run.folder / "pretrained.pt", model.state_dict())
-        run.result["test"] = evaluate(model, head, splits[2], "finetune", config)
-    return run.result
+    positions = dist_attention.positions(batch.x.shape[1], rank, world, layout)
+    transformer = config.model == "transformer"
+    options = {"positions": positions.to(batch.x.device)} if transformer else {}
+    return Batch(*map(own, batch)), options
 
 
 # --------------------------------------------------------- what a run shows and leaves behind
@@ -657,8 +674,8 @@ def load(path):
     """What `save` wrote.  ValueError names the file that is no such thing."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a damaged file may raise any kind
+        reason = shorten(f"{type(error).__name__} {error}", 200)
         raise ValueError(f"{path} is not a file of weights: {reason}") from error
 
 
@@ -667,7 +684,8 @@ def load_weights(model, path):
     try:
         model.load_state_dict(load(path))
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not hold weights of this model: {error}") from error
+        reason = shorten(str(error), 300)  # it would name every tensor
+        raise ValueError(f"{path} does not hold weights of this model: {reason}") from error
 
 
 class Run:
@@ -679,10 +697,13 @@ class Run:
     LOG_EVERY = 10  # steps; the device is asked for numbers only this often
 
     def __init__(self, config, model, position):
-        self.config, self.position, self.result, self.state = config, position, {}, None
-        self.folder, self.leader = Path(config.out), ranks()[0] == 0
+        self.config, self.position = config, position  # of the bar, when runs are side by side
+        self.folder, self.leader, self.alone = Path(config.out), ranks()[0] == 0, ranks()[1] == 1
         self.parameters = sum(p.numel() for p in model.parameters())
-        self.pending, self.tokens, self.all_tokens, self.interrupted = [], 0, 0, False
+        self.state = None  # a checkpoint, until the stage that it was written in takes it
+        self.result = {}  # scores of the stages that are finished
+        self.pending = []  # (loss, right, count) of the steps since the last line of metrics
+        self.tokens, self.interrupted = 0, False
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -695,16 +716,15 @@ class Run:
         elif unfinished.exists() and not finished.exists():
             raise ValueError(f"{self.folder} holds an unfinished run: --resume, or another --out")
         state = self.state or {"result": {}, "tokens": 0, "metrics": 0, "seconds": 0.0}
-        self.result, self.all_tokens = state["result"], state["tokens"]
+        self.result, self.tokens = state["result"], state["tokens"]
         if self.leader:
             finished.unlink(missing_ok=True)
-            config = json.dumps(asdict(self.config), indent=1)
-            (self.folder / "config.json").write_text(config + "\n")
+            write_json(self.folder / "config.json", asdict(self.config))
             self.metrics = open(self.folder / "metrics.jsonl", "ab")
-            self.metrics.truncate(state["metrics"])
-        self.clock = time.perf_counter()
-        self.started = self.clock - state["seconds"]
-        if ranks()[1] == 1:  # several processes might stop at different steps
+            self.metrics.truncate(state["metrics"])  # lines after the checkpoint come once more
+        self.mark = self.tokens, time.perf_counter()  # when the speed was last looked at
+        self.started = self.mark[1] - state["seconds"]
+        if self.alone:  # several processes might stop at different steps
             self.handler = signal.signal(signal.SIGINT, self.interrupt)
         return self
 
@@ -713,35 +733,30 @@ class Run:
         self.interrupted = True
 
     def __exit__(self, failure, *_):
-        if ranks()[1] == 1:
+        if self.alone:
             signal.signal(signal.SIGINT, self.handler)
         if not self.leader:
             return
-        self.metrics.close()
-        self.lock.close()
         if failure is None:
             seconds = time.perf_counter() - self.started
-            speed = {"seconds": round(seconds, 1), "tokens_per_s": round(self.all_tokens / seconds)}
+            speed = {"seconds": round(seconds, 1), "tokens_per_s": round(self.tokens / seconds)}
             self.result |= {"parameters": self.parameters, "config": asdict(self.config)}
             self.result |= {"speed": speed | {"peak_memory": peak_memory()}} | versions()
-            temporary = self.folder / "result.json.new"
-            temporary.write_text(json.dumps(self.result, indent=1) + "\n")
-            os.replace(temporary, self.folder / "result.json")
+            write_json(self.folder / "result.json", self.result)
+        self.metrics.close()
+        self.lock.close()
 
     def find(self):
         """The newest checkpoint that can be read; None when there is none."""
-        for name in ("checkpoint.pt", "checkpoint.pt.previous"):
-            if (self.folder / name).exists():
-                try:
-                    state = load(self.folder / name)
-                    break
-                except ValueError as error:
-                    print(f"{error}: not used", file=sys.stderr)
-        else:
-            return None
+        state = None
+        for path in (self.folder / "checkpoint.pt", self.folder / "checkpoint.pt.previous"):
+            try:
+                state = state or (load(path) if path.exists() else None)
+            except ValueError as error:
+                print(f"{error}: not used", file=sys.stderr)
+        old, new = state["config"] if state else {}, asdict(self.config)
         free = {"out", "resume", "device", "data_dir", "accumulate"}
-        old, new = state["config"], asdict(self.config)
-        if differ := [k for k in new if k not in free and old.get(k) != new[k]]:
+        if differ := [k for k in new if state and k not in free and old.get(k) != new[k]]:
             text = ", ".join(f"{k} {old.get(k)} -> {new[k]}" for k in differ)
             raise ValueError(f"{self.folder} holds a run with other settings: {text}")
         return state
@@ -774,19 +789,20 @@ class Run:
         if not self.pending:
             return
         rows = np.array([[float(v) for v in row] for row in self.pending])  # (steps, 3)
-        for i, (value, _, _) in enumerate(rows):
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{self.stage}: the loss is {value} at step {step + 2 - len(rows) + i}; the "
-                    f"last good state is {self.folder / 'checkpoint.pt'}"
-                )
+        if not np.isfinite(rows).all():
+            bad = int(np.argmin(np.isfinite(rows[:, 0])))
+            path = self.folder / "checkpoint.pt"
+            raise FloatingPointError(
+                f"{self.stage}: the loss is {rows[bad, 0]} at step {step + 2 - len(rows) + bad}; "
+                + (f"the state before it is {path}" if path.exists() else "no checkpoint yet")
+            )
         loss, right, count = rows.sum(0)
-        speed = round(self.tokens / (time.perf_counter() - self.clock))
+        now = self.tokens, time.perf_counter()
+        speed = round((now[0] - self.mark[0]) / (now[1] - self.mark[1]))
         line = {"loss": loss / count, "accuracy": right / count, "tokens_per_s": speed}
         self._bar.set_postfix(line)
         self.write({"stage": self.stage, "step": step + 1} | line)
-        self.all_tokens += self.tokens
-        self.pending, self.tokens, self.clock = [], 0, time.perf_counter()
+        self.pending, self.mark = [], now
 
     def write(self, line):
         if self.leader:
@@ -800,11 +816,18 @@ class Run:
             self.metrics.flush()
             state = {name: holder.state_dict() for name, holder in parts.items()}
             state |= {"stage": self.stage, "step": step + 1, "best": best, "result": self.result}
-            state |= {"metrics": self.metrics.tell(), "tokens": self.all_tokens}
+            state |= {"metrics": self.metrics.tell(), "tokens": self.tokens}
             state["seconds"] = time.perf_counter() - self.started
             save(self.folder / "checkpoint.pt", state | {"config": asdict(self.config)})
         if self.interrupted:
             raise KeyboardInterrupt
+
+
+def write_json(path, content):
+    """All of the file or nothing: a temporary name, renamed."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def claim(file, folder):
@@ -907,25 +930,12 @@ def table(arms):
 # ------------------------------------------------------------------- processes, command line
 
 
-@contextmanager
-def processes(config):
-    """Joins the processes that torchrun started, if it did; -> the config with this one's device.
-
-    Data parallel: each process takes its share of every batch. A process that dies or stays
-    silent for a minute ends the others with an error.
-    """
-    if "WORLD_SIZE" not in os.environ:
-        yield config
-        return
-    cuda = torch.device(config.device).type == "cuda"
-    if cuda:
-        config = replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(config.device)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=60))
+def check_device(name):
+    """ValueError unless tensors can be made and read there."""
     try:
-        yield config
-    finally:
-        dist.destroy_process_group()
+        torch.empty(1, device=name).tolist()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r}: {shorten(str(error), 120)}") from error
 
 
 def self_check(device="cpu"):
@@ -933,7 +943,7 @@ def self_check(device="cpu"):
     config = Config(device=device, batch_size=8)
     data = lra_data.load("lattice", n_train=64, n_val=8, n_test=8)
     train = Resident(data.train, data, device)
-    seen = np.concatenate(draw(train.longest(), 8, 0, 8))
+    seen = np.concatenate(list(itertools.islice(draw(train.longest(), 8, 0), 8)))
     index = np.arange(64)
     batch = make_batch(train, index, "pretrain", config, seeded(config, 1))
     hidden = batch.x == data.vocab_size
@@ -975,28 +985,38 @@ def parser():
     return parser
 
 
+def run_once(config):
+    """One run as the command line asks for it: settings, training, result on the screen."""
+    if config.resume and not list(Path(config.out).glob("checkpoint.pt*")):
+        raise ValueError(f"{config.out} holds no checkpoint: nothing to resume")
+    with dist_attention.process_group(config.device) as (rank, _, device):
+        config = replace(config, device=str(device))
+        if rank == 0:
+            print("\n".join(f"{k:16}{v}" for k, v in (asdict(config) | versions()).items()))
+        result = train(config)
+        if rank == 0:
+            report(config, result)
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = vars(parser().parse_args(argv))
-    if args.pop("check"):
-        rows = self_check(args["device"])
-        for name, error, limit in rows:
-            print(f"  {name:42}{error:9.2g}{limit:9}   {'ok' if error <= limit else 'FAILED'}")
-        sys.exit(any(not error <= limit for _, error, limit in rows))
     try:
-        if not argv:
-            return demo()
-        config = Config(**args)
-        with processes(config) as config:
-            if leads := ranks()[0] == 0:
-                print("\n".join(f"{k:16}{v}" for k, v in (asdict(config) | versions()).items()))
-            result = train(config)
-            if leads:
-                report(config, result)
-    except (ValueError, FloatingPointError, OSError) as error:
-        sys.exit(f"pretrain.py: {error}")
+        check_device(args["device"])
+        if args.pop("check"):
+            rows = self_check(args["device"])
+            for name, error, limit in rows:
+                print(f"  {name:42}{error:9.2g}{limit:9}   {'ok' if error <= limit else 'FAILED'}")
+            sys.exit(any(not error <= limit for _, error, limit in rows))
+        run_once(Config(**args)) if argv else demo()
+    except (ValueError, OSError, FloatingPointError, BrokenExecutor) as error:
+        sys.exit(f"pretrain.py: {shorten(str(error), 600)}")
+    except RuntimeError as error:
+        if not isinstance(error, dist_attention.RankLost) and "allocate" not in str(error):
+            raise
+        sys.exit(f"pretrain.py: {shorten(str(error), 600)}")  # a lost process, no memory left
     except KeyboardInterrupt:
-        print("pretrain.py: interrupted; --resume continues", file=sys.stderr)
+        print("pretrain.py: interrupted; --resume continues from a checkpoint", file=sys.stderr)
         sys.exit(130)
 
 

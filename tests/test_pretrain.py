@@ -150,7 +150,7 @@ def test_a_pair_is_two_documents():
     resident = Resident(split, pairs, "cpu")
     model = pretrain.build_model(config, pairs)
     head = pretrain.build_head("finetune", config, resident)
-    assert pretrain.loss_sums(model, head, batch, "mean")[2] == 2
+    assert pretrain.loss_sums(model, head, batch, config)[2] == 2
     single = resident.documents()
     assert len(single) == 4 and single.lengths.tolist() == [4, 9, 5, 7]
 
@@ -161,7 +161,7 @@ def test_a_pair_is_two_documents():
 def test_every_epoch_holds_every_example_once():
     lengths = np.random.RandomState(0).randint(1, 500, 1000)
     steps = -(-1000 // 8)
-    batches = pretrain.draw(lengths, 8, 3, 3 * steps)
+    batches = list(itertools.islice(pretrain.draw(lengths, 8, 3), 3 * steps))
     for epoch in range(3):
         seen = np.concatenate(batches[epoch * steps : (epoch + 1) * steps])
         assert np.array_equal(np.sort(seen), np.arange(1000))
@@ -170,7 +170,8 @@ def test_every_epoch_holds_every_example_once():
 
 def test_bucketing_leaves_little_padding():
     lengths = np.random.RandomState(0).randint(500, 2000, 4096)
-    padded = sum(lengths[i].max() * len(i) for i in pretrain.draw(lengths, 16, 0, 256))
+    batches = itertools.islice(pretrain.draw(lengths, 16, 0), 256)
+    padded = sum(lengths[i].max() * len(i) for i in batches)
     assert padded < 1.05 * lengths.sum()
 
 
@@ -216,7 +217,7 @@ def test_loss_counts_only_the_chosen_positions():
     head = pretrain.build_head("pretrain", config, Resident(data.train, data, "cpu"))
     spoilt = torch.where(batch.where[..., None], features, torch.full_like(features, 1e3))
     a, b = (
-        pretrain.loss_sums(lambda x, keep, h=h: h, head, batch, "mean") for h in (features, spoilt)
+        pretrain.loss_sums(lambda x, keep, h=h: h, head, batch, config) for h in (features, spoilt)
     )
     assert torch.equal(a[0], b[0]) and a[2] == int(batch.where.sum())
     by_hand = -torch.log_softmax(head(features), -1)
@@ -466,6 +467,15 @@ def test_evaluation_counts_every_example_once(lattice):
         ({"labels": 0}, "labels 0.*96"),
         ({"pretrained": "nowhere.pt"}, "nowhere.pt"),
         ({"pictures": 5}, "lattice does not take n"),
+        ({"dropout": float("nan")}, "dropout nan: expected 0 or more below 1"),
+        ({"warmup": float("inf")}, "warmup inf"),
+        ({"weight_decay": -1.0}, "weight_decay -1.0"),
+        ({"n_layers": 0}, "n_layers 0: expected a positive number"),
+        ({"d_model": 10**20}, "d_model 1000.*1,048,576"),
+        ({"accumulate": 9}, "accumulate 9.*batch_size 8"),
+        ({"out": ""}, "out: expected a value"),
+        ({"loss": "l1"}, "'l1' does not fit symbols"),
+        ({"model": "s4", "rope": True}, "'s4' has no rope"),
     ],
 )
 def test_bad_settings_are_refused_with_their_numbers(small_lattice, tmp_path, settings, message):
@@ -495,6 +505,15 @@ def test_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         pretrain.main(["--model", "rnn"])
     assert stop.value.code == 2 and "invalid choice: 'rnn'" in capsys.readouterr().err
+    (tmp_path / "cut.pt").write_bytes(b"hello world")
+    for flags, message in (
+        (["--device", "meta"], "device 'meta'"),
+        (["--resume"], "holds no checkpoint"),
+        (["--pretrained", str(tmp_path / "cut.pt")], "cut.pt is not a file of weights"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            pretrain.main([*flags, "--out", str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.gpu
