@@ -887,6 +887,14 @@ def one_thread(lock):
     tqdm.set_lock(lock)
 
 
+def one_arm(config, position):
+    """`train` in a worker, which ends at Ctrl-C: one that lived on would begin the next arm."""
+    try:
+        return train(config, position)
+    except KeyboardInterrupt:
+        os._exit(130)
+
+
 def demo(seed=0, out="runs/demo"):
     """Train the four arms, side by side on a CPU, print what they reached.  -> {arm: result}."""
     context, arms = get_context("spawn"), {}
@@ -897,7 +905,7 @@ def demo(seed=0, out="runs/demo"):
             folder = f"{out}/{'-'.join(arm).lower().replace(' ', '-')}"
             begun = not Path(folder, "result.json").exists()  # a finished arm starts anew
             config = replace(DEMO, seed=seed, out=folder, resume=begun, **settings)
-            arms[arm] = pool.submit(train, config, position)
+            arms[arm] = pool.submit(one_arm, config, position)
         arms = {arm: future.result() for arm, future in arms.items()}
     print("\n".join(table(arms)))
     return arms
@@ -1016,7 +1024,8 @@ def main(argv=None):
             raise
         sys.exit(f"pretrain.py: {shorten(str(error), 600)}")  # a lost process, no memory left
     except KeyboardInterrupt:
-        print("pretrain.py: interrupted; --resume continues from a checkpoint", file=sys.stderr)
+        how = "--resume" if argv else "the same command"
+        print(f"pretrain.py: interrupted; {how} continues from a checkpoint", file=sys.stderr)
         sys.exit(130)
 
 
