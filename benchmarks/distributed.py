@@ -3,6 +3,7 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py                   forward
     torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py --backward       training
     torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py --memory 262144   peak memory
+    torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py --tokens 1048576 --heads 1
     python benchmarks/distributed.py --simulate 8 --bandwidth 1e9       more ranks than there are
     python benchmarks/distributed.py --plot                             results/distributed*.png
 
@@ -262,8 +263,8 @@ def simulation(args):
 # ---------------------------------------------------------------- results
 
 
-def save(name, rows, args, world):
-    """results/<name>.json: the rows, and what made them."""
+def about(args, world):
+    """What makes the numbers: asked before the work, during which a commit may follow."""
     cpu = Path("/proc/cpuinfo")
     models = [x for x in cpu.read_text().splitlines() if "model name" in x] if cpu.exists() else []
     commit = subprocess.run(
@@ -273,7 +274,7 @@ def save(name, rows, args, world):
         text=True,
         check=False,
     )
-    about = {
+    return {
         "command": " ".join(["benchmarks/distributed.py", *sys.argv[1:]]),
         "world": world,
         "threads": torch.get_num_threads(),
@@ -286,9 +287,13 @@ def save(name, rows, args, world):
         "date": datetime.date.today().isoformat(),
         "heads": [args.heads, args.kv_heads, args.d_head],
     }
+
+
+def save(name, made_by, rows):
+    """results/<name>.json: the rows, and what made them."""
     path = ROOT / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps(made_by | {"rows": rows}, indent=1) + "\n")
     print(f"wrote {path}")
 
 
@@ -359,16 +364,24 @@ def main(argv=None):
         "--memory-limit", type=float, default=8, help="GB that vanilla may take (8)"
     )
     parser.add_argument("--memory", type=int, help="measure peak memory at so many tokens instead")
+    parser.add_argument("--tokens", type=int, help="one verified causal run of so many instead")
     parser.add_argument("--simulate", type=int, help="predict so many ranks instead")
     parser.add_argument("--bandwidth", type=float, default=1e9, help="bytes/s of a simulated link")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds till a rank is lost")
     parser.add_argument("--plot", action="store_true", help="draw what results/ has instead")
     parser.add_argument("--name", help="results/<name>.json")
     args = parser.parse_args(argv)
     args.kv_heads = args.kv_heads or args.heads
     if args.plot:
         return plot()
-    with da.process_group(timeout=600) as (rank, world, _):
-        if args.memory:
+    with da.process_group(timeout=args.timeout) as (rank, world, device):
+        made_by = about(args, world)
+        if args.tokens:
+            row = da.run(args.tokens, args.heads, args.d_head, device, rank, world)
+            name, rows = "distributed_tokens", [row]
+            if rank == 0:
+                da.print_run(row, args.heads, args.d_head, device, world)
+        elif args.memory:
             name, rows = "distributed_memory", memory(args, rank, world)
         elif args.simulate:
             name, rows = "distributed_simulated", simulation(args)
@@ -376,7 +389,7 @@ def main(argv=None):
             name = "distributed_training" if args.backward else "distributed"
             rows = table(args, rank, world)
         if rank == 0:
-            save(args.name or name, rows, args, world)
+            save(args.name or name, made_by, rows)
 
 
 if __name__ == "__main__":
