@@ -2,11 +2,12 @@
 
     python benchmarks/byte_lm.py                all missing runs, then table and plot (25 min)
     python benchmarks/byte_lm.py --max-runs 1   one run more (about 90 s on one core), resumable
+    python benchmarks/byte_lm.py --guided       self-guided training at dense's FLOPs (20 min)
     python benchmarks/byte_lm.py --text FILE --out OTHER.json   other data
 
 Data: the .py files of the running Python's standard library without its tests, every tenth file
 held out.  All arms of a seed see the same batches.  Three seeds.  Writes results/byte_lm.json run
-by run, and results/byte_lm.png.
+by run, and results/byte_lm.png; with --guided, results/byte_lm_guided.json and .png.
 """
 
 import argparse
@@ -27,10 +28,19 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from structured_ffn import LM, BlockShuffle, Guide, LMConfig, LowRank, count  # noqa: E402
+from structured_ffn import (  # noqa: E402
+    LM,
+    BlockShuffle,
+    Guide,
+    LMConfig,
+    LowRank,
+    count,
+    guided_fraction,
+)
 
 # The wide arms are 80 wide with attention left at 64 (the paper narrows its attention too), so that
 # their training FLOPs are those of dense to 0.2 %.
+L, BATCH = 64, 16  # bytes a sequence, sequences a step
 DENSE = LMConfig(d_model=64, n_layers=3, n_heads=4)
 ARMS = {
     "dense": DENSE,
@@ -41,7 +51,9 @@ ARMS = {
         80, 3, 4, d_head=16, d_ff=316, linear=partial(BlockShuffle, n_blocks=4)
     ),
 }
-GUIDED = {"LowRank, self-guided": "LowRank", "BlockShuffle, self-guided": "BlockShuffle"}
+GUIDED = ["dense"] + [
+    f"{arm}, {how}" for arm in ("LowRank", "BlockShuffle") for how in ("longer", "self-guided")
+]
 
 
 def corpus(text=None):
@@ -59,32 +71,50 @@ def corpus(text=None):
     return [torch.from_numpy(np.frombuffer(bytearray(part), dtype=np.uint8)) for part in parts]
 
 
-def windows(data, starts, L):
+def windows(data, starts):
     """Returns the L + 1 bytes from each start, (len(starts), L + 1) int64."""
     return data[starts[:, None] + torch.arange(L + 1)].long()
 
 
 @torch.no_grad()
-def held_out_loss(model, data, L, n=4096):
+def held_out_loss(model, data, n=4096):
     """Nats a byte over n windows spread evenly over the held-out files, the same for every run."""
     starts = torch.linspace(0, len(data) - L - 1, n).long()
     model.eval()
     losses = []
     for part in starts.split(256):
-        x = windows(data, part, L)
+        x = windows(data, part)
         losses.append(F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()))
     model.train()
     return float(torch.stack(losses).mean())
 
 
-def train(config, data, seed, steps, lr, batch=16, L=64, guide=None, warmup=0.05):
+def plan(arm, steps):
+    """Returns (config, optimiser steps, guided ones among them, training FLOPs a token).
+
+    "longer" and "self-guided" spend what dense spends in `steps`: the first by more steps, the
+    second by a guide in a share f of the steps, and f of them once more (section 4.4).
+    """
+    name, _, how = arm.partition(", ")
+    flops, dense = (count(config, L)["flops"] for config in (ARMS[name], DENSE))
+    if how == "longer":
+        return ARMS[name], round(steps * dense / flops), 0, flops
+    if how == "self-guided":
+        f = guided_fraction(ARMS[name], DENSE, L)
+        total = round((1 + f) * steps)
+        return ARMS[name], total, round(f * steps), round(dense * steps / total)
+    return ARMS[name], steps, 0, flops
+
+
+def train(config, data, seed, steps, lr, guided=0, warmup=0.05):
     """AdamW (weight decay 0.1, clip 1), linear warm-up, cosine to a tenth.
 
+    guided: the first so many steps are under the stochastic guide.
     Returns (held-out loss in nats a byte, CPU seconds).
     """
     torch.manual_seed(seed)
     model = LM(config)
-    guide = guide and Guide(model, steps // 2, stochastic=guide == "stochastic", seed=seed)
+    guide = Guide(model, guided, stochastic=True, seed=seed) if guided else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
 
     def factor(t):
@@ -95,7 +125,7 @@ def train(config, data, seed, steps, lr, batch=16, L=64, guide=None, warmup=0.05
     draws = torch.Generator().manual_seed(seed)
     start = time.process_time()
     for _ in range(steps):
-        x = windows(data[0], torch.randint(len(data[0]) - L, (batch,), generator=draws), L)
+        x = windows(data[0], torch.randint(len(data[0]) - L, (BATCH,), generator=draws))
         loss = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -104,7 +134,7 @@ def train(config, data, seed, steps, lr, batch=16, L=64, guide=None, warmup=0.05
         schedule.step()
         if guide:
             guide.step(optimizer)
-    return held_out_loss(model, data[1], L), time.process_time() - start
+    return held_out_loss(model, data[1]), time.process_time() - start
 
 
 def provenance():
@@ -138,39 +168,61 @@ def save(path, result):
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def table(result):
-    """Returns markdown lines: mean and spread of each arm over its seeds."""
-    dense = count(DENSE, result["L"])["flops"]
-    lines = [
-        "| arm | weights | FLOPs / dense | held-out loss, nats a byte (± sd) | seeds | CPU s |",
-        "|---|---|---|---|---|---|",
-    ]
-    for arm in [*ARMS, *GUIDED]:
-        runs = [r for r in result["runs"] if r["arm"] == arm]
-        if runs:
-            loss = np.array([r["loss"] for r in runs])
-            spread = f" ± {loss.std(ddof=1):.4f}" if len(loss) > 1 else ""
-            cpu = np.mean([r["cpu_s"] for r in runs])
-            row = f"| {arm} | {runs[0]['params']} | {runs[0]['flops'] / dense:.3f} "
-            lines.append(row + f"| {loss.mean():.4f}{spread} | {len(loss)} | {cpu:.0f} |")
-    return lines
+def complete(path, keys, measure, max_runs, settings):
+    """Measure the runs that `path` lacks, at most max_runs; each is saved and printed.
+
+    keys: one dict a run, which names it; measure(**key): dict of what came out.  Returns all.
+    """
+    known = load(path)["runs"]
+    missing = [key for key in keys if not any(key.items() <= run.items() for run in known)]
+    for key in missing[:max_runs]:
+        run = key | measure(**key)
+        result = load(path)
+        result["runs"].append(run)
+        save(path, result | settings | provenance())
+        print(*run.values(), flush=True)
+    return load(path)
 
 
-def plot(result, path):
+def pyplot():
+    """matplotlib without a display; imported here, as only plots need it."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def table(result, arms):
+    """Returns markdown lines: mean and spread of each arm over its seeds."""
+    lines = [
+        "| arm | weights | steps | training FLOPs | held-out loss, nats a byte (± sd) | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm in arms:
+        runs = [r for r in result["runs"] if r["arm"] == arm]
+        if runs:
+            loss, steps = np.array([r["loss"] for r in runs]), runs[0]["steps"]
+            spread = f" ± {loss.std(ddof=1):.4f}" if len(loss) > 1 else ""
+            flops = runs[0]["flops"] * steps * L * BATCH
+            row = f"| {arm} | {runs[0]['params']} | {steps} | {flops:.3g}"
+            lines.append(f"{row} | {loss.mean():.4f}{spread} | {len(loss)} |")
+    return lines
+
+
+def plot(result, path, arms):
+    plt = pyplot()
     fig, ax = plt.subplots(figsize=(7, 4))
-    arms = [a for a in (*ARMS, *GUIDED) if any(r["arm"] == a for r in result["runs"])]
+    labels = []
     for i, arm in enumerate(arms):
-        loss = [r["loss"] for r in result["runs"] if r["arm"] == arm]
-        ax.plot([i] * len(loss), loss, "o", alpha=0.8)
-        ax.hlines(np.mean(loss), i - 0.25, i + 0.25, color="black", lw=1)
-    share = {r["arm"]: r["flops"] / count(DENSE, result["L"])["flops"] for r in result["runs"]}
-    labels = [f"{arm}\n{share[arm]:.2f} of the FLOPs" for arm in arms]
-    ax.set_xticks(range(len(arms)), labels, fontsize=7)
+        runs = [r for r in result["runs"] if r["arm"] == arm]
+        if runs:
+            loss = [r["loss"] for r in runs]
+            ax.plot([i] * len(loss), loss, "o", alpha=0.8)
+            ax.hlines(np.mean(loss), i - 0.25, i + 0.25, color="black", lw=1)
+        labels.append(arm.replace(", ", "\n").replace("wide ", "wide\n"))
+    ax.set_xticks(range(len(arms)), labels, fontsize=8)
     ax.set_ylabel("held-out loss (nats a byte), mean and seeds")
     ax.grid(alpha=0.3)
     fig.tight_layout()
@@ -178,49 +230,37 @@ def plot(result, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Byte language model, dense against structured FFNs."
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", help="a file to learn instead of the standard library's source")
-    parser.add_argument(
-        "--steps", type=int, default=2000, help="optimiser steps of 16 x 64 bytes (2000)"
-    )
+    parser.add_argument("--steps", type=int, default=2000, help="steps of 16 x 64 bytes (2000)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (3e-3)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds an arm (3)")
-    parser.add_argument("--guided", action="store_true", help="also the self-guided arms")
+    parser.add_argument("--guided", action="store_true", help="the arms of self-guided training")
     parser.add_argument("--max-runs", type=int, default=10**9, help="stop after so many runs")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "results" / "byte_lm.json", help="result file"
-    )
+    parser.add_argument("--out", type=Path, help="result file (results/byte_lm[_guided].json)")
     args = parser.parse_args()
-    data = corpus(args.text)
-    arms = [*ARMS, *(GUIDED if args.guided else ())]
-    for seed, arm in [(s, a) for s in range(args.seeds) for a in arms]:
-        result = load(args.out)
-        known = {(r["arm"], r["seed"], r["steps"], r["lr"]) for r in result["runs"]}
-        if args.max_runs <= 0 or (arm, seed, args.steps, args.lr) in known:
-            continue
-        args.max_runs -= 1
-        config = ARMS[GUIDED.get(arm, arm)]
-        loss, cpu = train(
-            config, data, seed, args.steps, args.lr, guide="stochastic" if arm in GUIDED else None
-        )
-        counts = count(config, 64)
-        run = {
-            "arm": arm,
-            "seed": seed,
-            "steps": args.steps,
-            "lr": args.lr,
+    out = args.out or ROOT / f"results/byte_lm{'_guided' if args.guided else ''}.json"
+    data, arms = corpus(args.text), GUIDED if args.guided else [*ARMS]
+
+    def measure(arm, seed, steps, lr):
+        config, _, guided, flops = plan(arm, args.steps)
+        loss, cpu = train(config, data, seed, steps, lr, guided=guided)
+        return {
             "loss": loss,
-            "cpu_s": cpu,
+            "cpu_s": round(cpu, 1),
+            "params": count(config, L)["params"],
+            "flops": flops,
         }
-        result["runs"].append(run | {"params": counts["params"], "flops": counts["flops"]})
-        result |= {"L": 64, "batch": 16, "bytes": [len(d) for d in data], **provenance()}
-        save(args.out, result)
-        print(f"{arm:<26} seed {seed}  loss {loss:.4f}  {cpu:.0f} s CPU", flush=True)
-    result = load(args.out)
-    print("\n".join(table(result)))
-    plot(result, args.out.with_suffix(".png"))
+
+    keys = [
+        {"arm": arm, "seed": seed, "steps": plan(arm, args.steps)[1], "lr": args.lr}
+        for seed in range(args.seeds)
+        for arm in arms
+    ]
+    settings = {"L": L, "batch": BATCH, "bytes": [len(d) for d in data]}
+    result = complete(out, keys, measure, args.max_runs, settings)
+    print("\n".join(table(result, arms)))
+    plot(result, out.with_suffix(".png"), arms)
 
 
 if __name__ == "__main__":

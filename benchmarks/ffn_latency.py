@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from byte_lm import ROOT, load, provenance, save
+from byte_lm import ROOT, load, provenance, pyplot, save
 from torch import nn
 
 sys.path.insert(0, str(ROOT))
@@ -139,11 +139,7 @@ def tables(result):
 
 
 def plot(result, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     fig, axes = plt.subplots(1, len(WIDTHS), figsize=(13, 3.4), sharey=True)
     for ax, width in zip(axes, WIDTHS, strict=True):
         for form in (*KINDS, "merged"):

@@ -9,19 +9,19 @@ fitted by least squares.  Writes results/ffn_scaling.json run by run, and result
 """
 
 import argparse
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from byte_lm import ROOT, corpus, load, provenance, save, train
+from byte_lm import BATCH, ROOT, L, complete, corpus, pyplot, train
 
 sys.path.insert(0, str(ROOT))
 from structured_ffn import LMConfig, count, match
 
 WIDTHS = (32, 48, 64, 80)
 KINDS = ("dense", "lowrank", "blockshuffle")
-L, BATCH = 64, 16
 
 
 def cell(width, kind, bytes_a_weight):
@@ -45,23 +45,15 @@ def table(result):
         row = []
         for width in WIDTHS:
             here = [r for r in runs if r["width"] == width]
-            text = (
-                f"{np.mean([r['loss'] for r in here]):.4f} at {here[0]['flops']:.2e}"
-                if here
-                else ""
-            )
-            row.append(text)
+            mean = np.mean([r["loss"] for r in here] or math.nan)
+            row.append(f"{mean:.4f} at {here[0]['flops']:.2e}" if here else "")
         slope = f"{fit(runs):.4f}" if len({r["width"] for r in runs}) > 1 else ""
         lines.append(f"| {kind} | {' | '.join(row)} | {slope} |")
     return lines
 
 
 def plot(result, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     fig, ax = plt.subplots(figsize=(6.4, 4))
     for kind, mark in zip(KINDS, "os^", strict=True):
         runs = [r for r in result["runs"] if r["kind"] == kind]
@@ -90,19 +82,21 @@ def main():
     parser.add_argument("--out", type=Path, default=out, help="result file")
     args = parser.parse_args()
     data = corpus(args.text)
-    for seed, width, kind in [(s, w, k) for s in range(args.seeds) for w in WIDTHS for k in KINDS]:
-        result = load(args.out)
-        config, steps, flops = cell(width, kind, args.bytes_a_weight)
-        run = {"kind": kind, "width": width, "seed": seed, "steps": steps, "lr": args.lr}
-        if args.max_runs <= 0 or any(run.items() <= r.items() for r in result["runs"]):
-            continue
-        args.max_runs -= 1
-        loss, cpu = train(config, data, seed, steps, args.lr, BATCH, L)
-        run |= {"loss": loss, "flops": flops, "params": count(config, L)["params"], "cpu_s": cpu}
-        result["runs"].append(run)
-        save(args.out, result | {"L": L, "batch": BATCH} | provenance())
-        print(*run.values(), flush=True)
-    result = load(args.out)
+
+    def measure(kind, width, seed, steps, lr):
+        config, _, flops = cell(width, kind, args.bytes_a_weight)
+        loss, cpu = train(config, data, seed, steps, lr)
+        params = count(config, L)["params"]
+        return {"loss": loss, "flops": flops, "params": params, "cpu_s": round(cpu, 1)}
+
+    keys = [
+        {"kind": kind, "width": width, "seed": seed, "steps": steps, "lr": args.lr}
+        for seed in range(args.seeds)
+        for width in WIDTHS
+        for kind in KINDS
+        for steps in cell(width, kind, args.bytes_a_weight)[1:2]
+    ]
+    result = complete(args.out, keys, measure, args.max_runs, {"L": L, "batch": BATCH})
     print("\n".join(table(result)))
     plot(result, args.out.with_suffix(".png"))
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from byte_lm import ROOT, load, provenance, save
+from byte_lm import ROOT, complete, pyplot
 from torch import nn
 
 sys.path.insert(0, str(ROOT))
@@ -44,11 +44,14 @@ def cells(seeds):
 
 
 def run(teacher, arm, lr, seed, steps):
-    """Returns the normalised test error."""
+    """Returns the normalised test error, and the CPU seconds that it took."""
+    start = time.process_time()
     if teacher.startswith("dense"):
-        return teacher_student(TEACHERS["LowRank R 16"], nn.Linear, ARMS[arm], lr, steps, seed)
-    student = nn.Linear if arm == "dense" else TEACHERS[teacher]
-    return teacher_student(student, TEACHERS[teacher], ARMS[arm], lr, steps, seed)
+        linears = TEACHERS["LowRank R 16"], nn.Linear
+    else:
+        linears = nn.Linear if arm == "dense" else TEACHERS[teacher], TEACHERS[teacher]
+    error = teacher_student(*linears, ARMS[arm], lr, steps, seed)
+    return {"error": error, "cpu_s": round(time.process_time() - start, 1)}
 
 
 def means(result):
@@ -70,11 +73,7 @@ def table(result):
 
 
 def plot(result, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
     for ax, teacher in zip(axes, TEACHERS, strict=True):
         for (name, arm), rates in means(result).items():
@@ -98,19 +97,9 @@ def main():
     out = ROOT / "results" / "self_guided.json"
     parser.add_argument("--out", type=Path, default=out, help="result file")
     args = parser.parse_args()
-    for cell in cells(args.seeds):
-        result = load(args.out)
-        key = dict(zip(("teacher", "arm", "lr", "seed"), cell, strict=True), steps=args.steps)
-        if args.max_runs <= 0 or any(key.items() <= r.items() for r in result["runs"]):
-            continue
-        args.max_runs -= 1
-        start = time.process_time()
-        key["error"] = run(*cell, args.steps)
-        key["cpu_s"] = round(time.process_time() - start, 1)
-        result["runs"].append(key)
-        save(args.out, result | provenance())
-        print(*key.values(), flush=True)
-    result = load(args.out)
+    names = ("teacher", "arm", "lr", "seed", "steps")
+    keys = [dict(zip(names, (*c, args.steps), strict=True)) for c in cells(args.seeds)]
+    result = complete(args.out, keys, run, args.max_runs, {})
     print("\n".join(table(result)))
     plot(result, args.out.with_suffix(".png"))
 
