@@ -408,7 +408,8 @@ class Link:
             for peer, buffer in buffers.items():
                 if buffer.numel():
                     to = dist.get_global_rank(self.group, peer) if self.group else peer
-                    ops.append((peer, dist.P2POp(start, buffer, to, self.group)))
+                    tag = buffer.numel() % 2**31  # so that another size is never taken for it
+                    ops.append((peer, dist.P2POp(start, buffer, to, self.group, tag)))
         traffic["messages"] += sum(x.numel() > 0 for x in outgoing.values())
         traffic["bytes"] += sum(x.numel() for x in outgoing.values())
         peers = sorted({peer for peer, _ in ops})
@@ -519,6 +520,11 @@ def shapes(*tensors):
     return ", ".join(str(tuple(x.shape)) for x in tensors)
 
 
+def wanted(*tensors):
+    """Whose gradients autograd will ask for: where ranks differ, one would wait in backward."""
+    return [x.requires_grad and torch.is_grad_enabled() for x in tensors]
+
+
 @dataclass(frozen=True)
 class Plan:
     """What all ranks agreed on: the ranks, the mask, and who holds which queries and keys."""
@@ -548,11 +554,11 @@ def handshake(schedule, q, k, v, causal, group, layout, keep, refused):
     problem = find_problem(q, k, v, keep, refused)
     if problem is None:
         (B, H, n, E), (_, G, m, _) = q.shape, k.shape
-        lengths, needs_grad = (n, m), any(x.requires_grad for x in (q, k, v))
+        lengths = n, m
         facts = {"dtype": q.dtype, "batch B": B, "query heads H": H, "key heads G": G}
         facts |= {"head size E": E, "causal": int(causal), "layout": layout.__name__}
         facts |= {"schedule": schedule, "keep": int(keep is not None)}
-        facts |= {"gradient": int(needs_grad and torch.is_grad_enabled())}
+        facts |= {"gradients of q, k, v": wanted(q, k, v)}
     lengths = agree(link, problem, lengths, **facts)
     q_lengths, k_lengths = ([*x] for x in zip(*lengths, strict=True))
     Lq, Lk = sum(q_lengths), sum(k_lengths)
@@ -623,15 +629,17 @@ def as_inputs(ctx, *grads):
     return *(g.to(q.dtype) for g in grads), *[None] * (len(chunk) - 2)
 
 
-def ring_attention(q, k, v, causal=False, group=None, layout=contiguous, keep=None, **refused):
+def ring_attention(q, k, v, causal=False, group=None, layout=contiguous, keep=None, *,
+                   dropout=0.0, window=None, bias=None):  # fmt: skip
     """Exact attention over shards, keys and values passing round a ring (arXiv:2310.01889v4).
 
     q: (B, H, n, E), k, v: (B, G, m, E), this rank's tokens as layout(L, W) gives them; n and m may
     differ from rank to rank and be 0.  causal needs the same tokens in q and k.  keep: (B, m) bool.
     Returns (B, H, n, E) in the dtype of q, with gradients.  Every rank of the group must call it,
     forward and backward.  ValueError, the same on every rank, names who disagrees; RankLost, a peer
-    that died or is silent.  Any other option is refused likewise (dropout, window, bias).
+    that died or is silent.  dropout, window and bias are not implemented, and refused likewise.
     """
+    refused = {"dropout": dropout, "window": window, "bias": bias}
     plan, chunk = handshake("ring", q, k, v, causal, group, layout, keep, refused)
     return RingAttention.apply(plan, q, *chunk)
 
@@ -674,8 +682,10 @@ class AllGatherAttention(torch.autograd.Function):
         return None, *as_inputs(ctx, dq, dk, dv)
 
 
-def allgather_attention(q, k, v, causal=False, group=None, layout=contiguous, keep=None, **refused):
+def allgather_attention(q, k, v, causal=False, group=None, layout=contiguous, keep=None, *,
+                        dropout=0.0, window=None, bias=None):  # fmt: skip
     """Exact attention over shards, all keys and values on every rank. As `ring_attention`."""
+    refused = {"dropout": dropout, "window": window, "bias": bias}
     plan, chunk = handshake("allgather", q, k, v, causal, group, layout, keep, refused)
     return AllGatherAttention.apply(plan, q, *chunk)
 
@@ -723,12 +733,14 @@ def to_tokens(x, link, segments, cut):
     return torch.cat([part for (part,) in parts], 1)
 
 
-def ulysses_attention(q, k, v, causal=False, group=None, layout=contiguous, keep=None, **refused):
+def ulysses_attention(q, k, v, causal=False, group=None, layout=contiguous, keep=None, *,
+                      dropout=0.0, window=None, bias=None):  # fmt: skip
     """Exact attention over shards: a rank gets whole sequences of H/W heads (arXiv:2309.14509v2).
 
     As `ring_attention`.  Key heads are dealt out whole with their query heads, as evenly as they
     go; with fewer key heads than ranks some ranks have nothing to compute.
     """
+    refused = {"dropout": dropout, "window": window, "bias": bias}
     plan, (k, v, *keep) = handshake("ulysses", q, k, v, causal, group, layout, keep, refused)
     link, H, G = plan.link, q.shape[1], k.shape[1]
     q_cut, k_cut = shares(H, link.world, H // G), shares(G, link.world)
@@ -796,7 +808,7 @@ def mix(mixer, x, keep=None, axes=None, group=None, layout=contiguous):
     if x.ndim != 3 or x.shape[2] != D:
         problem = f"expected x (B, n, {D}), got {shapes(x)}"
     facts = {"batch B": len(x), "dtype": x.dtype, "layout": layout.__name__}
-    facts |= {"keep": int(keep is not None), "gradient": int(torch.is_grad_enabled())}
+    facts |= {"keep": int(keep is not None), "gradient": wanted(x)}
     lengths = agree(link, problem, [x.shape[1]], **facts)
     segments = check_layout(layout, [n for (n,) in lengths], link.world)
     cut = shares(D, link.world)

@@ -123,6 +123,7 @@ def mismatches(rank, world):
         return lambda: da.ring_attention(q, q, q, **options)
 
     bad = torch.zeros(1, 4, 6, 8), torch.zeros(1, 3, 6, 8)
+    grad = torch.zeros(1, 4, 6, 8, requires_grad=True)
     return {
         "heads": caught(ring((1, 6 if odd else 4, 6, 8))),
         "dtype": caught(ring(dtype=torch.float64 if odd else torch.float32)),
@@ -133,6 +134,7 @@ def mismatches(rank, world):
             lambda: (da.ulysses_attention if odd else da.ring_attention)(bad[0], bad[0], bad[0])
         ),
         "groups": caught(lambda: da.ring_attention(bad[0], *bad[1 if odd else 0 :][:1] * 2)),
+        "gradients": caught(lambda: da.ring_attention(grad if not odd else bad[0], grad, grad)),
         "dropout": caught(ring(dropout=0.1 if odd else 0.0)),
         "window": caught(ring(window=128)),
         "bias": caught(ring(bias=torch.zeros(1))),
@@ -281,16 +283,31 @@ def fault(task, rank):
         da.ring_attention(q, q, q)
 
 
+def other_size(task, rank):
+    """Rank 1 sends a byte less, or more, than the others expect."""
+    real = da.pack
+
+    def pack(tensors):
+        message = real(tensors)
+        if rank == 0 or not message.numel():
+            return message
+        return message[:-1] if task == "shorter" else torch.cat([message, message[:1]])
+
+    da.pack = pack
+    q = torch.randn(1, 2, 64, 8)
+    da.ring_attention(q, q, q)
+
+
 def main(task, path):
     torch.manual_seed(0)
-    with da.process_group(timeout=4 if task in ("dies", "sleeps") else 30) as (rank, world, _):
+    with da.process_group(timeout=120 if task == "grid" else 4) as (rank, world, _):
         Path(f"{path}.{rank}").write_text(json.dumps({"pid": os.getpid()}))
         if task == "grid":
             start = time.perf_counter()
             seen = everything(rank, world) | {"seconds": time.perf_counter() - start}
             Path(f"{path}.{rank}").write_text(json.dumps(seen))
         else:
-            fault(task, rank)
+            (fault if task in ("dies", "sleeps") else other_size)(task, rank)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ LIMITS = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 8e-3}
 WORLDS = [1, 2, 3, 4]
 
 
-def torchrun(world, *args, timeout=120, **options):
+def torchrun(world, *args, timeout=300, **options):
     """Start `world` ranks on this machine, one thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(world), *map(str, args)]
@@ -156,6 +156,15 @@ def test_bad_input(call, named):
         call(torch.randn(1, 2, 9, 8))
 
 
+@pytest.mark.parametrize("attend", da.SCHEDULES)
+def test_an_unknown_option_is_an_error(attend):
+    q = torch.randn(1, 2, 9, 8)
+    with pytest.raises(TypeError, match="casual"):
+        attend(q, q, q, casual=False)
+    with pytest.raises(TypeError, match="positional"):  # options are no place for a slip either
+        attend(q, q, q, False, None, da.contiguous, None, 0.0)
+
+
 def functions(path):
     return {x.name: x for x in ast.parse(path.read_text()).body if isinstance(x, ast.FunctionDef)}
 
@@ -262,6 +271,10 @@ def test_a_group_of_some_ranks(seen):
         ("layout", "layout: rank 1 has zigzag, the others have contiguo"),
         ("schedule", "schedule: rank 1 has ulysses, the others have ring"),
         ("groups", "rank 1: expected q (B, H, n, E), k and v (B, G, n, E)"),
+        (
+            "gradients",
+            "gradients of q, k, v: rank 1 has [False, True, True], the others have",
+        ),
         ("dropout", "rank 1: not implemented: dropout"),
         ("window", "rank 0: not implemented: window; rank 1: not"),
         ("bias", "rank 0: not implemented: bias"),
@@ -298,6 +311,15 @@ def test_a_lost_rank_ends_all_others(task, tmp_path):
     while any(map(alive, pids)) and time.perf_counter() < deadline:
         time.sleep(0.1)
     assert len(pids) == 3 and not any(map(alive, pids))
+
+
+@pytest.mark.dist
+def test_a_message_of_another_size_is_never_taken(tmp_path):
+    """Neither a stale tail (a shorter one) nor an abort (a longer one): the receiver says so."""
+    for task in ("shorter", "longer"):
+        done = torchrun(2, "tests/dist_worker.py", task, tmp_path / "sizes")
+        assert "no answer from rank 1 in step 0 of the ring" in done.stderr, done.stderr[-3000:]
+        assert done.returncode != 0 and "SIGABRT" not in done.stderr
 
 
 @pytest.mark.dist
