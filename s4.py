@@ -507,6 +507,32 @@ class S4D(S4):
         return diagonal_kernel(Lam, self.system(rate).B_bar, C, dt, L)
 
 
+class DLR(S4D):
+    """x_l = exp(Lam) x_{l-1} + u_l, y_l = 2 Re(C x_l): no HiPPO and no dt.
+
+    The model of 2310.02980v4, equation 3, which asks what structured initialisation is worth.
+    Phases 2 pi k / N as there; decays log-uniform in [dt_min, dt_max] (ours: no value is given).
+    """
+
+    def __init__(self, d_model, d_state=64, bidirectional=False, dt_min=1e-3, dt_max=1e-1):
+        super().__init__(d_model, d_state, bidirectional, dt_min, dt_max)
+        del self.log_dt, self.B
+        low, high = math.log(dt_min), math.log(dt_max)
+        self.log_decay = nn.Parameter(low + torch.rand(d_model, d_state // 2) * (high - low))
+        self.frequency = self.per_channel(2 * np.pi * np.arange(d_state // 2) / d_state)
+
+    def continuous(self, rate=1.0):
+        """As S4, with B = 1 and dt = rate."""
+        Lam = torch.complex(-self.log_decay.double().exp(), self.frequency.double())
+        C = self.C.to(torch.promote_types(self.C.dtype, torch.float32))
+        dt = torch.full_like(Lam.real[:, :1], rate)
+        return Lam, torch.ones_like(Lam), torch.view_as_complex(C), dt
+
+    def system(self, rate=1.0):
+        held = super().system(rate)
+        return held._replace(B_bar=torch.full_like(held.B_bar, rate))
+
+
 class S4Block(nn.Module):
     """norm, mixer, GELU, dropout, GLU, residual: (B, L, D) -> (B, L, D)."""
 
@@ -545,6 +571,11 @@ def s4_mixer(config, i, kind=S4):
 def s4d_mixer(config, i):
     """The mixer of block i in S4Model(config, s4d_mixer)."""
     return s4_mixer(config, i, S4D)
+
+
+def diagonal_mixer(config, i):
+    """The mixer of block i in S4Model(config, diagonal_mixer)."""
+    return s4_mixer(config, i, DLR)
 
 
 class S4Model(nn.Module):

@@ -2,7 +2,7 @@
 
     python benchmarks/compare.py --name mixers --seeds 0 1 2 \\
         --arm "S4: --task lattice --model s4 --objective none" \\
-        --arm "SGConv: --task lattice --model sgconv --objective none"
+        --arm "SGConv: --settings settings/lattice-sgconv.json"
 
 Prints mean and spread (sample standard deviation) of the test accuracy over the seeds, and writes
 results/NAME.json with everything a reader needs to repeat it.
@@ -15,17 +15,51 @@ import platform
 import shlex
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import config as settings  # noqa: E402
 import pretrain  # noqa: E402
+from run_folder import versions  # noqa: E402
+
+
+def one_thread(lock):
+    """Start of a worker: the models are small, runs side by side are faster than threads."""
+    torch.set_num_threads(1)
+    tqdm.set_lock(lock)
+
+
+def run(config, position=0):
+    """The result of a run, from its folder when it is there; ValueError on other settings there."""
+    path = Path(config.out) / "result.json"
+    if path.exists():
+        result, now = json.loads(path.read_text()), asdict(config)
+        differ = [k for k in now if k != "resume" and result["config"].get(k) != now[k]]
+        if differ:
+            raise ValueError(
+                f"{path} was made with another {', '.join(differ)}: give another --out"
+            )
+        return result
+    try:
+        return pretrain.train(replace(config, resume=True), position)
+    except KeyboardInterrupt:
+        os._exit(130)  # a worker that lived on would begin the next run
+
+
+def side_by_side(configs, workers):
+    """Results of the runs, `workers` at a time, a thread each (one after the other on a GPU)."""
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, context, one_thread, (context.RLock(),)) as pool:
+        return list(pool.map(run, configs, range(len(configs))))
 
 
 def parse_arm(text):
@@ -33,21 +67,7 @@ def parse_arm(text):
     name, colon, flags = text.partition(":")
     if not colon:
         raise ValueError(f"arm {text!r}: expected 'name: --flag value ...'")
-    args = vars(pretrain.parser().parse_args(shlex.split(flags)))
-    args.pop("check")
-    return name.strip(), pretrain.Config(**args)
-
-
-def run(config):
-    """The result of a run, from its folder when it is there; ValueError on other settings there."""
-    path = Path(config.out) / "result.json"
-    if not path.exists():
-        return pretrain.train(replace(config, resume=True))
-    result, now = json.loads(path.read_text()), asdict(config)
-    differ = [k for k in now if k != "resume" and result["config"].get(k) != now[k]]
-    if differ:
-        raise ValueError(f"{path} was made with another {', '.join(differ)}: give another --out")
-    return result
+    return name.strip(), settings.resolve(vars(settings.parser().parse_args(shlex.split(flags))))[0]
 
 
 def describe(results):
@@ -64,6 +84,28 @@ def describe(results):
     }
 
 
+def compare(arms, seeds, folder, workers=2):
+    """{name: Config} -> {name: row of the table}, every arm with every seed."""
+    jobs = [
+        replace(config, seed=seed, out=f"{folder}/{name.replace(' ', '-')}-{seed}")
+        for name, config in arms.items()
+        for seed in seeds
+    ]
+    results, n = side_by_side(jobs, workers), len(seeds)
+    return {name: describe(results[i * n : i * n + n]) for i, name in enumerate(arms)}
+
+
+def provenance(script, seeds):
+    """What a file of results says about where it comes from."""
+    return {
+        "command": shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
+        "date": time.strftime("%Y-%m-%d"),
+        "seeds": seeds,
+        **versions(),
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -76,32 +118,18 @@ def main():
     args = parser.parse_args()
     try:
         arms = dict(parse_arm(text) for text in args.arm)
-    except ValueError as error:
-        parser.error(str(error))
-    jobs = [
-        replace(config, seed=seed, out=f"{args.out}/{args.name}/{name.replace(' ', '-')}-{seed}")
-        for name, config in arms.items()
-        for seed in args.seeds
-    ]
-    context = get_context("spawn")
-    start = pretrain.one_thread, (context.RLock(),)
-    with ProcessPoolExecutor(args.workers, context, *start) as pool:
-        results = list(pool.map(run, jobs))
-    n, rows = len(args.seeds), {}
-    for i, name in enumerate(arms):
-        rows[name] = describe(results[i * n : i * n + n])
-        spread = f" +- {rows[name]['spread']}" if n > 1 else ""
-        print(f"{name:32}{rows[name]['mean']:6.2f}{spread}   {rows[name]['test']}")
-    summary = {
-        "command": shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]]),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
-        "date": time.strftime("%Y-%m-%d"),
-        "seeds": args.seeds,
-        **pretrain.versions(),
-        "arms": rows,
-    }
+        rows = compare(arms, args.seeds, f"{args.out}/{args.name}", args.workers)
+    except (ValueError, OSError, FloatingPointError, BrokenExecutor) as error:
+        sys.exit(f"compare.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("compare.py: interrupted; the same command continues")
+    for name, row in rows.items():
+        spread = f" +- {row['spread']}" if len(args.seeds) > 1 else ""
+        print(f"{name:32}{row['mean']:6.2f}{spread}   {row['test']}")
     path = ROOT / "results" / f"{args.name}.json"
-    path.write_text(json.dumps(summary, indent=1) + "\n")
+    path.write_text(
+        json.dumps(provenance("compare.py", args.seeds) | {"arms": rows}, indent=1) + "\n"
+    )
     print(f"wrote {path.relative_to(ROOT)}")
 
 

@@ -1,91 +1,108 @@
-"""The demonstration of pretrain.py over several seeds, and the grid its learning rates come from.
+"""Four arms on `lattice`: what pretraining is worth.  `python pretrain.py` runs it with seed 0.
 
     python benchmarks/demo.py --grid           one seed, every rate of GRID for every arm and stage
     python benchmarks/demo.py --seeds 0 1 2    the table of the README, mean and spread
 
-Rates are chosen on validation: pretraining by its loss, fine-tuning and from-scratch training by
-accuracy. The test split is read by neither choice. Runs that are finished are not repeated.
+Strict protocol: every arm sees the same training examples and nothing else; a from-scratch arm
+takes as many steps as its twin for both stages. Rates are chosen on validation: pretraining by its
+loss, fine-tuning and from-scratch training by accuracy. The test split is read by neither choice.
+Runs that are finished are not repeated.
 """
 
 import argparse
 import json
 import os
-import platform
 import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import pretrain  # noqa: E402
+from compare import describe, provenance, side_by_side  # noqa: E402
 
+from config import Config  # noqa: E402
+
+DEMO = Config(task="lattice", d_ff=128, d_state=16, batch_size=32, eval_every=200)
+SCRATCH = {"objective": "none", "finetune_lr": 1e-3}
+PRETRAINED = {"objective": "masked", "pretrain_lr": 3e-3, "finetune_lr": 3e-3}
+ARMS = {
+    "Transformer, from scratch": SCRATCH | {"finetune_steps": 4400},
+    "Transformer, pretrained": PRETRAINED | {"pretrain_steps": 3600, "finetune_steps": 800},
+    "S4, from scratch": SCRATCH | {"model": "s4", "finetune_steps": 1600},
+    "S4, pretrained": PRETRAINED | {"model": "s4", "pretrain_steps": 1200, "finetune_steps": 400},
+}
 GRID = (3e-4, 1e-3, 3e-3)
 
 
-def run(config):
-    """The result of one run, from its folder when it is there already."""
-    finished = Path(config.out) / "result.json"
-    return json.loads(finished.read_text()) if finished.exists() else pretrain.train(config)
+def folder(out, arm):
+    return f"{out}/{arm.lower().replace(', ', '-').replace(' ', '-')}"
 
 
-def best_rate(pool, config, stage):
+def demo(seed=0, out="runs/demo"):
+    """Train the four arms, side by side on a CPU, print what they reached.  -> {arm: result}."""
+    workers = 1 if DEMO.device == "cuda" else min(len(ARMS), os.cpu_count() or 1)
+    out = f"{out}/seed{seed}"
+    print(f"four arms on `{DEMO.task}`, seed {seed}, {workers} at a time, into {out}/", flush=True)
+    if all(Path(folder(out, arm), "result.json").exists() for arm in ARMS):
+        print(f"all four were finished before; without {out}/ they are trained anew")
+    arms = {arm: replace(DEMO, seed=seed, out=folder(out, arm), **ARMS[arm]) for arm in ARMS}
+    results = dict(zip(arms, side_by_side(list(arms.values()), workers), strict=True))
+    print("\n".join(table(results)))
+    return results
+
+
+def table(arms):
+    """{arm: result} -> lines of text: what each arm reached, and the two gaps."""
+    yield f"{'':26}{'parameters':>12}{'steps':>13}{'validation %':>14}{'test %':>8}{'seconds':>9}"
+    test = {arm: 100 * result["test"]["accuracy"] for arm, result in arms.items()}
+    for arm, result in arms.items():
+        config, val = result["config"], 100 * result["finetune"]["accuracy"]
+        steps = f"{config['pretrain_steps']} + " if config["objective"] != "none" else ""
+        steps += str(config["finetune_steps"])
+        yield (
+            f"{arm:26}{result['parameters']:12,}{steps:>13}{val:14.1f}"
+            f"{test[arm]:8.1f}{result['speed']['seconds']:9.0f}"
+        )
+
+    def against(way, other):
+        gap = test[f"S4, {other}"] - test[f"Transformer, {way}"]
+        return f"{abs(gap):.1f} points {'below' if gap > 0 else 'above'}"
+
+    yield f"From scratch, the Transformer is {against('from scratch', 'from scratch')} S4."
+    yield (
+        f"Pretrained on the same examples, it is {against('pretrained', 'from scratch')} that S4 "
+        f"and {against('pretrained', 'pretrained')} a pretrained S4."
+    )
+
+
+def best_rate(workers, config, stage):
     """Train at every rate of the grid; -> the best rate, {rate: score}, the folder of the best."""
     arms = [
         replace(config, **{f"{stage}_lr": lr}, out=f"{config.out}-{stage}-{lr:g}") for lr in GRID
     ]
-    results = list(pool.map(run, arms))
     key = "loss" if stage == "pretrain" else "accuracy"
+    results = side_by_side(arms, workers)
     scores = {lr: result[stage][key] for lr, result in zip(GRID, results, strict=True)}
     best = (min if stage == "pretrain" else max)(scores, key=scores.get)
     print(f"{config.out} {stage}: {key} {scores}  best {best:g}", flush=True)
     return best, scores, f"{config.out}-{stage}-{best:g}"
 
 
-def grid(pool, out):
+def grid(workers, out):
     """Each arm's rates, one stage after the other."""
-    table = {}
-    for arm, settings in pretrain.ARMS.items():
-        name = "-".join(arm).lower().replace(" ", "-")
-        config = replace(pretrain.DEMO, out=f"{out}/{name}", **settings)
-        table[", ".join(arm)] = {}
+    found = {}
+    for arm, own in ARMS.items():
+        config = replace(DEMO, out=folder(f"{out}/grid", arm), **own)
+        found[arm] = {}
         if config.objective != "none":
             short = replace(config, finetune_steps=1)
-            lr, scores, folder = best_rate(pool, short, "pretrain")
-            table[", ".join(arm)]["pretrain"] = {"best": lr, "validation loss": scores}
-            config = replace(config, pretrained=f"{folder}/pretrained.pt")
-        lr, scores, _ = best_rate(pool, config, "finetune")
-        table[", ".join(arm)]["finetune"] = {"best": lr, "validation accuracy": scores}
-    return table
-
-
-def seeds(numbers, out):
-    """The demonstration with each seed -> per arm: test and validation in percent, seconds."""
-    arms = {}
-    for seed in numbers:
-        folders = {
-            arm: Path(out, f"seed{seed}", "-".join(arm).lower().replace(" ", "-"), "result.json")
-            for arm in pretrain.ARMS
-        }
-        if all(path.exists() for path in folders.values()):
-            results = {arm: json.loads(path.read_text()) for arm, path in folders.items()}
-            print("\n".join(pretrain.table(results)))
-        else:
-            results = pretrain.demo(seed, f"{out}/seed{seed}")
-        for arm, result in results.items():
-            row = arms.setdefault(", ".join(arm), {"test": [], "validation": [], "seconds": []})
-            row["test"].append(round(100 * result["test"]["accuracy"], 2))
-            row["validation"].append(round(100 * result["finetune"]["accuracy"], 2))
-            row["seconds"].append(result["speed"]["seconds"])
-    for row in arms.values():
-        row["mean"] = round(float(np.mean(row["test"])), 2)
-        row["spread"] = round(float(np.std(row["test"], ddof=1)), 2) if len(numbers) > 1 else None
-    return {"seeds": numbers, "arms": arms}
+            lr, scores, best = best_rate(workers, short, "pretrain")
+            found[arm]["pretrain"] = {"best": lr, "validation loss": scores}
+            config = replace(config, pretrained=f"{best}/pretrained.pt")
+        lr, scores, _ = best_rate(workers, config, "finetune")
+        found[arm]["finetune"] = {"best": lr, "validation accuracy": scores}
+    return {"grid": GRID, "arms": found}
 
 
 def main():
@@ -95,23 +112,16 @@ def main():
     parser.add_argument("--out", default="runs/demo", help="folder of the runs")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side in the grid")
     args = parser.parse_args()
+    seeds = [0] if args.grid else args.seeds
     if args.grid:
-        context = get_context("spawn")
-        start = pretrain.one_thread, (context.RLock(),)
-        with ProcessPoolExecutor(args.workers, context, *start) as pool:
-            result = {"grid": GRID, "arms": grid(pool, f"{args.out}/grid")}
+        result = grid(args.workers, args.out)
     else:
-        result = seeds(args.seeds, args.out)
+        results = [demo(seed, args.out) for seed in seeds]
+        result = {"arms": {arm: describe([r[arm] for r in results]) for arm in ARMS}}
         for arm, row in result["arms"].items():
             print(f"{arm:28} {row['mean']} +- {row['spread']}  {row['test']}")
-    result |= {
-        "command": "python " + " ".join(["benchmarks/demo.py"] + sys.argv[1:]),
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "date": time.strftime("%Y-%m-%d"),
-        **pretrain.versions(),
-    }
     path = ROOT / "results" / ("demo_grid.json" if args.grid else "demo.json")
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(provenance("demo.py", seeds) | result, indent=1) + "\n")
     print(f"wrote {path.relative_to(ROOT)}")
 
 

@@ -127,10 +127,10 @@ def pretrain_losses(model, folder):
     losses = []
 
     class Recorder(pretrain.Run):
-        def log(self, step, loss, right, count, x):
+        def log(self, step, loss, right, count, tokens):
             losses.append(loss.item() / count)
 
-    with Recorder(config, body, 0) as run:
+    with Recorder(folder, {}) as run:
         pretrain.fit("pretrain", body, head, resident, resident, config, run)
     return losses
 

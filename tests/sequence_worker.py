@@ -39,8 +39,7 @@ def trajectory(options, steps=10):
     data = lra_data.load("lattice", n_train=32, n_val=8, n_test=8)
     train = pretrain.Resident(data.train, data, "cpu")
     train.lengths = np.where(np.arange(len(train)) % 2, train.lengths, train.lengths * 2 // 3)
-    pretrain.seeded(config, 0)
-    model = pretrain.spread(pretrain.build_model(config, data).double(), config)
+    model = pretrain.start(config, data)
     losses = []
     for stage in pretrain.STAGES:
         pretrain.seeded(config, 1)
@@ -59,7 +58,7 @@ def trajectory(options, steps=10):
 
 
 def main(path):
-    with dist_attention.process_group(timeout=30) as (rank, _, _):
+    with dist_attention.process_group(timeout=120) as (rank, _, _):
         seen = {name: trajectory(options) for name, options in CASES.items()}
         Path(f"{path}.{rank}").write_text(json.dumps(seen))
 

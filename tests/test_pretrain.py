@@ -16,7 +16,9 @@ import torch
 
 import lra_data
 import pretrain
-from pretrain import Config, Resident
+import run_folder
+from config import Config
+from pretrain import Resident
 
 ROOT = Path(__file__).parent.parent
 TINY = {"d_model": 16, "n_heads": 2, "d_ff": 32, "d_state": 8, "kernel_dim": 8, "device": "cpu"}
@@ -187,7 +189,7 @@ def test_subsets_are_nested():
 # ----------------------------------------------------------------------------- model and loss
 
 
-@pytest.mark.parametrize("model", ["transformer", "s4", "s4d", "sgconv"])
+@pytest.mark.parametrize("model", ["transformer", "s4", "s4d", "diagonal", "sgconv"])
 @pytest.mark.parametrize("objective", ["masked", "causal"])
 @pytest.mark.parametrize("pooling", ["mean", "max", "last"])
 def test_a_batch_mate_never_changes_a_result(model, objective, pooling):
@@ -244,7 +246,7 @@ def test_overfits_one_batch(model, lattice, tmp_path):
     torch.manual_seed(0)
     resident, body = Resident(part, data, "cpu"), pretrain.build_model(config, data)
     head = pretrain.build_head("finetune", config, resident)
-    with pretrain.Run(config, body, 0) as run:
+    with run_folder.Run(tmp_path, {}) as run:
         score = pretrain.fit("finetune", body, head, resident, resident, config, run)
     assert score["accuracy"] == 1 and score["loss"] < 0.2
 
@@ -316,7 +318,7 @@ def same(a, b):
 def test_an_interrupted_run_continues_to_the_same_bits(small_lattice, tmp_path, monkeypatch, stop):
     """A kill after any step: what was written so far is all that the second process sees."""
     run(tmp_path, "whole", dropout=0.1)
-    fit_log = pretrain.Run.log
+    fit_log = run_folder.Run.log
 
     def kill(self, step, *rest):
         fit_log(self, step, *rest)
@@ -324,7 +326,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(small_lattice, tmp_path, 
             raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain.Run, "log", kill)
+        patch.setattr(run_folder.Run, "log", kill)
         with pytest.raises(RuntimeError, match="killed"):
             run(tmp_path, "cut", dropout=0.1)
     with pytest.raises(ValueError, match="unfinished run"):
@@ -337,7 +339,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(small_lattice, tmp_path, 
 
 def test_ctrl_c_saves_where_it_is(small_lattice, tmp_path, monkeypatch):
     run(tmp_path, "whole")
-    fit_log = pretrain.Run.log
+    fit_log = run_folder.Run.log
 
     def press(self, step, *rest):
         fit_log(self, step, *rest)
@@ -345,7 +347,7 @@ def test_ctrl_c_saves_where_it_is(small_lattice, tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain.Run, "log", press)
+        patch.setattr(run_folder.Run, "log", press)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, "cut")
     assert torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"] == 4
@@ -365,20 +367,20 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(small_lattice, 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
-    pretrain.save(path, {"step": 1})
+    run_folder.save(path, {"step": 1})
 
     def full(file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pretrain.os, "fsync", full)
+    monkeypatch.setattr(run_folder.os, "fsync", full)
     with pytest.raises(OSError, match=r"No space left.*the one before is intact"):
-        pretrain.save(path, {"step": 2})
-    assert pretrain.load(path) == {"step": 1} and len(list(tmp_path.iterdir())) == 1
+        run_folder.save(path, {"step": 2})
+    assert run_folder.load(path) == {"step": 1} and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_folder_in_use_is_refused(small_lattice, tmp_path):
     config = Config(**TINY, out=str(tmp_path))
-    with pretrain.Run(config, torch.nn.Linear(1, 1), 0):
+    with run_folder.Run(tmp_path, {}):
         with pytest.raises(ValueError, match="in use by another run"):
             pretrain.train(config)
 
@@ -508,7 +510,7 @@ def test_command_line(tmp_path, capsys):
     (tmp_path / "cut.pt").write_bytes(b"hello world")
     for flags, message in (
         (["--device", "meta"], "device 'meta'"),
-        (["--resume"], "holds no checkpoint"),
+        (["--resume"], "holds no run"),
         (["--pretrained", str(tmp_path / "cut.pt")], "cut.pt is not a file of weights"),
     ):
         with pytest.raises(SystemExit, match=message):

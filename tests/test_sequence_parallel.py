@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sequence_worker
 
-from pretrain import Config
+from config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 

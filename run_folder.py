@@ -1,0 +1,261 @@
+"""The folder of a training run that kill -9 at any moment cannot spoil.
+
+    with Run("runs/a", settings, resume=True) as run:
+        first, best = run.restore("train", parts)          # (0, None), or where it was stopped
+        for step in run.steps("train", first, last):       # the bar
+            ...
+            run.log(step, loss, right, count, tokens)      # metrics.jsonl, now and then
+            run.save(step, parts, best)                    # checkpoint.pt
+        run.result["train"] = best["score"]
+    # result.json
+
+A file is written under another name, flushed to the disk, read back and then renamed, so at each
+moment one of checkpoint.pt and checkpoint.pt.previous is whole. metrics.jsonl is cut back to its
+length at the checkpoint: no line is missing and none comes twice. `parts` are objects with
+state_dict and load_state_dict. Whatever else a run needs must follow from settings and step (as
+the random numbers of pretrain.py do), then the run that continues ends in the same bits.
+
+    config.json               the settings
+    metrics.jsonl             a line every LOG_EVERY steps and one for each validation
+    checkpoint.pt, .previous  everything to go on with
+    result.json               written last: scores, settings, versions; "speed" alone may vary
+    lock                      held while a process works here
+
+Not included: several versions of a checkpoint, a queue of runs (benchmarks/compare.py is one).
+"""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from textwrap import shorten
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+LOG_EVERY = 10  # steps; the device is asked for numbers only this often
+
+# ----------------------------------------------------------------- files: all of it or nothing
+
+
+def save(path, state):
+    """torch.save, all of the file or nothing; the file that stood there stays as *.previous.
+
+    OSError (a full disk) leaves what was there.
+    """
+    temporary = path.with_name(path.name + ".new")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        torch.load(temporary, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} not written ({error}); the one before is intact") from error
+    if path.exists():
+        os.replace(path, path.with_name(path.name + ".previous"))
+    os.replace(temporary, path)
+
+
+def load(path):
+    """What `save` wrote.  ValueError names the file that is no such thing."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file may raise any kind
+        reason = shorten(f"{type(error).__name__} {error}", 200)
+        raise ValueError(f"{path} is not a file of weights: {reason}") from error
+
+
+def write_json(path, content):
+    """All of the file or nothing."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def claim(file, folder):
+    """Locks an open file until it is closed.  ValueError when another process holds it."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows: no lock
+        pass
+    except OSError as error:
+        raise ValueError(f"{folder} is in use by another run") from error
+
+
+# ------------------------------------------------------------------------------------ the run
+
+
+class Run:
+    """A folder, from the first step to result.json.  Of several processes rank 0 alone writes.
+
+    settings: dict of plain values; a run is continued under the same ones, but for the names in
+    `free`.  position: line of the bar, when runs are side by side.  Ctrl-C is obeyed after the
+    step, by a checkpoint and KeyboardInterrupt; the second one at once.
+    ValueError: the folder is in use, holds an unfinished run (without resume) or another one.
+    """
+
+    def __init__(self, folder, settings, free=(), resume=False, rank=0, world=1, position=0):
+        self.folder, self.settings, self.free, self.resume = Path(folder), settings, free, resume
+        self.leader, self.alone, self.position = rank == 0, world == 1, position
+        self.state = None  # a checkpoint, until the stage that it was written in takes it
+        self.result = {}  # scores of the stages that are finished
+        self.pending = []  # (loss, right, count) of the steps since the last line of metrics
+        self.tokens, self.interrupted = 0, False
+
+    def __enter__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        finished, unfinished = self.folder / "result.json", self.folder / "checkpoint.pt"
+        if self.leader:
+            self.lock = open(self.folder / "lock", "w")
+            claim(self.lock, self.folder)
+        if self.resume:
+            self.state = self.find()
+        elif unfinished.exists() and not finished.exists():
+            raise ValueError(f"{self.folder} holds an unfinished run: --resume, or another --out")
+        state = self.state or {"result": {}, "tokens": 0, "metrics": 0, "seconds": 0.0}
+        self.result, self.tokens = state["result"], state["tokens"]
+        if self.leader:
+            finished.unlink(missing_ok=True)
+            if self.state is None:  # what an older run left would be taken for this one's
+                for old in (unfinished, self.folder / "checkpoint.pt.previous"):
+                    old.unlink(missing_ok=True)
+            write_json(self.folder / "config.json", self.settings)
+            self.metrics = open(self.folder / "metrics.jsonl", "ab")
+            self.metrics.truncate(state["metrics"])
+        self.mark = self.tokens, time.perf_counter()  # when the speed was last looked at
+        self.started = self.mark[1] - state["seconds"]
+        if self.alone:  # several processes might stop at different steps
+            self.handler = signal.signal(signal.SIGINT, self.interrupt)
+        return self
+
+    def interrupt(self, *_):
+        signal.signal(signal.SIGINT, self.handler)
+        self.interrupted = True
+
+    def __exit__(self, failure, *_):
+        if self.alone:
+            signal.signal(signal.SIGINT, self.handler)
+        if not self.leader:
+            return
+        if failure is None:
+            seconds = time.perf_counter() - self.started
+            speed = {"seconds": round(seconds, 1), "tokens_per_s": round(self.tokens / seconds)}
+            self.result |= {
+                "config": self.settings,
+                "speed": speed | {"peak_memory": peak_memory()},
+            }
+            write_json(self.folder / "result.json", self.result | versions())
+        self.metrics.close()
+        self.lock.close()
+
+    def find(self):
+        """The newest checkpoint that can be read; None when there is none."""
+        state = None
+        for path in (self.folder / "checkpoint.pt", self.folder / "checkpoint.pt.previous"):
+            try:
+                state = state or (load(path) if path.exists() else None)
+            except ValueError as error:
+                print(f"{error}: not used", file=sys.stderr)
+        if state is not None:
+            old, new = state["settings"], self.settings
+            differ = [k for k in new if k not in self.free and old.get(k) != new[k]]
+            if differ:
+                text = ", ".join(f"{k} {old.get(k)} -> {new[k]}" for k in differ)
+                raise ValueError(f"{self.folder} holds a run with other settings: {text}")
+        return state
+
+    def restore(self, stage, parts):
+        """Continue from the checkpoint if it is of this stage.  Returns first step, best so far."""
+        if self.state is None or self.state["stage"] != stage:
+            return 0, None
+        state, self.state = self.state, None
+        for name, holder in parts.items():
+            holder.load_state_dict(state[name])
+        return state["step"], state["best"]
+
+    def save(self, step, parts, best, score=None):
+        """The state of everything on disk; the score of a validation into the metrics."""
+        if score:
+            self.write({"stage": self.stage} | {f"val_{k}": v for k, v in score.items()})
+        if self.leader:
+            self.metrics.flush()
+            state = {name: holder.state_dict() for name, holder in parts.items()}
+            state |= {"stage": self.stage, "step": step + 1, "best": best, "result": self.result}
+            state |= {"metrics": self.metrics.tell(), "tokens": self.tokens}
+            state["seconds"] = time.perf_counter() - self.started
+            save(self.folder / "checkpoint.pt", state | {"settings": self.settings})
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def steps(self, stage, first, last):
+        """The numbers of the steps, as a bar (nothing is drawn when the output is no terminal)."""
+        self.stage, name = stage, f"{self.folder.name} {stage}"
+        show = {"disable": None if self.leader else True, "position": self.position, "leave": False}
+        self.bar = tqdm(range(first, last), name, initial=first, total=last, **show)
+        return self.bar
+
+    def log(self, step, loss, right, count, tokens):
+        """Note the sums of a step; look at the numbers every LOG_EVERY steps."""
+        self.pending.append((loss, right, count))
+        self.tokens += tokens
+        if (step + 1) % LOG_EVERY == 0:
+            self.look(step)
+
+    def look(self, step):
+        """Write a line, move the bar.  FloatingPointError when a loss is not finite."""
+        if not self.pending:
+            return
+        rows = np.array([[float(v) for v in row] for row in self.pending])  # (steps, 3)
+        if not np.isfinite(rows).all():
+            bad = int(np.argmin(np.isfinite(rows[:, 0])))
+            path = self.folder / "checkpoint.pt"
+            raise FloatingPointError(
+                f"{self.stage}: the loss is {rows[bad, 0]} at step {step + 2 - len(rows) + bad}; "
+                + (f"the state before it is {path}" if path.exists() else "no checkpoint yet")
+            )
+        loss, right, count = rows.sum(0)
+        now = self.tokens, time.perf_counter()
+        speed = round((now[0] - self.mark[0]) / (now[1] - self.mark[1]))
+        line = {"loss": loss / count, "accuracy": right / count, "tokens_per_s": speed}
+        self.bar.set_postfix(line)
+        self.write({"stage": self.stage, "step": step + 1} | line)
+        self.pending, self.mark = [], now
+
+    def write(self, line):
+        if self.leader:
+            self.metrics.write(json.dumps(line).encode() + b"\n")
+
+
+# --------------------------------------------------------------- what a number depends on
+
+
+def peak_memory():
+    """Bytes: of the GPU when there is one, else of this process; None when it cannot be told."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used if sys.platform == "darwin" else 1024 * used
+    except ImportError:  # Windows
+        return None
+
+
+def versions():
+    """torch, Python and the commit of the code."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # a copied file, no repository
+    return {"torch": torch.__version__, "python": platform.python_version(), "commit": commit}
