@@ -1,0 +1,207 @@
+"""Delayed recall over up to 16k steps: S4 against a Transformer of equal size and training time.
+
+    python benchmarks/recall.py                  all missing runs, table, picture (25 min of a core)
+    python benchmarks/recall.py --lengths 1024   the shortest length alone (3 min)
+    python benchmarks/recall.py --extra          also: the Transformer for as many steps as S4
+
+A sequence of L tokens: four symbols out of four kinds, each shown for L / 32 steps, then blanks for
+the other seven eighths; at the last step the model names all four (chance 0.25).  Both models are
+causal, 32 wide, two layers, about 21,000 parameters.  Equal training time is equal CPU seconds on
+one thread, evaluation left out; the learning rate falls in a cosine over these seconds.  Settings
+(rate; for the Transformer also RoPE or sinusoids, so it has twice the choice) are chosen for each
+length on validation with seed 0; seeds 0, 1, 2 are then tested.  S4's steps start between 1 / L and
+100 / L.  Writes results/recall.json run by run, resumable, and results/recall.png.
+"""
+
+import argparse
+import itertools
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from byte_lm import ROOT, complete, load, pyplot
+from torch import nn
+
+sys.path.insert(0, str(ROOT))
+from attention import Transformer, TransformerConfig
+from s4 import S4Config, S4Model
+
+KINDS = SYMBOLS = 4
+SECONDS = {1024: 12, 4096: 25, 16384: 75}  # CPU seconds of training, by length
+CHOICE = {  # settings tried on validation
+    "S4": [("", 3e-3), ("", 1e-2)],
+    "Transformer": [(p, lr) for p in ("RoPE", "sinusoids") for lr in (3e-3, 1e-2)],
+}
+VALIDATION, TEST = 10_001, 10_002  # seeds of their sequences
+
+
+def sequences(n, L, generator):
+    """Returns tokens (n, L) and the symbols shown (n, SYMBOLS), int64; a blank is KINDS."""
+    shown = torch.randint(KINDS, (n, SYMBOLS), generator=generator)
+    tokens = torch.full((n, L), KINDS)
+    tokens[:, : L // 8] = shown.repeat_interleave(L // (8 * SYMBOLS), 1)
+    return tokens, shown
+
+
+class Recall(nn.Module):
+    """A causal model and a head on its last position: tokens (B, L) -> (B, SYMBOLS, KINDS)."""
+
+    def __init__(self, model, positions, L):
+        super().__init__()
+        common = dict(d_model=32, n_layers=2, vocab_size=KINDS + 1, causal=True)
+        if model == "S4":
+            self.body = S4Model(S4Config(**common, d_state=64, dt_min=1 / L, dt_max=100 / L))
+        else:
+            config = TransformerConfig(**common, n_heads=2, d_ff=96, rope=positions == "RoPE")
+            self.body = Transformer(config)
+        self.head = nn.Linear(32, SYMBOLS * KINDS)
+
+    def forward(self, tokens):
+        return self.head(self.body(tokens)[:, -1]).unflatten(-1, (SYMBOLS, KINDS))
+
+    def optimizer(self, lr):
+        head = {"params": list(self.head.parameters()), "lr": lr}
+        return torch.optim.AdamW([*self.body.param_groups(lr, 0.01), head])
+
+
+@torch.no_grad()
+def accuracy(model, L, seed, n):
+    """Share of symbols named right in n sequences, a few at a time."""
+    tokens, shown = sequences(n, L, torch.Generator().manual_seed(seed))
+    named = torch.cat([model(part).argmax(-1) for part in tokens.split(max(1, 2**15 // L))])
+    return (named == shown).double().mean().item()
+
+
+def train(model, L, positions, lr, seed, seconds=math.inf, steps=math.inf):
+    """Trains for so many CPU seconds or steps.  Returns what came out, for the result file."""
+    torch.manual_seed(seed)
+    net, draws = Recall(model, positions, L), torch.Generator().manual_seed(seed)
+    optimizer = net.optimizer(lr)
+    highest = [group["lr"] for group in optimizer.param_groups]
+    start, step = time.process_time(), 0
+    while (done := max((time.process_time() - start) / seconds, step / steps)) < 1:
+        factor = min(1, 10 * done + 0.1) * (0.55 + 0.45 * math.cos(math.pi * done))
+        for group, rate in zip(optimizer.param_groups, highest, strict=True):
+            group["lr"] = rate * factor
+        tokens, shown = sequences(max(2, 8192 // L), L, draws)
+        loss = F.cross_entropy(net(tokens).flatten(0, 1), shown.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+    spent = time.process_time() - start
+    return {
+        "steps": step,
+        "cpu_s": round(spent, 1),
+        "loss": round(loss.item(), 4),
+        "validation": accuracy(net, L, VALIDATION, 2**18 // L),
+        "test": accuracy(net, L, TEST, 2**19 // L),
+        "params": sum(p.numel() for p in net.parameters()),
+    }
+
+
+def key(model, L, setting, seed, budget):
+    return dict(model=model, L=L, positions=setting[0], lr=setting[1], seed=seed, budget=budget)
+
+
+def chosen(runs, model, L):
+    """The setting with the best validation accuracy at seed 0 (of equals, the lower loss)."""
+    tried = [r for r in runs if (r["model"], r["L"], r["seed"]) == (model, L, 0)]
+    best = max((r for r in tried if r["budget"] == "seconds"), key=rank)
+    return best["positions"], best["lr"]
+
+
+def rank(run):
+    return run["validation"], -run["loss"]
+
+
+def rows(runs):
+    """One row a length and model: mean and spread of the tested accuracy over the seeds."""
+    out = []
+    for L, model, budget in itertools.product(SECONDS, CHOICE, ("seconds", "steps")):
+        mine = [r for r in runs if (r["L"], r["model"], r["budget"]) == (L, model, budget)]
+        if not mine:
+            continue
+        setting = chosen(runs, model, L)
+        mine = [r for r in mine if (r["positions"], r["lr"]) == setting]
+        test = np.array([r["test"] for r in mine])
+        out.append(
+            dict(L=L, model=model, budget=budget, positions=setting[0], lr=setting[1])
+            | {
+                "test": [round(float(t), 4) for t in test],
+                "mean": round(float(test.mean()), 4),
+                "spread": round(float(test.std(ddof=1)), 4) if len(test) > 1 else None,
+                "steps": [r["steps"] for r in mine],
+                "cpu_s": [r["cpu_s"] for r in mine],
+            }
+        )
+    return out
+
+
+def plot(table, path):
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    styles = {("S4", "seconds"): "o-", ("Transformer", "seconds"): "s--"}
+    styles[("Transformer", "steps")] = "^:"
+    for (model, budget), style in styles.items():
+        mine = [r for r in table if (r["model"], r["budget"]) == (model, budget)]
+        if not mine:
+            continue
+        name = model if budget == "seconds" else f"{model}, as many steps as S4"
+        x, mean = [r["L"] for r in mine], [r["mean"] for r in mine]
+        line = ax.plot(x, mean, style, label=name, color="C0" if model == "S4" else "C1")
+        for r in mine:
+            shade = line[0].get_color()
+            ax.plot([r["L"]] * len(r["test"]), r["test"], style[0], mfc="none", color=shade)
+    ax.axhline(1 / KINDS, color="grey", lw=1)
+    ax.annotate("chance", (min(SECONDS), 1 / KINDS), va="bottom", fontsize=9)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks([*SECONDS], [f"{L // 1024}k\n{s} s" for L, s in SECONDS.items()])
+    ax.set(ylim=(0, 1.05), xlabel="length in tokens; CPU seconds of training")
+    ax.set_ylabel("symbols named right (share, test)")
+    ax.grid(alpha=0.3)
+    ax.legend(loc="lower left", fontsize=9)
+    fig.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--lengths", type=int, nargs="+", default=[*SECONDS], choices=[*SECONDS], help="tokens")
+    add("--seeds", type=int, default=3, help="seeds of each arm (3)")
+    add("--share", type=float, default=1.0, help="of the CPU seconds, to try it out (1)")
+    add("--extra", action="store_true", help="also the Transformer for S4's steps, at 1,024 tokens")
+    add("--out", type=Path, default=ROOT / "results" / "recall.json", help="result file")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = {"seconds": SECONDS, "share": args.share, "clock": "CPU seconds, shared machine"}
+
+    def measure(model, L, positions, lr, seed, budget):
+        if budget == "seconds":
+            return train(model, L, positions, lr, seed, seconds=args.share * SECONDS[L])
+        s4 = next(r for r in rows(load(args.out)["runs"]) if (r["L"], r["model"]) == (L, "S4"))
+        return train(model, L, positions, lr, seed, steps=s4["steps"][seed])
+
+    def run(keys):
+        return complete(args.out, keys, measure, len(keys), settings)["runs"]
+
+    for L, model in itertools.product(args.lengths, CHOICE):
+        runs = run([key(model, L, setting, 0, "seconds") for setting in CHOICE[model]])
+        best = chosen(runs, model, L)
+        run([key(model, L, best, seed, "seconds") for seed in range(args.seeds)])
+    if args.extra:
+        best = chosen(load(args.out)["runs"], "Transformer", 1024)
+        run([key("Transformer", 1024, best, seed, "steps") for seed in range(args.seeds)])
+    table = rows(load(args.out)["runs"])
+    for row in table:
+        print(*row.values())
+    plot(table, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
