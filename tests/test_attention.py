@@ -60,7 +60,11 @@ def test_by_hand():
 
 
 def test_golden_is_what_the_references_say():
-    assert json.loads(json.dumps(make_golden.attention())) == GOLDEN
+    """To rounding, not to the bit: the last digit of exp depends on the processor."""
+    made = make_golden.attention()
+    assert made.keys() == GOLDEN.keys() and made["input"] == GOLDEN["input"]
+    for name in GOLDEN.keys() - {"input", "losses"}:
+        assert rel_err(np.array(made[name]), np.array(GOLDEN[name])) < 1e-13, name
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -77,7 +81,7 @@ def test_golden_attention(causal):
 def test_golden_losses():
     """Ten steps of a tiny Transformer in float64, every weight of it a closed form."""
     losses = make_golden.attention_losses()
-    assert rel_err(torch.tensor(losses), torch.tensor(GOLDEN["losses"])) < 1e-9
+    assert rel_err(np.array(losses), np.array(GOLDEN["losses"])) < 1e-9
     assert losses[-1] < losses[0]
 
 
