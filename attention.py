@@ -98,22 +98,21 @@ def attention_slow(q, k, v, causal=False, keep=None, bias=None):
     return scores.softmax(-1) @ v  # (B, H, Lq, Lk) x (B, H, Lk, E) -> (B, H, Lq, E)
 
 
-def tiles(q, k, causal, tile):
-    """(queries, keys) as slices, tile[0] by tile[1], without tiles that lie all in the future."""
+def tiles(q, k, causal, bias, tile):
+    """Yields (queries, keys, scores): slices, and (B, H, ., .) of equal heads, tile by tile.
+
+    A tile that lies all in the future is left out.
+    """
     for i in range(0, q.shape[2], tile[0]):
         for j in range(0, min(k.shape[2], i + tile[0]) if causal else k.shape[2], tile[1]):
-            yield slice(i, i + tile[0]), slice(j, j + tile[1])
-
-
-def tile_scores(q, k, causal, bias, rows, cols):
-    """Scores of the queries `rows` and the keys `cols`; q and k have equal heads. (B, H, ., .)."""
-    scores = q[:, :, rows] @ k[:, :, cols].mT / math.sqrt(q.shape[-1])
-    if bias is not None:  # (1 or B, 1 or H, 1 or Lq, Lk)
-        scores = scores + bias.expand(-1, -1, q.shape[2], -1)[:, :, rows, cols]
-    if causal and cols.stop > rows.start:  # else the tile lies all in the past
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
-        scores = scores.masked_fill(future.triu(1 + rows.start - cols.start), -torch.inf)
-    return scores
+            rows, cols = slice(i, i + tile[0]), slice(j, j + tile[1])
+            scores = q[:, :, rows] @ k[:, :, cols].mT / math.sqrt(q.shape[-1])
+            if bias is not None:  # (1 or B, 1 or H, 1 or Lq, Lk)
+                scores = scores + bias.expand(-1, -1, q.shape[2], -1)[:, :, rows, cols]
+            if causal and cols.stop > rows.start:  # else the tile lies all in the past
+                future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+                scores = scores.masked_fill(future.triu(1 + rows.start - cols.start), -torch.inf)
+            yield rows, cols, scores
 
 
 def attention_online(q, k, v, causal=False, bias=None, tile=(256, 1024)):
@@ -125,8 +124,7 @@ def attention_online(q, k, v, causal=False, bias=None, tile=(256, 1024)):
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # (B, H, Lk, E)
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
     m, l = q.new_full(q.shape[:3], -torch.inf), q.new_zeros(q.shape[:3])
-    for rows, cols in tiles(q, k, causal, tile):
-        scores = tile_scores(q, k, causal, bias, rows, cols)
+    for rows, cols, scores in tiles(q, k, causal, bias, tile):
         m_new = torch.maximum(m[:, :, rows], scores.amax(-1))
         finite = m_new.masked_fill(m_new == -torch.inf, 0)  # -inf - -inf would be nan
         decay = (m[:, :, rows] - finite).exp()  # what was summed under the old maximum shrinks
@@ -147,8 +145,8 @@ def attention_online_grad(grad, q, k, v, out, lse, causal=False, bias=None, tile
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a query that saw nothing has weights 0
     delta = (grad * out).sum(-1, keepdim=True)  # (B, H, Lq, 1): sum_j P_ij dP_ij
-    for rows, cols in tiles(q, k, causal, tile):
-        weights = (tile_scores(q, k, causal, bias, rows, cols) - lse[:, :, rows, None]).exp()
+    for rows, cols, scores in tiles(q, k, causal, bias, tile):
+        weights = (scores - lse[:, :, rows, None]).exp()
         dweights = grad[:, :, rows] @ v[:, :, cols].mT
         dscores = weights * (dweights - delta[:, :, rows]) * scale
         dv[:, :, cols] += weights.mT @ grad[:, :, rows]
@@ -159,7 +157,7 @@ def attention_online_grad(grad, q, k, v, out, lse, causal=False, bias=None, tile
 
 def fused(q, k, v, causal, bias):
     """True when a kernel of this device that returns the log-sum-exp takes these arguments."""
-    if q.shape[-1] != v.shape[-1]:
+    if q.shape[-1] != v.shape[-1] or not (q.numel() and k.numel()):  # they divide by the lengths
         return False
     if q.device.type == "cpu":
         has = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
@@ -168,20 +166,8 @@ def fused(q, k, v, causal, bias):
     return q.device.type == "cuda" and q.dtype != torch.float64 and bias is None and small
 
 
-def attention_block(q, k, v, causal=False, bias=None):
-    """(out, lse) of queries against one block of keys, to be merged with other blocks. No autograd.
-
-    q: (B, H, Lq, E), k, v: (B, G, Lk, E), any lengths, 0 too; bias: (1 or B, 1 or H, 1 or Lq, Lk),
-    -inf hides a key; causal: query i sees keys 0 .. i.  Returns out (B, H, Lq, E) and lse
-    (B, H, Lq), the natural log of the summed weights, in float32 (float64 for float64).
-    """
-    if q.dtype in (torch.float16, torch.bfloat16) and (q.device.type == "cpu" or bias is not None):
-        q, k, v = q.float(), k.float(), v.float()  # as fast here, and one rounding less
-    if not (q.numel() and k.numel()):  # the kernel divides by these lengths
-        out = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
-        return out, out.new_full(q.shape[:3], -torch.inf)
-    if not fused(q, k, v, causal, bias):
-        return attention_online(q, k, v, causal, bias)
+def fused_block(q, k, v, causal, bias):
+    """(out, lse) by the kernel of this device, where `fused` says that there is one."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # else wrong numbers
     if q.device.type == "cpu":
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -199,19 +185,9 @@ def attention_block(q, k, v, causal=False, bias=None):
     return out.float(), lse[:, :, : q.shape[2]].contiguous()
 
 
-def attention_block_grad(grad, q, k, v, out, lse, causal=False, bias=None):
-    """(dq, dk, dv) of `attention_block`. out and lse: of the whole attention, not of this block.
-
-    With P = exp(scores - lse), the weights of the whole softmax, the blocks' gradients add up.
-    """
-    if q.dtype in (torch.float16, torch.bfloat16) and (q.device.type == "cpu" or bias is not None):
-        q, k, v = q.float(), k.float(), v.float()
-    if not (q.numel() and k.numel()):
-        return tuple(torch.zeros_like(x) for x in (q, k, v))
-    grad, out = grad.to(q.dtype), out.to(q.dtype)
-    if not fused(q, k, v, causal, bias):
-        return attention_online_grad(grad, q, k, v, out, lse, causal, bias)
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+def fused_block_grad(grad, q, k, v, out, lse, causal, bias):
+    """(dq, dk, dv) by the kernel of this device, where `fused` says that there is one."""
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a query that saw nothing has weights 0
     grad, q, k, v, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad, q, k, v, out))
     if q.device.type == "cpu":
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -228,6 +204,32 @@ def attention_block_grad(grad, q, k, v, out, lse, causal=False, bias=None):
         lengths, rng = (q.shape[2], k.shape[2]), (seed.view(torch.uint64), seed[0])
         dq, dk, dv = kernel(grad, q, k, v, out, lse, None, None, *lengths, 0.0, causal, *rng)
     return dq, *(x.float().unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
+
+
+def attention_block(q, k, v, causal=False, bias=None):
+    """(out, lse) of queries against one block of keys, to be merged with other blocks. No autograd.
+
+    q: (B, H, Lq, E), k, v: (B, G, Lk, E), any lengths, 0 too; bias: (1 or B, 1 or H, 1 or Lq, Lk),
+    -inf hides a key; causal: query i sees keys 0 .. i.  Returns out (B, H, Lq, E) and lse
+    (B, H, Lq), the natural log of the summed weights, in float32 (float64 for float64).
+    """
+    has_kernel = fused(q, k, v, causal, bias)
+    if q.device.type == "cpu" or not has_kernel:  # as fast there, and one rounding less
+        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+    return (fused_block if has_kernel else attention_online)(q, k, v, causal, bias)
+
+
+def attention_block_grad(grad, q, k, v, out, lse, causal=False, bias=None):
+    """(dq, dk, dv) of `attention_block`. out and lse: of the whole attention, not of this block.
+
+    With P = exp(scores - lse), the weights of the whole softmax, the blocks' gradients add up.
+    """
+    has_kernel = fused(q, k, v, causal, bias)
+    if q.device.type == "cpu" or not has_kernel:
+        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+    grad, out = grad.to(q.dtype), out.to(q.dtype)
+    gradients = fused_block_grad if has_kernel else attention_online_grad
+    return gradients(grad, q, k, v, out, lse, causal, bias)
 
 
 def merge(out, lse, out_block, lse_block):
