@@ -476,7 +476,11 @@ def total(tensors):
     """Sums each tensor over the processes, in place, in one message."""
     if ranks()[1] > 1:
         flat = torch.cat([t.reshape(-1) for t in tensors])
-        dist.all_reduce(flat)
+        try:
+            dist.all_reduce(flat)
+        except RuntimeError as error:
+            reason = shorten(str(error), 200)
+            raise dist_attention.RankLost(f"another process was lost: {reason}") from error
         for t, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             t.copy_(piece.view_as(t))
 

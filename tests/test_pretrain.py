@@ -4,8 +4,10 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -452,6 +454,80 @@ def test_evaluation_counts_every_example_once(lattice):
     logits = head(torch.tensor(lattice.val.tokens).double().mean(1, keepdim=True).expand(-1, 16))
     right = (logits.argmax(1).numpy() == lattice.val.labels).mean()
     assert score["accuracy"] == pytest.approx(right)
+
+
+# ------------------------------------------------------------- real processes, really killed
+
+SMALL = ["--d-model", "8", "--n-heads", "2", "--d-ff", "8", "--d-state", "4", "--device", "cpu"]
+LONG = [*SMALL, "--pretrain-steps", "150", "--finetune-steps", "150", "--eval-every", "5"]
+
+
+def start_process(args, **environment):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, ROOT / "pretrain.py", *args], env=environment, **pipes)
+
+
+def progress(folder):
+    """(stage, step) of the last whole line of the metrics, stages counted from 0."""
+    path = folder / "metrics.jsonl"
+    rows = path.read_text().splitlines() if path.exists() else []
+    if not rows or not rows[-1].endswith("}"):
+        return -1, 0
+    last = json.loads(rows[-1])
+    return pretrain.STAGES.index(last["stage"]), last.get("step", last.get("val_step"))
+
+
+def kill(process, ready, wait=0.0):
+    """SIGKILL `wait` seconds after `ready`; a run that ended before is a failure."""
+    while not ready():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.001)
+    time.sleep(wait)
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.slow
+def test_ten_kills_change_no_bit(tmp_path):
+    """kill -9 of real processes, five in each stage, every second one amid writing a checkpoint."""
+    rng, data = np.random.RandomState(0), ["--data-dir", str(tmp_path / "data")]
+    whole, cut = (tmp_path / name for name in ("whole", "cut"))
+    done = start_process([*LONG, *data, "--out", str(whole)])
+    assert "result.json" in done.communicate(timeout=300)[0]
+    moments = [(stage, step) for stage in (0, 1) for step in np.sort(rng.randint(5, 120, 5))]
+    command = [*LONG, *data, "--out", str(cut)]
+    for i, moment in enumerate(moments):
+        process, new = start_process([*command, *["--resume"][:i]]), cut / "checkpoint.pt.new"
+        if i % 2:
+            kill(process, lambda m=moment, new=new: progress(cut) >= m and new.exists())
+        else:
+            kill(process, lambda m=moment: progress(cut) >= m, rng.uniform(0, 0.02))
+        assert not (cut / "result.json").exists()
+    done = start_process([*command, "--resume"])
+    assert "result.json" in done.communicate(timeout=300)[0]
+    same(bits(whole), bits(cut))
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_dead_rank_ends_the_other_and_the_run_goes_on(tmp_path):
+    """Without torchrun's own watch: rank 1 is killed, rank 0 stops by itself and says why."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    out, data = str(tmp_path / "run"), ["--data-dir", str(tmp_path / "data")]
+    group = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    both = [
+        start_process([*LONG, *data, "--out", out], RANK=r, LOCAL_RANK=r, MASTER_PORT=port, **group)
+        for r in "01"
+    ]
+    kill(both[1], lambda: progress(tmp_path / "run") >= (0, 10))
+    text = both[0].communicate(timeout=100)[0]
+    assert both[0].returncode == 1 and "another process was lost" in text, text
+    assert "Traceback" not in text and not (tmp_path / "run" / "result.json").exists()
+    alone = start_process([*LONG, *data, "--out", out, "--resume"])
+    assert "result.json" in alone.communicate(timeout=300)[0]
 
 
 # ---------------------------------------------------------------------- settings, command line
