@@ -68,6 +68,7 @@ def nplr_legs(N):
     p = np.sqrt(np.arange(N) + 0.5)  # (N,)
     frequency, V = np.linalg.eigh(-1j * (A + np.outer(p, p) + 0.5 * np.eye(N)))  # (N,), (N, N)
     V = V[:, frequency > 0]  # (N, N/2)
+    V = V * np.exp(1j * np.angle(V.conj().T @ B))  # a solver's phases are arbitrary: now B, P > 0
     return -0.5 + 1j * frequency[frequency > 0], V.conj().T @ p, V.conj().T @ B, V
 
 
@@ -508,7 +509,7 @@ class S4D(S4):
 
 
 class DLR(S4D):
-    """x_l = exp(Lam) x_{l-1} + u_l, y_l = 2 Re(C x_l): no HiPPO and no dt.
+    """x_l = exp(Lam) x_{l-1} + u_l, y_l = 2 Re(C x_l): a plain recurrence, no HiPPO and no dt.
 
     The model of 2310.02980v4, equation 3, which asks what structured initialisation is worth.
     Phases 2 pi k / N as there; decays log-uniform in [dt_min, dt_max] (ours: no value is given).
@@ -522,15 +523,17 @@ class DLR(S4D):
         self.frequency = self.per_channel(2 * np.pi * np.arange(d_state // 2) / d_state)
 
     def continuous(self, rate=1.0):
-        """As S4, with B = 1 and dt = rate."""
+        """As S4, with dt = 1 and the B of which B_bar is 1.  ValueError for another rate."""
+        if rate != 1:
+            raise ValueError(f"rate {rate}: expected 1, a plain recurrence has no time step")
         Lam = torch.complex(-self.log_decay.double().exp(), self.frequency.double())
         C = self.C.to(torch.promote_types(self.C.dtype, torch.float32))
-        dt = torch.full_like(Lam.real[:, :1], rate)
-        return Lam, torch.ones_like(Lam), torch.view_as_complex(C), dt
-
-    def system(self, rate=1.0):
-        held = super().system(rate)
-        return held._replace(B_bar=torch.full_like(held.B_bar, rate))
+        return (
+            Lam,
+            Lam / torch.expm1(Lam),
+            torch.view_as_complex(C),
+            torch.ones_like(Lam.real[:, :1]),
+        )
 
 
 class S4Block(nn.Module):

@@ -13,12 +13,13 @@ from torch import nn
 from torch.autograd import gradcheck
 
 import s4
-from s4 import S4, S4D, S4Config, S4Model, s4_mixer, s4d_inv, s4d_legs, s4d_lin, s4d_mixer
+from s4 import DLR, S4, S4D, S4Config, S4Model, s4_mixer, s4d_inv, s4d_legs, s4d_lin, s4d_mixer
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = json.loads((ROOT / "tests/golden/s4.json").read_text())
 SLOW = pytest.mark.slow
-KINDS = pytest.mark.parametrize("kind", [S4, S4D])
+KINDS = pytest.mark.parametrize("kind", [S4, S4D, DLR])
+TIMED = pytest.mark.parametrize("kind", [S4, S4D])
 INITS = {"lin": s4d_lin, "inv": s4d_inv, "legs": s4d_legs}
 
 
@@ -86,6 +87,7 @@ FREQUENCIES = {
 def test_normal_form(N):
     A, B = s4.hippo_legs(N)
     Lam, P, B_half, V = s4.nplr_legs(N)
+    assert (B_half.real > 0).all() and abs(B_half.imag).max() < 1e-12  # no solver's own phases
     want = np.array(FREQUENCIES[N])
     got = np.sort(Lam.imag)
     got = got if N <= 8 else np.concatenate([got[: len(want) - 1], got[-1:]])
@@ -222,7 +224,7 @@ def test_kernel_does_not_depend_on_the_basis():
 
 
 def test_gradient_of_a_layer_reaches_every_parameter():
-    for kind in (S4, S4D):
+    for kind in (S4, S4D, DLR):
         layer = kind(3, 8, bidirectional=True).double()
         layer(torch.randn(2, 20, 3, dtype=torch.float64)).square().sum().backward()
         assert all(p.grad.abs().max() > 0 for p in layer.parameters())
@@ -296,7 +298,7 @@ def test_gradients_pass_through_the_recurrent_mode(kind):
     assert max(map(rel_err, got, want)) < 1e-10
 
 
-@KINDS
+@TIMED
 @pytest.mark.parametrize("rate", [0.5, 2.0])
 def test_rate_keeps_the_integral(kind, rate):
     layer = kind(4, 16, dt_min=0.05, dt_max=0.1).double()
@@ -308,6 +310,21 @@ def test_rate_keeps_the_integral(kind, rate):
     y, _ = layer.prefill(x, layer.initial_state(1, rate))
     assert rel_err(layer(x, rate=rate), shifted(x)) < 1e-12
     assert rel_err(y, shifted(x)) < 1e-10
+
+
+def test_a_plain_recurrence_is_what_its_name_says():
+    """x_l = a x_{l-1} + u_l with a = exp(Lam), y_l = 2 Re(C x_l), as a loop."""
+    layer = DLR(3, 8).double()
+    a = np.exp(-np.exp(layer.log_decay.detach().numpy()) + 1j * layer.frequency.detach().numpy())
+    C, u = layer.C[0].detach().numpy() @ np.array([1, 1j]), np.random.RandomState(0).randn(50, 3)
+    x, y = np.zeros((3, 4), complex), []
+    for u_l in u:
+        x = a * x + u_l[:, None]
+        y.append(2 * (C * x).sum(-1).real + layer.D_skip.detach().numpy() * u_l)
+    assert rel_err(layer(torch.from_numpy(u)[None])[0], np.array(y)) < 1e-12
+    assert (abs(a) < 1).all() and (0.9 < abs(a)).all()
+    with pytest.raises(ValueError, match=r"rate 2.0: expected 1"):
+        layer.kernel(5, 2.0)
 
 
 def test_half_rate_gives_half_the_samples():
