@@ -85,12 +85,16 @@ def describe(results):
 
 
 def compare(arms, seeds, folder, workers=2):
-    """{name: Config} -> {name: row of the table}, every arm with every seed."""
-    jobs = [
-        replace(config, seed=seed, out=f"{folder}/{name.replace(' ', '-')}-{seed}")
-        for name, config in arms.items()
-        for seed in seeds
-    ]
+    """{name: Config} -> {name: row of the table}, every arm with every seed.
+
+    "{seed}" in a path of --pretrained stands for the seed.
+    """
+    jobs = []
+    for name, config in arms.items():
+        for seed in seeds:
+            out = f"{folder}/{name.replace(',', '').replace(' ', '-')}-{seed}"
+            weights = config.pretrained and config.pretrained.format(seed=seed)
+            jobs.append(replace(config, seed=seed, out=out, pretrained=weights))
     results, n = side_by_side(jobs, workers), len(seeds)
     return {name: describe(results[i * n : i * n + n]) for i, name in enumerate(arms)}
 

@@ -1,0 +1,97 @@
+"""What "Never Train from Scratch" (arXiv:2310.02980v4) claims, on `lattice`, a question a name.
+
+    python benchmarks/pretraining.py objectives    scratch, masked, causal: four architectures
+    python benchmarks/pretraining.py share         how much of a fixed number of steps to pretrain
+    python benchmarks/pretraining.py labels        few labels, all inputs
+    python benchmarks/pretraining.py init          is structured initialisation redundant?
+
+Protocol and rates are those of benchmarks/demo.py: all arms see the same 4,000 training examples,
+a from-scratch arm takes as many steps as its twin in both stages. The rates were searched for the
+Transformer and S4; SGConv, the plain recurrence and S4 from random numbers take those of S4.
+Writes results/pretraining_NAME.json; finished runs are read from their folders.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from compare import compare, provenance  # noqa: E402
+from demo import ARMS, DEMO, PRETRAINED, SCRATCH  # noqa: E402
+
+STEPS = 4400  # of a Transformer, both stages
+RUNS, MASKED = "runs/pretraining", "Transformer-masked"
+CONVOLUTIONS = {"S4": {}, "SGConv": {"model": "sgconv"}, "diagonal": {"model": "diagonal"}}
+
+
+def arm(name, **settings):
+    return replace(DEMO, **ARMS[name] | settings)
+
+
+def objectives():
+    """Each architecture from scratch, after masked and after causal pretraining."""
+    arms = {}
+    for model, own in {"Transformer": {}, **CONVOLUTIONS}.items():
+        like = "Transformer" if model == "Transformer" else "S4"
+        arms[f"{model}-scratch"] = arm(f"{like}, from scratch", **own)
+        for objective in ("masked", "causal"):
+            arms[f"{model}-{objective}"] = arm(f"{like}, pretrained", **own, objective=objective)
+    return arms
+
+
+def share():
+    """The Transformer: steps of pretraining out of STEPS."""
+    arms = {"0 %": replace(DEMO, **SCRATCH, finetune_steps=STEPS)}
+    for percent in (25, 50, 75, 95):
+        first = STEPS * percent // 100
+        steps = {"pretrain_steps": first, "finetune_steps": STEPS - first}
+        arms[f"{percent} %"] = replace(DEMO, **PRETRAINED | steps)
+    return arms
+
+
+def labels():
+    """The Transformer with n labels: from scratch, or from weights that have seen all inputs."""
+    weights, arms = f"{RUNS}/objectives/{MASKED}-{{seed}}/pretrained.pt", {}
+    for n in (100, 400, 1000):
+        arms[f"{n} labels, from scratch"] = arm("Transformer, from scratch", labels=n)
+        arms[f"{n} labels, pretrained"] = arm(
+            "Transformer, pretrained", labels=n, pretrained=weights
+        )
+    return arms
+
+
+def init():
+    """S4 whose every parameter starts from N(0, 0.1^2); the plain recurrence is in `objectives`."""
+    return {
+        f"S4 at random, {way}": arm(f"S4, {way}", random_init=True)
+        for way in ("from scratch", "pretrained")
+    }
+
+
+QUESTIONS = {f.__name__: f for f in (objectives, share, labels, init)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("name", choices=QUESTIONS, help="which question")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of each arm")
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side, a thread each")
+    args = parser.parse_args()
+    if args.name == "labels":  # whose arms start from these weights
+        before = {MASKED: objectives()[MASKED]}
+        compare(before, args.seeds, f"{RUNS}/objectives", args.workers)
+    rows = compare(QUESTIONS[args.name](), args.seeds, f"{RUNS}/{args.name}", args.workers)
+    for name, row in rows.items():
+        print(f"{name:28}{row['mean']:6.2f} +- {row['spread']}   {row['test']}")
+    path = ROOT / "results" / f"pretraining_{args.name}.json"
+    content = provenance("pretraining.py", args.seeds) | {"arms": rows}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
