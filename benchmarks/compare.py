@@ -43,7 +43,8 @@ def run(config, position=0):
     path = Path(config.out) / "result.json"
     if path.exists():
         result, now = json.loads(path.read_text()), asdict(config)
-        differ = [k for k in now if k != "resume" and result["config"].get(k) != now[k]]
+        free = ("out", "resume", "data_dir")
+        differ = [k for k in now if k not in free and result["config"].get(k) != now[k]]
         if differ:
             raise ValueError(
                 f"{path} was made with another {', '.join(differ)}: give another --out"
