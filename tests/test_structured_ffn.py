@@ -767,10 +767,16 @@ def test_command_line():
     assert done.stdout.count(" ok") > 30 and "FAIL" not in done.stdout
 
 
+def test_command_line_refuses_what_it_cannot_check():
+    command = [sys.executable, "structured_ffn.py", "--dtype", "int32"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "'int32'" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_whole_file_runs():
     done = subprocess.run(
         [sys.executable, "structured_ffn.py"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "target: ratio below 0.5   ok" in done.stdout and "blockshuffle" in done.stdout
+    assert "target: ratio below 0.5   ok" in done.stdout and "BlockShuffle " in done.stdout
