@@ -1,15 +1,23 @@
 """Latency of dense, structured and merged FFNs over tokens and widths, and one layer's efficiency.
 
-    python benchmarks/ffn_latency.py                all missing cells, then tables and plot (5 min)
+    python benchmarks/ffn_latency.py                all missing cells, then tables and plot (7 min)
     python benchmarks/ffn_latency.py --budget 45    stop after about 45 s, resumable
 
-One thread, process CPU time, the forms take turns, the fastest round counts.  FFN: two matrices
-(d_model, 4 d_model) with GELU, 31 % of the weights, nothing recorded.  "merged" is LowRank after
+One thread, process CPU time; the forms take turns.  FFN: two matrices (d_model, 4 d_model) with
+GELU, 31 % of the weights, nothing recorded, the fastest round counts.  "merged" is LowRank after
 merge() with a threshold above the number of tokens: the dense product plus the dispatch.
-Efficiency = share of the FLOPs / share of the time.  Writes results/ffn_latency.json by cell.
+
+One layer: efficiency = share of the FLOPs / share of the time, of the fastest turn and of
+the median one.  The ceiling is the efficiency of the bare matrix products, on operands laid out as
+the product wants them, into memory that is there already.  "Memory kept": glibc hands results of
+32 MiB and more back to the system at once, and taking them anew costs page faults, the same for
+dense as for a faster layer; these cells tell glibc to keep them.  Writes results/ffn_latency.json
+cell by cell.
 """
 
 import argparse
+import ctypes
+import statistics
 import sys
 import time
 from functools import partial
@@ -24,6 +32,7 @@ from structured_ffn import KINDS, Grid, StructuredFFN, ffn_weights, match, secon
 
 WIDTHS, TOKENS = (256, 512, 1024, 2048), (1, 4, 16, 64, 256, 1024, 4096)
 LAYER = [("forward", 1), ("forward", 2048), ("forward + backward", 1024)]
+TURNS = 8  # of each form of a layer, two calls or more a turn
 
 
 def random_(module):
@@ -64,8 +73,30 @@ def thresholds(width):
     return found
 
 
-def efficiency(what, tokens, rounds, d_in=1024, d_out=4096):
-    """Returns {form: {"ms", "share" of the FLOPs, "efficiency"}} of one layer."""
+def keep_memory():
+    """Tell glibc to keep freed memory from now on; AttributeError with another C library."""
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    for option in (trim_threshold, mmap_threshold):
+        ctypes.CDLL(None).mallopt(option, 2**30)
+
+
+def products(layer, tokens, backward):
+    """Returns a function that runs the matrix products of a layer and nothing else."""
+    jobs = []
+    for M in [layer.weight[None]] if isinstance(layer, nn.Linear) else [layer.V, layer.U]:
+        M = M.detach()
+        n, q, p = M.shape
+        x, g = torch.randn(n, tokens, p), torch.randn(n, tokens, q)
+        jobs.append((x, M.mT, torch.empty(n, tokens, q)))
+        if backward:
+            jobs += [(g, M, torch.empty(n, tokens, p)), (g.mT, x, torch.empty(n, q, p))]
+    return lambda: [torch.bmm(a, b, out=out) for a, b, out in jobs]
+
+
+def efficiency(what, tokens, kept, d_in=1024, d_out=4096):
+    """Returns {form: {"ms", "median_ms", "share" of the FLOPs, "efficiency", ..., "ceiling"}}."""
+    if kept:
+        keep_memory()
     layers = {"dense": nn.Linear(d_in, d_out)}
     for ratio in (0.625, 0.3125):
         for kind in KINDS:
@@ -80,49 +111,52 @@ def efficiency(what, tokens, rounds, d_in=1024, d_out=4096):
         torch.autograd.grad(layer(x), [x, *layer.parameters()], g)
 
     calls = [partial(backward, l) if recorded else partial(l, x) for l in layers.values()]
-    with torch.set_grad_enabled(recorded):
-        times = seconds(calls, rounds, 2e-3, time.process_time)
+    bare = [products(layer, tokens, recorded) for layer in layers.values()]
+    turns = []
+    for _ in range(TURNS):
+        with torch.set_grad_enabled(recorded):
+            turn = seconds(calls, 2, 2e-3, time.process_time)
+        with torch.no_grad():
+            turns.append(turn + seconds(bare, 2, 2e-3, time.process_time))
+    columns = [*zip(*turns, strict=True)]
+    best, middle = [*map(min, columns)], [*map(statistics.median, columns)]
     result = {}
-    for (name, layer), t in zip(layers.items(), times, strict=True):
+    for i, (name, layer) in enumerate(layers.items()):
         share = sum(p.numel() for p in layer.parameters() if p.dim() > 1) / (d_in * d_out)
-        result[name] = {"ms": 1e3 * t, "share": share, "efficiency": share * times[0] / t}
+        j = i + len(layers)  # its bare products
+        result[name] = {
+            "ms": 1e3 * best[i],
+            "median_ms": 1e3 * middle[i],
+            "share": share,
+            "efficiency": share * best[0] / best[i],
+            "median_efficiency": share * middle[0] / middle[i],
+            "ceiling": share * best[len(layers)] / best[j],
+        }
     return result
 
 
-def better(old, new):
-    """Cells are measured several times; of each form the fastest counts."""
-    if old is None:
-        return new
-    merged = {n: min(old[n], new[n], key=lambda v: v["ms"]) for n in new}
-    for v in merged.values():
-        v["efficiency"] = v["share"] * merged["dense"]["ms"] / v["ms"]
-    return merged
-
-
-def cells(result, repeats):
-    """Yields (section, key, function) of what is missing, cheap ones first."""
-    for what, tokens in LAYER:
-        key, done = f"{what}, {tokens}", result["layer"].get(f"{what}, {tokens}", {})
-        for _ in range(done.get("repeats", 0), repeats):
-            yield "layer", key, partial(efficiency, what, tokens, 5)
-    for width in WIDTHS:
-        if str(width) not in result["thresholds"]:
-            yield "thresholds", str(width), partial(thresholds, width)
-    for width, tokens in sorted(
-        ((w, t) for w in WIDTHS for t in TOKENS), key=lambda c: c[0] ** 2 * c[1]
-    ):
-        if f"{width}, {tokens}" not in result["ffn"]:
-            yield "ffn", f"{width}, {tokens}", partial(latency, width, tokens)
+def cells(result):
+    """Yields (section, key, function) of what is missing, cheap ones first, memory kept last."""
+    found = [("layer", f"{what}, {n}", partial(efficiency, what, n, False)) for what, n in LAYER]
+    found += [("thresholds", str(width), partial(thresholds, width)) for width in WIDTHS]
+    sizes = sorted(((w, n) for w in WIDTHS for n in TOKENS), key=lambda c: c[0] ** 2 * c[1])
+    found += [("ffn", f"{w}, {n}", partial(latency, w, n)) for w, n in sizes]
+    for what, n in LAYER[1:]:
+        found.append(("layer", f"{what}, {n}, memory kept", partial(efficiency, what, n, True)))
+    return [cell for cell in found if cell[1] not in result[cell[0]]]
 
 
 def tables(result):
     lines = ["| one layer 1024 -> 4096 | FLOPs | " + " | ".join(result["layer"]) + " |"]
     lines.append("|---" * (2 + len(result["layer"])) + "|")
-    first = next(iter(result["layer"].values()))["forms"]
-    for name in first:
-        row = [cell["forms"][name] for cell in result["layer"].values()]
-        text = " | ".join(f"{r['ms']:.2f} ms, {r['efficiency']:.2f}" for r in row)
-        lines.append(f"| {name} | {row[0]['share']:.3f} | {text} |")
+    for name, first in next(iter(result["layer"].values())).items():
+        row = [cell[name] for cell in result["layer"].values()]
+        text = " | ".join(
+            f"{r['ms']:.2f} ms, {r['efficiency']:.2f} (median {r['median_efficiency']:.2f},"
+            f" ceiling {r['ceiling']:.2f})"
+            for r in row
+        )
+        lines.append(f"| {name} | {first['share']:.3f} | {text} |")
     lines += ["", "| FFN width | tokens | dense ms | " + " | ".join(KINDS) + " | merged |"]
     lines.append("|---" * (4 + len(KINDS)) + "|")
     for width in WIDTHS:
@@ -161,9 +195,6 @@ def plot(result, path):
 def main():
     parser = argparse.ArgumentParser(description="Latency of dense, structured and merged FFNs.")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which to stop")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="measurements of the layer table (3)"
-    )
     out = ROOT / "results" / "ffn_latency.json"
     parser.add_argument("--out", type=Path, default=out, help="result file")
     args = parser.parse_args()
@@ -171,14 +202,10 @@ def main():
     result = {"layer": {}, "thresholds": {}, "ffn": {}} | load(args.out)
     result.pop("runs", None)
     start = time.perf_counter()
-    for section, key, measure in list(cells(result, args.repeats)):
+    for section, key, measure in cells(result):
         if time.perf_counter() - start > args.budget:
             break
-        found = measure()
-        if section == "layer":
-            old = result["layer"].get(key, {"repeats": 0, "forms": None})
-            found = {"repeats": old["repeats"] + 1, "forms": better(old["forms"], found)}
-        result[section][key] = found
+        result[section][key] = measure()
         result |= provenance()
         save(args.out, result)
     print("\n".join(tables(result)))
