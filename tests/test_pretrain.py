@@ -234,6 +234,8 @@ def test_schedule():
     assert values[0] == 0.1 and values[9] == 1.0 and values[10] == 1.0
     assert values[55] == pytest.approx(0.5) and 0 < values[99] < 0.001
     assert all(a >= b for a, b in itertools.pairwise(values[10:]))
+    constant = [pretrain.schedule(s, 100, 0.1, "constant") for s in range(100)]
+    assert constant[:10] == values[:10] and set(constant[10:]) == {1.0}
 
 
 # ------------------------------------------------------------------------------- whole runs
@@ -289,6 +291,46 @@ def test_body_carries_over_head_and_optimiser_do_not(small_lattice, tmp_path, mo
     run(tmp_path, "b", pretrained=str(tmp_path / "a" / "pretrained.pt"))
     assert list(start) == ["finetune"]
     assert all(torch.equal(start["finetune"][0][k], pretrained[k]) for k in pretrained)
+
+
+def test_each_stage_has_its_own_batch_size(small_lattice, tmp_path, monkeypatch):
+    sizes, make_batch = {"pretrain": set(), "finetune": set()}, pretrain.make_batch
+
+    def spy(resident, index, stage, *rest):
+        sizes[stage].add(len(index))
+        return make_batch(resident, index, stage, *rest)
+
+    monkeypatch.setattr(pretrain, "make_batch", spy)
+    run(tmp_path, "a", pretrain_batch_size=12)
+    assert max(sizes["pretrain"]) == 12 and max(sizes["finetune"]) == 8
+
+
+def test_random_init_leaves_no_structure(lattice):
+    config = Config(**(TINY | {"d_model": 64}), model="s4", random_init=True)
+    model = pretrain.start(config, lattice)
+    values = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert abs(values.mean()) < 0.002 and abs(values.std() - 0.1) < 0.002
+    assert all(p.std() > 0.02 for p in model.parameters())
+
+
+@pytest.mark.parametrize("model", ["transformer", "s4"])
+def test_a_compiled_model_trains_the_same(model, small_lattice, tmp_path, monkeypatch):
+    """Traced by torch.compile, run as traced (no compiler is needed); the names stay."""
+    compile, graphs = torch.nn.Module.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile(self, backend=backend))
+    plain, traced = (
+        run(tmp_path, name, model=model, compile=name == "b", precision="float64") for name in "ab"
+    )
+    assert graphs
+    for stage in ("pretrain", "finetune", "test"):
+        assert traced[stage]["loss"] == pytest.approx(plain[stage]["loss"], rel=1e-9)
+    names = [torch.load(tmp_path / n / "pretrained.pt", weights_only=True).keys() for n in "ab"]
+    assert names[0] == names[1]
 
 
 @pytest.mark.parametrize("model", ["transformer", "s4"])
@@ -560,6 +602,31 @@ def test_bad_settings_are_refused_with_their_numbers(small_lattice, tmp_path, se
     with pytest.raises(ValueError, match=message):
         pretrain.train(Config(**({"out": str(tmp_path)} | TINY | settings)))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_flag_goes_before_a_file_before_a_default(tmp_path, capsys):
+    path = tmp_path / "a.json"
+    values = {"model": "s4", "d_model": 32, "clip": 2}
+    path.write_text(json.dumps({"settings": values, "sources": {"model": "table 5"}}))
+    pretrain.main(["--settings", str(path), "--d-model", "48", "--print-config"])
+    shown = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    for name, value, origin in (
+        ("model", "s4", f"{path}: table 5"),
+        ("d_model", "48", "command line"),
+        ("clip", "2", f"{path}: no source"),
+        ("batch_size", "64", "default"),
+    ):
+        assert shown[name].split(None, 2) == [name, value, origin]
+    for content, message in (
+        ("{", "not a file of settings"),
+        ('{"settings": {"d_modle": 3}}', "no setting is called d_modle"),
+        ('{"settings": {"d_model": "wide"}}', "d_model 'wide': expected int"),
+        ('{"settings": {"d_model": true}}', "d_model True: expected int"),
+        ("[]", "not a file of settings"),
+    ):
+        path.write_text(content)
+        with pytest.raises(SystemExit, match=message):
+            pretrain.main(["--settings", str(path)])
 
 
 def command(*args):
