@@ -380,7 +380,7 @@ def main(argv=None):
             row = da.run(args.tokens, args.heads, args.d_head, device, rank, world)
             name, rows = "distributed_tokens", [row]
             if rank == 0:
-                da.print_run(row, args.heads, args.d_head, device, world)
+                da.print_run(row)
         elif args.memory:
             name, rows = "distributed_memory", memory(args, rank, world)
         elif args.simulate:

@@ -43,7 +43,39 @@ def grid(world):
                 errors[name] = da.check_case(
                     attend, da.zigzag, causal, torch.float64, "cpu", lengths, padded=padded
                 )
+    errors["a mixer float64"] = check_mixer(da.zigzag, torch.float64, "cpu")
     return errors
+
+
+class Decay(torch.nn.Module):
+    """The smallest channel-wise mixer: y[t] = a y[t-1] + x[t]."""
+
+    def __init__(self, d_model):
+        super().__init__()
+        self.d_model, self.a = d_model, torch.nn.Parameter(torch.linspace(0.5, 0.9, d_model))
+
+    def forward(self, x, keep=None):
+        y = [torch.zeros_like(x[:, 0])]
+        for x_t in x.unbind(1):
+            y.append(self.a * y[-1] + x_t)
+        return torch.stack(y[1:], 1)
+
+
+def check_mixer(layout, dtype, device):
+    """`ulysses(mixer)` against the mixer in one process: output, input and parameter gradients."""
+    link, generator = da.Link(), torch.Generator().manual_seed(1)
+    x, grad = (torch.randn(2, 23, 6, generator=generator, dtype=dtype).to(device) for _ in range(2))
+    alone, over = Decay(6).to(device, dtype), da.ulysses(Decay(6).to(device, dtype), layout=layout)
+    whole = alone(x.requires_grad_())
+    whole.backward(grad)
+    mine = [
+        da.shard(y, link.rank, link.world, 1, layout) for y in (x.detach(), grad, whole, x.grad)
+    ]
+    part = over(mine[0].requires_grad_())
+    part.backward(mine[1])
+    da.sum_gradients(over.parameters())
+    pairs = (part, mine[2]), (mine[0].grad, mine[3]), (over.mixer.a.grad, alone.a.grad)
+    return da.worst([da.rel_err(a.detach(), b.detach()) for a, b in pairs], device)
 
 
 def first_block_only(out, lse, q, chunk, blocks):
@@ -287,8 +319,8 @@ def other_size(task, rank):
     """Rank 1 sends a byte less, or more, than the others expect."""
     real = da.pack
 
-    def pack(tensors):
-        message = real(tensors)
+    def pack(tensors, device):
+        message = real(tensors, device)
         if rank == 0 or not message.numel():
             return message
         return message[:-1] if task == "shorter" else torch.cat([message, message[:1]])
