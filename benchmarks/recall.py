@@ -173,6 +173,7 @@ def main():
     add("--seeds", type=int, default=3, help="seeds of each arm (3)")
     add("--share", type=float, default=1.0, help="of the CPU seconds, to try it out (1)")
     add("--extra", action="store_true", help="also the Transformer for S4's steps, at 1,024 tokens")
+    add("--max-runs", type=int, default=10**9, help="stop after so many runs")
     add("--out", type=Path, default=ROOT / "results" / "recall.json", help="result file")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -185,8 +186,10 @@ def main():
         return train(model, L, positions, lr, seed, steps=s4["steps"][seed])
 
     def run(keys):
-        complete(args.out, keys, measure, len(keys), settings)
+        left = args.max_runs - (len(load(args.out)["runs"]) - before)
+        complete(args.out, keys, measure, max(0, left), settings)
 
+    before = len(load(args.out)["runs"])
     for model, choice in CHOICE.items():
         run([key(model, min(SECONDS), setting, 0, "seconds") for setting in choice])
     best = {model: chosen(load(args.out)["runs"], model) for model in CHOICE}
