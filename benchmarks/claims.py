@@ -1,0 +1,387 @@
+"""The papers' claims beside what was measured here: one table, one command a row.
+
+    python benchmarks/claims.py --list             the rows, how each is measured, its verdict
+    python benchmarks/claims.py wide-structured    measure one row anew and judge it
+    python benchmarks/claims.py --all              every laptop row whose result file is missing
+    python benchmarks/claims.py --table            judge the files in results/, write README's table
+
+Each row names the command that writes a file into results/ and a function that reads that file and
+says what came out: "holds", "holds in part", "does not hold here" or "not run". Verdicts go into
+results/claims.json, from which the README's table is written.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+HOLDS, PART, NOT, UNRUN = "holds", "holds in part", "does not hold here", "not run"
+README = re.compile(r"(<!-- claims -->\n).*?(<!-- /claims -->)", re.S)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A row: what a paper says, its number, the command, the file it writes, who judges the file.
+
+    judge: content of the file -> (our number in words, verdict).  None: not run, and why.
+    """
+
+    name: str
+    paper: str
+    says: str
+    theirs: str
+    command: str
+    file: str = ""
+    judge: Callable | None = None
+    why: str = ""
+    scale: str = "laptop"
+
+
+def verdict(full, part=True):
+    return HOLDS if full else PART if part else NOT
+
+
+# ------------------------------------------------------------ judges: content of a file -> words
+
+
+def arm(row):
+    return f"{row['mean']:.1f} ± {row['spread']:.1f}"
+
+
+def gap_closes(d):
+    a = d["arms"]
+    before = a["S4-scratch"]["mean"] - a["Transformer-scratch"]["mean"]
+    after = a["S4-scratch"]["mean"] - a["Transformer-masked"]["mean"]
+    text = (
+        f"Transformer {arm(a['Transformer-scratch'])} from scratch, "
+        f"{arm(a['Transformer-masked'])} pretrained; S4 {arm(a['S4-scratch'])} from scratch"
+    )
+    return text, verdict(after < 0.25 * before, after < 0.75 * before)
+
+
+def causal_too(d):
+    a = d["arms"]
+    gain = {
+        name: a[f"{name}-causal"]["mean"] - a[f"{name}-scratch"]["mean"]
+        for name in ("Transformer", "S4", "SGConv", "diagonal")
+    }
+    text = ", ".join(f"{name} {value:+.1f}" for name, value in gain.items())
+    good = [value > 1 for value in gain.values()]
+    return "points against from scratch: " + text, verdict(all(good), good[0])
+
+
+def all_gain(d):
+    a = d["arms"]
+    names = ("S4", "SGConv", "diagonal")
+    gain = {n: a[f"{n}-masked"]["mean"] - a[f"{n}-scratch"]["mean"] for n in names}
+    sure = [
+        v > max(a[f"{n}-{w}"]["spread"] for w in ("masked", "scratch")) for n, v in gain.items()
+    ]
+    text = ", ".join(f"{name} {value:+.1f}" for name, value in gain.items())
+    return text + " points", verdict(all(sure), any(sure))
+
+
+def redundant(d):
+    a = d["arms"]
+    gaps = [a[f"S4-{way}"]["mean"] - a[f"diagonal-{way}"]["mean"] for way in ("scratch", "masked")]
+    text = (
+        f"plain recurrence {arm(a['diagonal-scratch'])} from scratch, {arm(a['diagonal-masked'])} "
+        f"pretrained; S4 {arm(a['S4-scratch'])}, {arm(a['S4-masked'])}"
+    )
+    return text, verdict(gaps[1] < 1 and gaps[0] > 2, gaps[1] < max(1, gaps[0]))
+
+
+def random_start(d):
+    a = d["arms"]
+    scratch, after = a["S4 at random, from scratch"], a["S4 at random, pretrained"]
+    text = f"S4 from random numbers: {arm(scratch)} from scratch, {arm(after)} pretrained"
+    return text, verdict(after["mean"] - scratch["mean"] > 2, after["mean"] > scratch["mean"])
+
+
+def modest_share(d):
+    a = {name: row["mean"] for name, row in d["arms"].items()}
+    text = ", ".join(f"{name}: {mean:.1f}" for name, mean in a.items())
+    return text, verdict(a["25 %"] > a["0 %"] + 1, max(a.values()) > a["0 %"] + 1)
+
+
+def few_labels(d):
+    a, text, gains = d["arms"], [], []
+    for n in (100, 400, 1000):
+        scratch, after = (a[f"{n} labels, {way}"] for way in ("from scratch", "pretrained"))
+        text.append(f"{n}: {scratch['mean']:.1f} -> {after['mean']:.1f}")
+        gains.append(after["mean"] - scratch["mean"])
+    return "labels " + ", ".join(text), verdict(min(gains) > 1, max(gains) > 1)
+
+
+def kernel_cost(d):
+    cells = {(c["form"], c["width"], c["L"]): c for c in d["cells"]}
+    fast = [cells["two-level", 16, L] for L in (1024, 65536)]
+    ratio = cells["naive Cauchy", 16, 16384]["seconds"] / cells["two-level", 16, 16384]["seconds"]
+    growth = fast[1]["seconds"] / fast[0]["seconds"]
+    text = (
+        f"64 times the length costs {growth:.1f} times the time; {ratio:.0f} times faster than "
+        f"plain Cauchy sums at 16k; error {max(c['error'] for c in fast):.1e} in float32"
+    )
+    return text, verdict(growth < 64 * 1.3, growth < 64 * 4)
+
+
+def generation(d):
+    rates = {
+        r["context"]: r["S4"]["tokens_a_second"] / r["Transformer"]["tokens_a_second"]
+        for r in d["rows"]
+    }
+    text = ", ".join(f"{v:.2g} times at {n // 1024}k" for n, v in rates.items())
+    return text, verdict(max(rates.values()) > 50, max(rates.values()) > 1.2)
+
+
+def sgconv_faster(d):
+    run = {}
+    for c in d["cells"]:
+        if not c["forward"] and c["batch"] == 1 and c["width"] == 64:
+            run[c["mixer"], c["L"]] = c["seconds"]
+    ratio = {L: run["S4", L] / t for (name, L), t in sorted(run.items()) if name == "SGConv"}
+    text = ", ".join(f"{v:.1f} at {L // 1024}k" for L, v in ratio.items())
+    good = [v > 1.05 for v in ratio.values()]
+    return f"time of S4 / time of SGConv: {text}", verdict(all(good), any(good))
+
+
+def sgconv_better(d):
+    a, text, better = d["arms"], [], []
+    for task, s4, sg in (
+        ("lattice", "lattice, S4", "lattice, SGConv"),
+        ("listops-tiny", "listops-tiny, S4 at 3e-3", "listops-tiny, SGConv at 3e-3"),
+    ):
+        text.append(f"{task}: {arm(a[sg])} against {arm(a[s4])}")
+        better.append(a[sg]["mean"] > a[s4]["mean"])
+    return "; ".join(text), verdict(all(better), any(better))
+
+
+def wide_structured(d):
+    loss = {}
+    for r in d["runs"]:
+        loss.setdefault(r["arm"], []).append(r["loss"])
+    mean = {name: np.mean(v) for name, v in loss.items()}
+    names = ("dense", "wide LowRank", "wide BlockShuffle")
+    text = ", ".join(f"{n} {mean[n]:.4f} ± {np.std(loss[n], ddof=1):.4f}" for n in names)
+    better = [mean[n] < mean["dense"] for n in names[1:]]
+    return text + " nats a byte, equal FLOPs", verdict(all(better), any(better))
+
+
+def parallel_attention(d):
+    row = next(r for r in d["rows"] if r["L"] == 8192)
+    text = (
+        f"8,192 causal tokens, two ranks: {row['speedup']['causal']:.1f} times = kernel "
+        f"{row['kernel']:.1f} x no mask {row['mask']:.1f} x skipping {row['skipping']:.1f} x "
+        f"ranks {row['parallel']['causal']:.1f}"
+    )
+    return text, verdict(row["speedup"]["causal"] >= 40, row["speedup"]["causal"] > 2)
+
+
+def one_template(d):
+    error = max(m["error of M v"] for m in d["mixers"])
+    text = f"six mixers are y = M(x) v, error at most {error:.0e}"
+    return text, verdict(error < 1e-10, False)
+
+
+def tests_pass(d):
+    return f"{d['passed']} tests pass, {d['failed']} fail", verdict(not d["failed"], False)
+
+
+# --------------------------------------------------------------------------------- the rows
+
+PRETRAINING = "python benchmarks/pretraining.py "
+CLAIMS = [
+    Claim(
+        "scratch-gap", "2310.02980",
+        "pretrained on the task's own data, a Transformer matches S4",
+        "LRA mean 53.6 -> 86.2, S4 86.1",
+        PRETRAINING + "objectives", "pretraining_objectives.json", gap_closes,
+    ),
+    Claim(
+        "causal", "2310.02980", "causal denoising does it too", "LRA mean 81.8, masked 81.3",
+        PRETRAINING + "objectives", "pretraining_objectives.json", causal_too,
+    ),
+    Claim(
+        "all-gain", "2310.02980", "other architectures gain as well", "S4 86.1 -> 86.8",
+        PRETRAINING + "objectives", "pretraining_objectives.json", all_gain,
+    ),
+    Claim(
+        "redundant", "2310.02980", "structured parameterisation becomes redundant",
+        "plain recurrence 77 -> 83.4, S4 82.8 -> 84.5 (four tasks)",
+        PRETRAINING + "objectives", "pretraining_objectives.json", redundant,
+    ),
+    Claim(
+        "random-init", "2310.02980", "pretraining repairs a start from random numbers", "",
+        PRETRAINING + "init", "pretraining_init.json", random_start,
+    ),
+    Claim(
+        "share", "2310.02980", "a modest share of the compute suffices", "curves",
+        PRETRAINING + "share", "pretraining_share.json", modest_share,
+    ),
+    Claim(
+        "labels", "2310.02980", "it helps most when labels are few", "up to about 30 %",
+        PRETRAINING + "labels", "pretraining_labels.json", few_labels,
+    ),
+    Claim(
+        "lra", "2310.02980", "the Long Range Arena itself, PathX-256", "86.2; 67.8 -> 87.1",
+        "python pretrain.py --settings settings/listops-transformer.json",
+        why="days of one GPU, and data that are not generated", scale="paper",
+    ),
+    Claim(
+        "kernel-cost", "2111.00396", "the kernel costs O(N + L) up to logarithms, stably", "bound",
+        "python benchmarks/s4_kernel.py --clock cpu --threads 1 --rounds 2",
+        "s4_kernel.json", kernel_cost,
+    ),
+    Claim(
+        "generation", "2111.00396", "generates faster than a Transformer", "60 times (GPU)",
+        "python benchmarks/generation.py --clock cpu --threads 1 --budget 0.4 --max-batch 256",
+        "generation.json", generation,
+    ),
+    Claim(
+        "cifar", "2111.00396", "sequential CIFAR-10 without augmentation; Path-X",
+        "91 %; 88 to 96 %", "python pretrain.py --settings settings/scifar-s4.json",
+        why="the data are not generated; hours of one GPU", scale="one GPU",
+    ),
+    Claim(
+        "sgconv-faster", "2210.09298", "faster than S4", "curves",
+        "python benchmarks/mixers.py --mixers 'bare FFT' SGConv S4 --rounds 3 "
+        "--out results/mixers_wall.json", "mixers_wall.json", sgconv_faster,
+    ),
+    Claim(
+        "sgconv-better", "2210.09298", "better than S4", "LRA mean 87.2 against 86.1",
+        "python benchmarks/compare.py (as in the file)", "sgconv_against_s4.json", sgconv_better,
+    ),
+    Claim(
+        "wide-structured", "2406.16450", "wide and structured beats dense at equal FLOPs",
+        "perplexity 17.89 against 18.23", "python benchmarks/byte_lm.py", "byte_lm.json",
+        wide_structured,
+    ),
+    Claim(
+        "distributed", "2302.06218", "distributed attention against vanilla",
+        "almost 40 times, 4 GPUs",
+        "torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py",
+        "distributed.json", parallel_attention,
+    ),
+    Claim(
+        "template", "2302.06218", "long-sequence models share one template of token mixing", "",
+        "python benchmarks/token_mixing.py", "token_mixing.json", one_template,
+    ),
+    Claim(
+        "sequence-parallel", "beyond", "S4 and SGConv train on sequences split over ranks, exactly",
+        "", "python -m pytest -q tests/test_sequence_parallel.py", "claims_sequence_parallel.json",
+        tests_pass,
+    ),
+    Claim(
+        "exact-gradients", "beyond", "distributed gradients are those of one process", "",
+        "python -m pytest -q tests/test_dist_attention.py", "claims_exact_gradients.json",
+        tests_pass,
+    ),
+    Claim(
+        "resume", "beyond", "kill -9 at any moment changes no bit of a run", "",
+        "python -m pytest -q tests/test_pretrain.py -k kills", "claims_resume.json", tests_pass,
+    ),
+]  # fmt: skip
+
+
+# ------------------------------------------------------------------------ measure, judge, show
+
+
+def measure(claim):
+    """Run the command of a row; a test run leaves its counts in the row's file."""
+    print(f"{claim.name}: {claim.command}", flush=True)
+    words, start = shlex.split(claim.command), time.time()
+    if words[0] == "python":
+        words[0] = sys.executable
+    if "pytest" not in words:
+        subprocess.run(words, cwd=ROOT, check=True)
+        return
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout[-500:])
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from compare import provenance
+
+    count = {k: sum(map(int, re.findall(rf"(\d+) {k}", done.stdout))) for k in ("passed", "failed")}
+    content = provenance("claims.py", None) | count | {"command": claim.command}
+    content["seconds"] = round(time.time() - start)
+    (ROOT / "results" / claim.file).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def spent(content):
+    """Processor or wall minutes of the runs in a file, where it says so."""
+    arms = content.get("arms", {})
+    seconds = [t for row in arms.values() for t in row.get("seconds", [])]
+    seconds += [run.get("cpu_s", 0) for run in content.get("runs", [])]
+    return round((sum(seconds) or content.get("seconds") or 0) / 60, 1) or None
+
+
+def judge(claim):
+    """A row with what its file says."""
+    row = {k: getattr(claim, k) for k in ("paper", "says", "theirs", "scale", "command", "file")}
+    path = ROOT / "results" / claim.file
+    if not claim.file or not path.exists():
+        return row | {"ours": claim.why, "verdict": UNRUN}
+    content = json.loads(path.read_text())
+    ours, result = claim.judge(content)
+    meta = {k: content.get(k) for k in ("seeds", "date", "commit", "hardware", "cpu", "torch")}
+    meta = {k: v for k, v in meta.items() if v is not None}
+    return row | {"ours": ours, "verdict": result, "minutes": spent(content)} | meta
+
+
+def table(rows):
+    """Lines of the README's table."""
+    yield "| paper | claim | the paper | here | verdict | row |"
+    yield "|---|---|---|---|---|---|"
+    for name, r in rows.items():
+        yield (
+            f"| {r['paper']} | {r['says']} | {r['theirs'] or '–'} | {r['ours']} | "
+            f"{r['verdict']} | `{name}` |"
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", help="rows to measure anew")
+    parser.add_argument("--all", action="store_true", help="measure what has no result file yet")
+    parser.add_argument("--list", action="store_true", help="show the rows and their commands")
+    parser.add_argument("--table", action="store_true", help="write README's table")
+    args = parser.parse_args()
+    known = {claim.name: claim for claim in CLAIMS}
+    if unknown := set(args.names) - known.keys():
+        parser.error(f"no row is called {', '.join(unknown)}; there are {', '.join(known)}")
+    if not (args.names or args.all or args.list or args.table):
+        parser.error("expected the name of a row, --all, --list or --table")
+    todo = [known[name] for name in args.names]
+    if args.all:
+        todo += [c for c in CLAIMS if c.file and not (ROOT / "results" / c.file).exists()]
+    for claim in todo:
+        if claim.file and (
+            claim.name in args.names or not (ROOT / "results" / claim.file).exists()
+        ):
+            measure(claim)
+    rows = {claim.name: judge(claim) for claim in CLAIMS}
+    for name in known if args.list else [c.name for c in todo]:
+        print(
+            f"{name:18}{rows[name]['verdict']:20}{rows[name]['ours']}\n{'':18}{rows[name]['command']}"
+        )
+    if args.table or todo:
+        (ROOT / "results/claims.json").write_text(json.dumps(rows, indent=1) + "\n")
+        text = (ROOT / "README.md").read_text(encoding="utf-8")
+        lines = "\n".join(table(rows)) + "\n"
+        new = README.sub(lambda m: m[1] + lines + m[2], text)
+        (ROOT / "README.md").write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"claims.py: {shlex.join(map(str, error.cmd))} ended with {error.returncode}")
