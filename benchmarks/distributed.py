@@ -314,13 +314,13 @@ def plot():
         ax.loglog(*zip(*points, strict=True), "o-", color=color, label=label)
         if name.startswith("vanilla") and len(points) < len(rows):
             ax.annotate(
-                "memory limit", points[-1], xytext=(6, 6), textcoords="offset points", color=color
+                "memory limit", points[-1], xytext=(8, -4), textcoords="offset points", color=color
             )
     ax.set_xticks([row["L"] for row in rows], [f"{row['L']:,}" for row in rows])
     ax.minorticks_off()
     ax.set_xlabel("tokens")
-    clock = {"cpu": "CPU", "wall": "wall"}[data["clock"]]
-    ax.set_ylabel(f"{clock} seconds a rank, forward, causal")
+    clock = {"cpu": "CPU seconds a rank", "wall": "wall seconds"}[data["clock"]]
+    ax.set_ylabel(f"{clock}, forward, causal")
     ax.set_title(f"{data['heads'][0]} heads of {data['heads'][2]}, float32, one thread a rank")
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
