@@ -136,6 +136,7 @@ def main():
         a, b = rows[-1]["S4"], rows[-1]["Transformer"]
         keys = "tokens_a_second", "ms_a_token_at_batch_1"
         throughput, latency = (a[key] / b[key] for key in keys)
+        rows[-1]["S4 over Transformer"] = {"throughput": throughput, "latency": latency}
         print(f"{'':8} S4 / Transformer: throughput {throughput:.2f}, latency {latency:.2f}")
     result = provenance() | {
         "settings": vars(args), "parameters": sizes, "blocks": blocks, "rows": rows

@@ -261,6 +261,10 @@ def main(argv=None):
     for L in args.lengths:
         same = [c for c in cells if shape.items() <= c.items()]
         fresh = [c | {"run": run} for c in measure(L, args, same)]
+        base = next((c for c in fresh if c["mixer"] == "bare FFT"), {})
+        for cell in fresh:
+            if "seconds" in cell and "seconds" in base:
+                cell["over bare"] = cell["seconds"] / base["seconds"]
         cells = [c for c in cells if c not in same or c["L"] != L or c["mixer"] not in args.mixers]
         cells += fresh
         args.out.parent.mkdir(exist_ok=True)

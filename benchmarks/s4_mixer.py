@@ -88,7 +88,9 @@ def main():
             ratios = t / seconds["bare"], t / seconds["own"], m / mib["bare"]
             print(f"  {form:6} {t * 1e3:8.0f} {m:8.0f} {ratios[0]:12.2f} {ratios[1]:6.2f} "
                   f"{ratios[2]:14.2f}")  # fmt: skip
-        rows.append({"L": L, "seconds": seconds, "mib": mib})
+        over = {form: seconds["mixer"] / seconds[form] for form in ("bare", "own")}
+        over["bare, memory"] = mib["mixer"] / mib["bare"]
+        rows.append({"L": L, "seconds": seconds, "mib": mib, "mixer over": over})
     path = ROOT / f"results/s4_mixer{'_cpu' if args.clock == 'cpu' else ''}.json"
     path.write_text(
         json.dumps(provenance() | {"settings": vars(args), "rows": rows}, indent=1) + "\n"
