@@ -530,6 +530,18 @@ def kill(process, ready, wait=0.0):
     process.communicate()
 
 
+def newest_checkpoint(folder):
+    """(stage, step) of checkpoint.pt, or of the one before if it cannot be read."""
+    for name in ("checkpoint.pt", "checkpoint.pt.previous"):
+        if (folder / name).exists():
+            try:
+                state = run_folder.load(folder / name)
+            except ValueError:
+                continue
+            return pretrain.STAGES.index(state["stage"]), state["step"]
+    return -1, 0
+
+
 @pytest.mark.slow
 def test_ten_kills_change_no_bit(tmp_path):
     """kill -9 of real processes, five in each stage, every second one amid writing a checkpoint."""
@@ -537,7 +549,7 @@ def test_ten_kills_change_no_bit(tmp_path):
     whole, cut = (tmp_path / name for name in ("whole", "cut"))
     done = start_process([*LONG, *data, "--out", str(whole)])
     assert "result.json" in done.communicate(timeout=300)[0]
-    moments = [(stage, step) for stage in (0, 1) for step in np.sort(rng.randint(5, 120, 5))]
+    moments = [(stage, step) for stage in (0, 1) for step in np.sort(rng.randint(20, 120, 5))]
     command = [*LONG, *data, "--out", str(cut)]
     for i, moment in enumerate(moments):
         process, new = start_process([*command, *["--resume"][:i]]), cut / "checkpoint.pt.new"
@@ -546,6 +558,8 @@ def test_ten_kills_change_no_bit(tmp_path):
         else:
             kill(process, lambda m=moment: progress(cut) >= m, rng.uniform(0, 0.02))
         assert not (cut / "result.json").exists()
+        stage, step = newest_checkpoint(cut)
+        assert (stage, step + 10) >= moment, "a kill cost more than the steps since a validation"
     done = start_process([*command, "--resume"])
     assert "result.json" in done.communicate(timeout=300)[0]
     same(bits(whole), bits(cut))
