@@ -542,6 +542,7 @@ def read_listops(source, data_dir):
 
 
 def read_listops_file(path):
+    """Trees of a published *.tsv -> rows of ids, labels.  ValueError names the line that is wrong."""
     index, known = {word: i for i, word in enumerate(LISTOPS_VOCAB)}, " ".join(LISTOPS_VOCAB)
     rows, labels = [], []
     for number, (tree, label) in read_table(path, 2, ["Source", "Target"]):
@@ -680,6 +681,7 @@ def plan_drawing(seed, size, contour, n):
 
 
 def draw_shard(seed, *options):
+    """One piece of a data set: (pictures, labels)."""
     return draw_pictures(np.random.RandomState(seed), *options)[:2]
 
 
@@ -766,6 +768,7 @@ class Brush:
         return steps.astype(np.int64) @ [self.side, 1]
 
     def draw_stamps(self, angles, margin, radius):
+        """A segment at each angle, what it covers with its margin, and the disk of a marker."""
         sheet = self.sheet
         large = np.stack([self.segment(angle, radius * SCALE) for angle in angles])
         lines, masks = [
@@ -1016,6 +1019,7 @@ def plan_reading(source, data_dir, seed, size, contour):
     tables = sorted(found.glob("*.npy"), key=lambda path: (len(path.name), path.name))
 
     def plan():
+        """How many pictures, and what reads them."""
         rows = [row for table in tables for row in read_metadata(table)]
         empty = [path for path, _ in rows if path.exists() and path.stat().st_size == 0]
         if len(empty) > 1 or len(rows) < 10 + len(empty):
