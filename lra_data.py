@@ -542,7 +542,7 @@ def read_listops(source, data_dir):
 
 
 def read_listops_file(path):
-    """Trees of a published *.tsv -> rows of ids, labels.  ValueError names the line that is wrong."""
+    """Trees of a published *.tsv -> rows of ids, labels.  ValueError names the wrong line."""
     index, known = {word: i for i, word in enumerate(LISTOPS_VOCAB)}, " ".join(LISTOPS_VOCAB)
     rows, labels = [], []
     for number, (tree, label) in read_table(path, 2, ["Source", "Target"]):
