@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from byte_lm import ROOT, complete, load, pyplot
+from byte_lm import ROOT, complete, load, pyplot, save
 from torch import nn
 
 sys.path.insert(0, str(ROOT))
@@ -156,13 +156,14 @@ def plot(table, path):
             shade = line[0].get_color()
             ax.plot([r["L"]] * len(r["test"]), r["test"], style[0], mfc="none", color=shade)
     ax.axhline(1 / KINDS, color="grey", lw=1)
-    ax.annotate("chance", (min(SECONDS), 1 / KINDS), va="bottom", fontsize=9)
+    ax.annotate("chance", (1.25 * max(SECONDS), 1 / KINDS), ha="center", va="bottom", fontsize=9)
     ax.set_xscale("log", base=2)
+    ax.set_xlim(min(SECONDS) / 1.5, 1.5 * max(SECONDS))
     ax.set_xticks([*SECONDS], [f"{L // 1024}k\n{s} s" for L, s in SECONDS.items()])
     ax.set(ylim=(0, 1.05), xlabel="length in tokens; CPU seconds of training")
     ax.set_ylabel("symbols named right (share, test)")
     ax.grid(alpha=0.3)
-    ax.legend(loc="lower left", fontsize=9)
+    ax.legend(loc="upper right", bbox_to_anchor=(1, 0.9), fontsize=9)
     fig.savefig(path, dpi=120)
 
 
@@ -198,6 +199,7 @@ def main():
         if args.extra and L == min(SECONDS):
             run([key("Transformer", L, best["Transformer"], seed, "steps")])
     table = rows(load(args.out)["runs"])
+    save(args.out, load(args.out) | {"rows": table})
     for row in table:
         print(*row.values())
     plot(table, args.out.with_suffix(".png"))

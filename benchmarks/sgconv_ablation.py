@@ -1,7 +1,7 @@
 """SGConv's two principles (2210.09298), each taken away: few parameters, and decay with the lag.
 
-    python benchmarks/sgconv_ablation.py               all missing runs and the table (10 min)
-    python benchmarks/sgconv_ablation.py --max-runs 1  one run more (40 s of one core), resumable
+    python benchmarks/sgconv_ablation.py               all missing runs and the table (6 min)
+    python benchmarks/sgconv_ablation.py --max-runs 1  one run more (25 s of one core), resumable
     python benchmarks/sgconv_ablation.py --task listops-tiny --steps 2000     the other small task
 
     as published                 4 numbers a scale, each scale damped by another 1/2
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from byte_lm import ROOT, complete, load
+from byte_lm import ROOT, complete, load, save
 from torch import nn
 
 sys.path.insert(0, str(ROOT))
@@ -127,22 +127,22 @@ def chosen(runs, arm):
     return max(tried, key=lambda r: r["validation"])["lr"]
 
 
-def table(runs):
-    """Returns markdown lines: mean and spread of the test accuracy, percent."""
-    lines = [
-        "| arm | kernel numbers a channel and direction | rate | test % (± sd) | validation % |",
-        "|---|---|---|---|---|",
-    ]
-    for arm in ARMS:
-        if not any(r["arm"] == arm for r in runs):
-            continue
+def summary(runs):
+    """{arm: test accuracies of its seeds at the chosen rate, percent, with mean and spread}."""
+    out = {}
+    for arm in [arm for arm in ARMS if any(r["arm"] == arm for r in runs)]:
         lr = chosen(runs, arm)
         mine = [r for r in runs if (r["arm"], r["lr"]) == (arm, lr)]
-        test, val = (100 * np.array([r[key] for r in mine]) for key in ("test", "validation"))
-        spread = f" ± {test.std(ddof=1):.2f}" if len(test) > 1 else ""
-        row = f"| {arm} | {mine[0]['kernel_parameters']} | {lr} | {test.mean():.2f}{spread} "
-        lines.append(row + f"| {val.mean():.2f} |")
-    return lines
+        test = 100 * np.array([r["test"] for r in mine])
+        out[arm] = {
+            "test": test.round(2).tolist(),
+            "mean": round(float(test.mean()), 2),
+            "spread": round(float(test.std(ddof=1)), 2) if len(test) > 1 else None,
+            "train_loss": [r["train_loss"] for r in mine],
+            "kernel_parameters": mine[0]["kernel_parameters"],
+            "lr": lr,
+        }
+    return out
 
 
 def main():
@@ -175,7 +175,10 @@ def main():
     runs = run(ARMS, [0], lambda arm: RATES)
     if args.max_runs > 0:
         runs = run(ARMS, range(1, args.seeds), lambda arm: [chosen(runs, arm)])
-    print("\n".join(table(runs)))
+    arms = summary(runs)
+    save(out, load(out) | {"arms": arms})
+    for arm, row in arms.items():
+        print(f"{arm:22}", *row.values())
 
 
 if __name__ == "__main__":
