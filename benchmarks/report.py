@@ -51,7 +51,8 @@ th:first-child, td:first-child { text-align: left }
 svg text { font: 13px system-ui, sans-serif; fill: #1a1a1a } svg .bold { font-weight: 700 }
 .panels { display: flex; flex-wrap: wrap; gap: 1rem }
 .tokens { font: 15px/1.9 ui-monospace, monospace; margin: 0 0 .2rem }
-.tokens b { font-weight: 400; padding: 0 .2em; margin-right: .15em; border-radius: 3px }
+.tokens b { display: inline-block; line-height: 1.4; font-weight: 400; padding: 0 .2em;
+  margin-right: .15em; border-radius: 3px }
 .operator { background: #d5e5f7; color: #00325e } .number { background: #eee }
 .close { background: #f4e2cc; color: #5c3000 }
 .tokens .hidden { background: #fff; outline: 1px dashed #333 }
@@ -245,27 +246,30 @@ def panel(title, y_label, lines):
     )
 
 
+def unit(stage, key, loss):
+    """What stands at the y axis."""
+    term = {"pretrain": "position", "finetune": "example"}[stage]
+    if key == "accuracy":
+        return f"% of {term}s"
+    l1 = stage == "pretrain" and loss == "l1"
+    return "|error|, standard deviations" if l1 else f"nats per {term}"
+
+
 def curves(runs):
-    """Loss and accuracy of both stages, every run in each panel that it has numbers for."""
+    """Loss and accuracy of both stages, every run in the panel of its unit."""
     panels = []
     for stage, name in STAGES.items():
         for key in ("loss", "accuracy"):
-            by_unit = {}
+            scale, lines = np.array([1, 100 if key == "accuracy" else 1]), {}
             for number, run in enumerate(runs, 1):
-                train = thinned(points(run, stage, key))
-                val = points(run, stage, key, "val_")
-                l1 = stage == "pretrain" and run["config"]["loss"] == "l1"
-                if not len(train) + len(val) or (l1 and key == "accuracy"):
-                    continue
-                unit = "mean |error|, deviations" if l1 else "nats"
-                scale = np.array([1, 100 if key == "accuracy" else 1])
-                lines = by_unit.setdefault("%" if key == "accuracy" else unit, [])
-                lines.append((number, train * scale, val * scale))
-            what = {"pretrain": "masked or next position", "finetune": "example"}[stage]
-            panels += [
-                panel(f"{name}: {key}", f"{key}, {unit} ({what})", lines)
-                for unit, lines in by_unit.items()
-            ]
+                train = thinned(points(run, stage, key)) * scale
+                val = points(run, stage, key, "val_") * scale
+                loss = run["config"]["loss"]
+                judged = loss == "ce" or (stage, key) != ("pretrain", "accuracy")  # l1: none right
+                if len(train) + len(val) and judged:
+                    kind = unit(stage, key, loss)
+                    lines.setdefault(kind, []).append((number, train, val))
+            panels += [panel(f"{name}: {key}", kind, lines[kind]) for kind in lines]
     return "".join(panels)
 
 
@@ -356,10 +360,10 @@ def token_samples(data, raw, keep, where, guess):
 
 
 def picture(values, side, scale):
-    """(L,) or (L, C) numbers -> <img>: a png inside the page.  (-1, ...) is a hidden pixel."""
+    """(L,) or (L, C) numbers -> <img>: a png inside the page.  nan is a hidden pixel."""
     values = np.asarray(values, float).reshape(side * side, -1)
     colours = np.broadcast_to(values * scale, (side * side, max(3, values.shape[1])))
-    colours = np.where(values[:, :1] < 0, HIDDEN, colours.clip(0, 255).round())
+    colours = np.where(np.isnan(colours), HIDDEN, colours.clip(0, 255).round())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "picture.png"
         lra_data.write_png(path, colours.reshape(side, side, 3).astype(np.uint8))
@@ -372,11 +376,12 @@ def picture_samples(data, raw, where, guess):
     side, out = math.isqrt(raw.shape[1]), []
     scale = 255 / (data.vocab_size - 1)
     for row, hidden, filled in zip(raw.astype(float), where, guess, strict=True):
-        masked = np.where(hidden if row.ndim == 1 else hidden[:, None], -1.0, row)
+        masked = np.where(hidden if row.ndim == 1 else hidden[:, None], np.nan, row)
         images = "".join(picture(values, side, scale) for values in (row, masked, filled))
         off = np.abs(filled - row)[hidden]
-        text = f"before, masked, denoised: {hidden.sum()} of {len(row)} pixels hidden, "
-        text += f"{100 * (off < 0.5).mean():.0f} % right"
+        text = f"before, masked, denoised: {hidden.sum()} of {len(row)} pixels hidden"
+        if guess.dtype.kind in "iu":  # symbols, not values
+            text += f", {100 * (off == 0).mean():.0f} % right"
         if data.vocab_size > 2:
             text += f", mean error {off.mean():.1f} of {data.vocab_size - 1}"
         out.append(f"<figure>{images}<figcaption>{text}</figcaption></figure>")

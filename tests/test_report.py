@@ -1,9 +1,12 @@
 """benchmarks/report.py: one file that asks no network, and shows what the runs hold."""
 
+import base64
 import json
 import re
+import struct
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +90,28 @@ def test_denoised_examples_are_what_validation_judged(runs):
     assert (guess[~where] == raw[~where]).all() and set(np.unique(guess)) <= {0, 1}
     judged = json.loads((runs / "a/result.json").read_text())["pretrain"]["accuracy"]
     assert (guess == raw)[where].mean() == pytest.approx(judged, abs=1e-9)  # the one batch of val
+
+
+def pixels(img):
+    """The colours of a picture of the page, (height, width, 3)."""
+    png = base64.b64decode(re.search(r"base64,([^\"]+)", img)[1])
+    (width, height), start = struct.unpack(">2I", png[16:24]), png.index(b"IDAT")
+    lines = np.frombuffer(zlib.decompress(png[start + 4 :]), np.uint8).reshape(height, -1)
+    return lines[:, 1:].reshape(height, width, 3)
+
+
+def test_pictures_show_values_in_grey_and_hidden_pixels_in_colour():
+    values = np.array([[-40.0], [51.0], [np.nan], [900.0]])  # a guess may lie beyond the range
+    shown = pixels(report.picture(values, 2, 1.0)).reshape(4, 3).tolist()
+    assert shown == [[0] * 3, [51] * 3, list(report.HIDDEN), [255] * 3]
+    colour = np.array([[10, 20, 30]] * 4)
+    assert pixels(report.picture(colour, 2, 2.0))[1, 1].tolist() == [20, 40, 60]
+    raw, where = np.array([[0, 1, 1, 0]]), np.array([[True, True, False, False]])
+    data = trees(("0", "1"))
+    html = report.picture_samples(data, raw, where, np.array([[0, 0, 1, 0]]))
+    before, masked, denoised = (pixels(img)[..., 2].ravel() for img in html.split("<img")[1:])
+    assert before.tolist() == [0, 255, 255, 0] and denoised.tolist() == [0, 0, 255, 0]
+    assert masked.tolist() == [40, 40, 255, 0] and "2 of 4 pixels hidden, 50 % right" in html
 
 
 def trees(symbols):
