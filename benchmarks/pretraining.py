@@ -1,4 +1,4 @@
-"""What "Never Train from Scratch" (arXiv:2310.02980v4) claims, at laptop size, question by question.
+"""What "Never Train from Scratch" (arXiv:2310.02980v4) claims, at laptop size, a question a name.
 
     python benchmarks/pretraining.py objectives    scratch, masked, causal: four architectures
     python benchmarks/pretraining.py share         how much of a fixed number of steps to pretrain
@@ -8,8 +8,8 @@
 
 On `lattice` unless said otherwise. Protocol and rates are those of benchmarks/demo.py: all arms see
 the same training examples, a from-scratch arm takes as many steps as its twin in both stages. The
-rates were searched for the Transformer and S4 on `lattice`; SGConv, the plain recurrence and S4 from
-random numbers take those of S4; from scratch on ListOps S4 takes that of listops_tiny_rates.json.
+rates were searched for the Transformer and S4 on `lattice`; SGConv, the plain recurrence and S4 at
+random take those of S4; from scratch on ListOps S4 takes that of listops_tiny_rates.json.
 Writes results/pretraining_NAME.json; finished runs are read from their folders.
 """
 
