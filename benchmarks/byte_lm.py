@@ -194,20 +194,37 @@ def pyplot():
     return plt
 
 
-def table(result, arms):
-    """Returns markdown lines: mean and spread of each arm over its seeds."""
-    lines = [
-        "| arm | weights | steps | training FLOPs | held-out loss, nats a byte (± sd) | seeds |",
-        "|---|---|---|---|---|---|",
-    ]
+def summary(result, arms):
+    """Returns {arm: mean and standard deviation of its seeds' losses, weights, training FLOPs}."""
+    rows = {}
     for arm in arms:
         runs = [r for r in result["runs"] if r["arm"] == arm]
         if runs:
-            loss, steps = np.array([r["loss"] for r in runs]), runs[0]["steps"]
-            spread = f" ± {loss.std(ddof=1):.4f}" if len(loss) > 1 else ""
-            flops = runs[0]["flops"] * steps * L * BATCH
-            row = f"| {arm} | {runs[0]['params']} | {steps} | {flops:.3g}"
-            lines.append(f"{row} | {loss.mean():.4f}{spread} | {len(loss)} |")
+            loss, first = [r["loss"] for r in runs], runs[0]
+            rows[arm] = {
+                "loss": float(np.mean(loss)),
+                "sd": float(np.std(loss, ddof=1)) if len(loss) > 1 else None,
+                "seeds": len(loss),
+                "params": first["params"],
+                "steps": first["steps"],
+                "training_flops": first["flops"] * first["steps"] * L * BATCH,
+            }
+            rows[arm]["flops_over_dense"] = (
+                rows[arm]["training_flops"] / rows["dense"]["training_flops"]
+            )
+    return rows
+
+
+def table(rows):
+    lines = [
+        "| arm | weights | steps | training FLOPs | / dense | held-out loss, nats a byte (± sd) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm, r in rows.items():
+        cost = f"{r['steps']} | {r['training_flops']:.3g} | {r['flops_over_dense']:.3f}"
+        spread = f" ± {r['sd']:.4f}" if r["seeds"] > 1 else ""
+        loss = f"{r['loss']:.4f}{spread}, {r['seeds']} seeds"
+        lines.append(f"| {arm} | {r['params']} | {cost} | {loss} |")
     return lines
 
 
@@ -259,7 +276,9 @@ def main():
     ]
     settings = {"L": L, "batch": BATCH, "bytes": [len(d) for d in data]}
     result = complete(out, keys, measure, args.max_runs, settings)
-    print("\n".join(table(result, arms)))
+    rows = summary(result, arms)
+    save(out, result | {"summary": rows})
+    print("\n".join(table(rows)))
     plot(result, out.with_suffix(".png"), arms)
 
 

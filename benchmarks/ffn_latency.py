@@ -49,7 +49,7 @@ def build(linear, d_model):
 
 
 def latency(width, tokens):
-    """Returns {form: milliseconds a call} of one FFN."""
+    """Returns {form: milliseconds a call, "form speed": times as fast as dense} of one FFN."""
     forms = {
         kind: build(match(width, 4 * width, kind, 0.3125), width) for kind in ("dense", *KINDS)
     }
@@ -61,7 +61,8 @@ def latency(width, tokens):
     with torch.no_grad():
         calls = [partial(ffn, x) for ffn in forms.values()]
         times = seconds(calls, rounds, 2e-3, time.process_time)
-    return {form: 1e3 * t for form, t in zip(forms, times, strict=True)}
+    ms = {form: 1e3 * t for form, t in zip(forms, times, strict=True)}
+    return ms | {f"{form} speed": times[0] / t for form, t in zip(forms, times, strict=True)}
 
 
 def thresholds(width):
@@ -163,7 +164,7 @@ def tables(result):
         for tokens in TOKENS:
             cell = result["ffn"].get(f"{width}, {tokens}")
             if cell:
-                speed = [f"{cell['dense'] / cell[form]:.2f}x" for form in (*KINDS, "merged")]
+                speed = [f"{cell[form + ' speed']:.2f}x" for form in (*KINDS, "merged")]
                 lines.append(f"| {width} | {tokens} | {cell['dense']:.3f} | {' | '.join(speed)} |")
     lines += ["", "| width | merged form serves up to (tokens: fc1, fc2) |", "|---|---|"]
     for width, found in result["thresholds"].items():
@@ -179,7 +180,7 @@ def plot(result, path):
         for form in (*KINDS, "merged"):
             done = [t for t in TOKENS if f"{width}, {t}" in result["ffn"]]
             rows = [result["ffn"][f"{width}, {t}"] for t in done]
-            ax.semilogx(done, [r["dense"] / r[form] for r in rows], "o-", ms=3, label=form)
+            ax.semilogx(done, [r[form + " speed"] for r in rows], "o-", ms=3, label=form)
         share = ffn_weights(match(width, 4 * width, "lowrank", 0.3125), width, 4 * width)
         ax.axhline(8 * width**2 / share, color="grey", ls=":", lw=1)
         ax.axhline(1, color="black", lw=0.8)

@@ -1,11 +1,11 @@
-"""Loss against training FLOPs over four widths, dense against structured FFNs, with fitted slopes.
+"""Loss against training FLOPs over four widths, dense against structured FFNs, with fitted powers.
 
     python benchmarks/ffn_scaling.py                all missing runs, then table and plot (12 min)
     python benchmarks/ffn_scaling.py --max-runs 1   one run more, resumable
 
 Byte language model of byte_lm.py, three layers, 10 bytes a weight of the dense model of each width;
-the structured model of a width sees the same bytes.  log(loss) = slope log(FLOPs) + constant is
-fitted by least squares.  Writes results/ffn_scaling.json run by run, and results/ffn_scaling.png.
+the structured model of a width sees the same bytes.  loss = constant / FLOPs^power is fitted by
+least squares of the logarithms.  Writes results/ffn_scaling.json run by run, and a plot beside it.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from byte_lm import BATCH, ROOT, L, complete, corpus, pyplot, train
+from byte_lm import BATCH, ROOT, L, complete, corpus, pyplot, save, train
 
 sys.path.insert(0, str(ROOT))
 from structured_ffn import LMConfig, count, match
@@ -33,13 +33,21 @@ def cell(width, kind, bytes_a_weight):
 
 
 def fit(runs):
-    """Slope of log loss over log FLOPs, averaged over seeds by the fit."""
-    x, y = np.log([r["flops"] for r in runs]), np.log([r["loss"] for r in runs])
-    return float(np.polyfit(x, y, 1)[0])
+    """Returns (power, constant): log loss = constant - power log FLOPs, by least squares."""
+    slope, constant = np.polyfit(
+        np.log([r["flops"] for r in runs]), np.log([r["loss"] for r in runs]), 1
+    )
+    return float(-slope), float(constant)
+
+
+def powers(result):
+    """Returns {kind: power} of the kinds with two widths or more."""
+    runs = {kind: [r for r in result["runs"] if r["kind"] == kind] for kind in KINDS}
+    return {k: fit(v)[0] for k, v in runs.items() if len({r["width"] for r in v}) > 1}
 
 
 def table(result):
-    lines = ["| FFN | " + " | ".join(f"width {w}" for w in WIDTHS) + " | slope |", "|---" * 6 + "|"]
+    lines = ["| FFN | " + " | ".join(f"width {w}" for w in WIDTHS) + " | power |", "|---" * 6 + "|"]
     for kind in KINDS:
         runs = [r for r in result["runs"] if r["kind"] == kind]
         row = []
@@ -47,8 +55,8 @@ def table(result):
             here = [r for r in runs if r["width"] == width]
             mean = np.mean([r["loss"] for r in here] or math.nan)
             row.append(f"{mean:.4f} at {here[0]['flops']:.2e}" if here else "")
-        slope = f"{fit(runs):.4f}" if len({r["width"] for r in runs}) > 1 else ""
-        lines.append(f"| {kind} | {' | '.join(row)} | {slope} |")
+        power = f"{result['powers'][kind]:.4f}" if kind in result["powers"] else ""
+        lines.append(f"| {kind} | {' | '.join(row)} | {power} |")
     return lines
 
 
@@ -57,12 +65,12 @@ def plot(result, path):
     fig, ax = plt.subplots(figsize=(6.4, 4))
     for kind, mark in zip(KINDS, "os^", strict=True):
         runs = [r for r in result["runs"] if r["kind"] == kind]
-        if len({r["width"] for r in runs}) > 1:
+        if kind in result["powers"]:
+            power, constant = fit(runs)
             x, y = [r["flops"] for r in runs], [r["loss"] for r in runs]
-            (points,) = ax.loglog(x, y, mark, label=f"{kind}, slope {fit(runs):.3f}")
-            a, b = np.polyfit(np.log(x), np.log(y), 1)
+            (points,) = ax.loglog(x, y, mark, label=f"{kind}, power {power:.3f}")
             line = np.geomspace(min(x), max(x), 20)
-            ax.loglog(line, np.exp(b) * line**a, "--", color=points.get_color(), lw=1)
+            ax.loglog(line, np.exp(constant) * line**-power, "--", color=points.get_color(), lw=1)
     ax.set_xlabel("training FLOPs")
     ax.set_ylabel("held-out loss (nats a byte)")
     ax.grid(alpha=0.3, which="both")
@@ -97,6 +105,8 @@ def main():
         for steps in cell(width, kind, args.bytes_a_weight)[1:2]
     ]
     result = complete(args.out, keys, measure, args.max_runs, {"L": L, "batch": BATCH})
+    result["powers"] = powers(result)
+    save(args.out, result)
     print("\n".join(table(result)))
     plot(result, args.out.with_suffix(".png"))
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from byte_lm import ROOT, complete, pyplot
+from byte_lm import ROOT, complete, pyplot, save
 from torch import nn
 
 sys.path.insert(0, str(ROOT))
@@ -55,20 +55,28 @@ def run(teacher, arm, lr, seed, steps):
 
 
 def means(result):
-    """Returns {(teacher, arm): {lr: [errors over seeds]}}."""
-    grouped = {}
+    """Returns {teacher: {arm: {lr: mean error over the seeds, "best": the least of them}}}."""
+    rows = {}
     for r in result["runs"]:
-        grouped.setdefault((r["teacher"], r["arm"]), {}).setdefault(r["lr"], []).append(r["error"])
-    return grouped
+        errors = rows.setdefault(r["teacher"], {}).setdefault(r["arm"], {})
+        errors.setdefault(f"{r['lr']:g}", []).append(r["error"])
+    for arms in rows.values():
+        for arm, errors in arms.items():
+            mean = {lr: float(np.mean(e)) for lr, e in errors.items()}
+            arms[arm] = mean | {"best": min(mean.values())}
+    return rows
 
 
 def table(result):
     head = "| teacher | arm | " + " | ".join(f"lr {lr:g}" for lr in RATES) + " | best |"
     lines = [head, "|---" * (len(RATES) + 3) + "|"]
-    for (teacher, arm), rates in means(result).items():
-        mean = {lr: np.mean(errors) for lr, errors in rates.items()}
-        row = " | ".join(f"{mean[lr]:.4f}" if lr in mean else "" for lr in RATES)
-        lines.append(f"| {teacher} | {arm} | {row} | {min(mean.values()):.4f} |")
+    for teacher, arms in result["means"].items():
+        for arm, mean in arms.items():
+            row = [
+                f"{mean[lr]:.4f}" if lr in mean else ""
+                for lr in (*map("{:g}".format, RATES), "best")
+            ]
+            lines.append(f"| {teacher} | {arm} | {' | '.join(row)} |")
     return lines
 
 
@@ -76,10 +84,9 @@ def plot(result, path):
     plt = pyplot()
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
     for ax, teacher in zip(axes, TEACHERS, strict=True):
-        for (name, arm), rates in means(result).items():
-            if name == teacher:
-                lrs = sorted(rates)
-                ax.loglog(lrs, [np.mean(rates[lr]) for lr in lrs], "o-", label=arm)
+        for arm, mean in result["means"].get(teacher, {}).items():
+            lrs = [lr for lr in RATES if f"{lr:g}" in mean]
+            ax.loglog(lrs, [mean[f"{lr:g}"] for lr in lrs], "o-", label=arm)
         ax.set_title(f"teacher and student {teacher}", fontsize=10)
         ax.set_xlabel("learning rate")
         ax.grid(alpha=0.3, which="both")
@@ -100,6 +107,8 @@ def main():
     names = ("teacher", "arm", "lr", "seed", "steps")
     keys = [dict(zip(names, (*c, args.steps), strict=True)) for c in cells(args.seeds)]
     result = complete(args.out, keys, run, args.max_runs, {})
+    result["means"] = means(result)
+    save(args.out, result)
     print("\n".join(table(result)))
     plot(result, args.out.with_suffix(".png"))
 
