@@ -430,16 +430,6 @@ class TransformerConfig:
             object.__setattr__(self, "d_ff", 4 * self.d_model)
 
 
-def default_mixer(config, i):
-    """The token mixer of block i."""
-    return Attention(config.d_model, config.n_heads, config.causal, config.n_kv_heads, config.rope)
-
-
-def default_ffn(config, i):
-    """The FFN of block i."""
-    return FeedForward(config.d_model, config.d_ff)
-
-
 class Block(nn.Module):
     """norm, mixer, residual, norm, FFN, residual. (B, L, D) -> (B, L, D)."""
 
@@ -467,14 +457,17 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embedding, blocks, norm: tokens (B, L) int64 or values (B, L, C) -> features (B, L, D).
 
-    mixer(config, i) and ffn(config, i) build the sublayers of block i.  Without RoPE, sinusoids
-    are added to the embedding.
+    mixer(config, i) and ffn(config, i) build the sublayers of block i: an Attention and a
+    FeedForward unless given.  Without RoPE, sinusoids are added to the embedding.
     """
 
     def __init__(self, config, mixer=None, ffn=None):
         super().__init__()
         self.config = config
-        mixer, ffn = mixer or default_mixer, ffn or default_ffn
+        mixer = mixer or (
+            lambda c, i: Attention(c.d_model, c.n_heads, c.causal, c.n_kv_heads, c.rope)
+        )
+        ffn = ffn or (lambda c, i: FeedForward(c.d_model, c.d_ff))
         if config.vocab_size is not None:
             self.embed = nn.Embedding(config.vocab_size, config.d_model)
         else:
@@ -680,25 +673,26 @@ def timing(device, L=2048):
     """Forward and backward of the written-out product, of the tiles, of the fused kernel."""
     q, k, v = (torch.randn(1, 4, L, 64, device=device, requires_grad=True) for _ in range(3))
 
-    def tiles(q, k, v):
-        with torch.no_grad():
-            out, lse = attention_online(q, k, v)
-            return attention_online_grad(out, q, k, v, out, lse)
+    @torch.no_grad()
+    def tiles():
+        out, lse = attention_online(q, k, v)
+        attention_online_grad(out, q, k, v, out, lse)
 
-    def trained(attend):
-        return lambda q, k, v: attend(q, k, v).sum().backward()
-
-    runs = {"product": trained(attention_slow), "tiles": tiles, "fused": trained(attention)}
+    runs = {
+        "product": lambda: attention_slow(q, k, v).sum().backward(),
+        "tiles": tiles,
+        "fused": lambda: attention(q, k, v).sum().backward(),
+    }
     best = dict.fromkeys(runs, math.inf)
     for _ in range(3):
         for name, run in runs.items():
             start = time.perf_counter()
-            run(q, k, v)
+            run()
             if q.is_cuda:
                 torch.cuda.synchronize()
             best[name] = min(best[name], time.perf_counter() - start)
-    setting = f"4 heads of 64, L = {L}, float32, {torch.get_num_threads()} threads"
-    print(f"forward and backward, {setting}")
+    threads = torch.get_num_threads()
+    print(f"forward and backward, 4 heads of 64, L = {L}, float32, {threads} threads")
     for name, seconds in best.items():
         print(f"  {name:<8}{1e3 * seconds:8.1f} ms  {best['product'] / seconds:5.1f} x the product")
 

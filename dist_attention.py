@@ -667,6 +667,7 @@ class AllGatherAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        """All keys are collected again, not kept; their gradients are added up by their owners."""
         q, out, lse, *chunk = ctx.saved_tensors
         plan, link = ctx.plan, ctx.plan.link
         dq = torch.zeros_like(q, dtype=lse.dtype)
@@ -700,7 +701,6 @@ class Exchange(torch.autograd.Function):
     """Tokens for channels: (B, C, n, E), a share of the tokens, -> (B, C_r, L, E), of the channels.
 
     segments: per rank, its tokens; cut: per rank, the slice of its channels.  back: the other way.
-    Its gradient is the exchange back.
     """
 
     @staticmethod
@@ -711,6 +711,7 @@ class Exchange(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        """The exchange the other way."""
         return (to_channels if ctx.back else to_tokens)(grad, *ctx.args), None, None, None, None
 
 
