@@ -48,6 +48,7 @@ th, td { padding: .25rem .45rem; border-bottom: 1px solid #bbb; text-align: righ
 td { white-space: nowrap } th { vertical-align: bottom }
 th:first-child, td:first-child { text-align: left }
 .settings { columns: 17rem; padding: 0; list-style: none } .settings b { font-weight: 600 }
+svg { max-width: 100%; height: auto }
 svg text { font: 13px system-ui, sans-serif; fill: #1a1a1a } svg .bold { font-weight: 700 }
 .panels { display: flex; flex-wrap: wrap; gap: 1rem }
 .tokens { font: 15px/1.9 ui-monospace, monospace; margin: 0 0 .2rem }

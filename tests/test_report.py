@@ -106,12 +106,12 @@ def test_pictures_show_values_in_grey_and_hidden_pixels_in_colour():
     assert shown == [[0] * 3, [51] * 3, list(report.HIDDEN), [255] * 3]
     colour = np.array([[10, 20, 30]] * 4)
     assert pixels(report.picture(colour, 2, 2.0))[1, 1].tolist() == [20, 40, 60]
-    raw, where = np.array([[0, 1, 1, 0]]), np.array([[True, True, False, False]])
+    raw, where = np.array([[0, 1, 1, 0]]), np.array([[True, True, False, True]])
     data = trees(("0", "1"))
     html = report.picture_samples(data, raw, where, np.array([[0, 0, 1, 0]]))
     before, masked, denoised = (pixels(img)[..., 2].ravel() for img in html.split("<img")[1:])
     assert before.tolist() == [0, 255, 255, 0] and denoised.tolist() == [0, 0, 255, 0]
-    assert masked.tolist() == [40, 40, 255, 0] and "2 of 4 pixels hidden, 50 % right" in html
+    assert masked.tolist() == [40, 40, 255, 40] and "3 of 4 pixels hidden, 67 % right" in html
 
 
 def trees(symbols):
