@@ -159,11 +159,12 @@ def plot(table, path):
     ax.annotate("chance", (1.25 * max(SECONDS), 1 / KINDS), ha="center", va="bottom", fontsize=9)
     ax.set_xscale("log", base=2)
     ax.set_xlim(min(SECONDS) / 1.5, 1.5 * max(SECONDS))
-    ax.set_xticks([*SECONDS], [f"{L // 1024}k\n{s} s" for L, s in SECONDS.items()])
+    shown = {r["L"]: SECONDS[r["L"]] for r in table}
+    ax.set_xticks([*shown], [f"{L // 1024}k\n{s} s" for L, s in shown.items()])
     ax.set(ylim=(0, 1.05), xlabel="length in tokens; CPU seconds of training")
     ax.set_ylabel("symbols named right (share, test)")
     ax.grid(alpha=0.3)
-    ax.legend(loc="upper right", bbox_to_anchor=(1, 0.9), fontsize=9)
+    fig.legend(loc="outside upper center", ncols=3, fontsize=9)
     fig.savefig(path, dpi=120)
 
 
