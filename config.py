@@ -44,7 +44,7 @@ def flag(default, help, *choices, kind=None):
     return field(default=default, metadata=meta)
 
 
-def check_value(name, value, kind=str, choices=None, help=None):
+def check_value(name, value, kind=str, choices=None, **_):
     """ValueError unless a setting has its type and is one of its choices or in its range."""
     fits = isinstance(value, (int, float) if kind is float else kind)
     if not fits or (kind in (int, float) and isinstance(value, bool)):
@@ -114,8 +114,9 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            if (value := getattr(self, f.name)) is not None and f.name != "labels":
+            if (value := getattr(self, f.name)) is not None or f.default is not None:
                 check_value(f.name, value, **f.metadata)
+        # the first that fits: "image-real" stands before "image"
         known = [name for name in DENOISING if self.task.startswith(name)]
         ratio, loss = DENOISING[known[0]] if known else (0.15, "ce")
         resolved = {"mask_ratio": ratio, "loss": loss, "pretrain_batch_size": self.batch_size}
@@ -123,33 +124,24 @@ class Config:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         object.__setattr__(self, "causal", self.causal or self.objective == "causal")
-        transformer, shared = self.model == "transformer", self.sequence_parallel is not None
-        small = min(self.batch_size, self.pretrain_batch_size)
-        for wrong, text in (
-            (
-                self.accumulate > small,
-                f"accumulate {self.accumulate}: expected at most batch_size {small}",
-            ),
-            (
-                self.objective == "masked" and self.causal,
-                "causal with objective 'masked': a masked model looks both ways",
-            ),
-            (
-                not transformer and (self.rope or self.ffn != "dense"),
-                f"model {self.model!r} has no rope and no ffn: take 'transformer'",
-            ),
-            (
-                self.sequence_parallel == "ring" and not transformer,
-                f"sequence_parallel 'ring' with model {self.model!r}: take 'ulysses'",
-            ),
-            (
-                shared and (self.pooling != "mean" or self.dropout > 0 or self.compile),
+        least = min(self.batch_size, self.pretrain_batch_size)
+        if self.accumulate > least:
+            raise ValueError(f"accumulate {self.accumulate}: expected at most batch_size {least}")
+        if self.objective == "masked" and self.causal:
+            raise ValueError("causal with objective 'masked': a masked model looks both ways")
+        if self.model != "transformer" and (self.rope or self.ffn != "dense"):
+            raise ValueError(f"model {self.model!r} has no rope and no ffn: take 'transformer'")
+        if self.model != "transformer" and self.sequence_parallel == "ring":
+            raise ValueError(f"sequence_parallel 'ring' with model {self.model!r}: take 'ulysses'")
+        if self.sequence_parallel and (self.pooling != "mean" or self.dropout or self.compile):
+            raise ValueError(
                 f"sequence_parallel has pooling 'mean', dropout 0 and no compile, got "
-                f"{self.pooling!r}, {self.dropout} and {self.compile}",
-            ),
-        ):
-            if wrong:
-                raise ValueError(text)
+                f"{self.pooling!r}, {self.dropout} and {self.compile}"
+            )
+
+    def batch(self, stage):
+        """Sequences a step of a stage."""
+        return self.batch_size if stage == "finetune" else self.pretrain_batch_size
 
 
 # ------------------------------------------------------------------ flags, files of settings
@@ -161,6 +153,7 @@ def parser():
         prog="pretrain.py",
         description="Pretrain a long-sequence model on its own task, fine-tune it, test it once.",
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     parser.add_argument("--settings", help="JSON file of flags; those given here override it")
     for f in fields(Config):
@@ -188,11 +181,13 @@ def resolve(given):
     if path := given.pop("settings", None):
         try:
             file = json.loads(Path(path).read_text())
-            values, sources = dict(file["settings"]), file.get("sources", {})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a file of settings: {error!r}") from error
+            values, sources = dict(file["settings"]), dict(file.get("sources") or {})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            expected = 'expected {"settings": {name: value}, "sources": {name: text}}'
+            raise ValueError(f"{path} is not a file of settings ({error}): {expected}") from error
     if unknown := (values.keys() | given.keys()) - origin.keys():
-        raise ValueError(f"{path or ''}: no setting is called {', '.join(sorted(unknown))}")
+        where = f"{path}: " if path else ""
+        raise ValueError(f"{where}no setting is called {', '.join(sorted(unknown))}")
     origin |= {name: f"{path}: {sources.get(name, 'no source')}" for name in values}
     origin |= dict.fromkeys(given, "command line")
     return Config(**values | given), origin

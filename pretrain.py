@@ -37,34 +37,45 @@ import math
 import sys
 from concurrent.futures import BrokenExecutor
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-import dist_attention
 import lra_data
-import sequence_parallel
+import parallel
 from attention import Transformer, TransformerConfig
 from config import Config, parser, resolve
+from dist_attention import RankLost, process_group
 from run_folder import Run, load, save, versions
 from s4 import S4Config, S4Model, diagonal_mixer, s4_mixer, s4d_mixer
 from sgconv import PUBLISHED, SGConvConfig, SGConvModel
 from structured_ffn import ffn_factory
 
 STAGES = ("pretrain", "finetune")
+# What may differ when a run goes on: it changes nothing but where and how fast.
+FREE = ("out", "resume", "device", "data_dir", "accumulate", "compile")
 VALIDATION_SEED = 2310_02980  # of the masks of validation and test
 # Which of sgconv.PUBLISHED a full-size task takes; the small variants have no published kernel.
 KERNELS = {name: name for name in ("listops", "text", "retrieval", "image")}
 KERNELS |= {"image-real": "image", "pathfinder32": "pathfinder", "pathfinder128": "pathx"}
 
 # ------------------------------------------------------------- data on the device, by index
+
+
+def load_data(config):
+    """The task as arrays.  ValueError on a task or an option that there is not."""
+    options = {"source": config.source, "n": config.pictures}
+    options = {k: v for k, v in options.items() if v is not None}
+    try:
+        return lra_data.load(config.task, data_dir=config.data_dir, **options)
+    except TypeError as error:
+        names = " and ".join({"n": "pictures"}.get(name, name) for name in options)
+        raise ValueError(f"task {config.task} does not take {names}") from error
 
 
 class Resident:
@@ -214,7 +225,8 @@ def build_model(config, data):
         return S4Model(S4Config(**own, **shared), mixer)
     if config.model == "sgconv":
         L = shared["max_len"] = tokens.shape[-1 if channels is None else 1]
-        kernel = {"kernel_dim": min(32, L)} | PUBLISHED.get(KERNELS.get(config.task), {})
+        published = KERNELS.get(config.task.removesuffix("-characters"))
+        kernel = {"kernel_dim": min(32, L)} | PUBLISHED.get(published, {})
         if config.kernel_dim is not None:
             kernel["kernel_dim"] = config.kernel_dim
         return SGConvModel(SGConvConfig(**kernel, **shared))
@@ -254,16 +266,29 @@ def pool(h, keep, how, add=lambda x: x):
     return h[torch.arange(len(h), device=h.device), keep.sum(1) - 1]  # "last"
 
 
+def own_tokens(model, batch, config):
+    """This process's tokens of a batch -> Batch, and what the model has to know besides."""
+    layout = parallel.token_layout(model, config.causal)
+    has_tokens = [t is not None and t.ndim > 1 for t in batch]  # not the labels
+    parts = zip(batch, has_tokens, strict=True)
+    own = Batch(*(parallel.own(t, layout) if has else t for t, has in parts))
+    if config.model != "transformer":
+        return own, {}
+    L, device = batch.x.shape[1], batch.x.device
+    return own, {"positions": parallel.own_positions(L, layout, device)}
+
+
 def loss_sums(model, head, batch, config):
     """-> sum of the losses, number of right answers, number of terms (positions or examples)."""
-    shared = config.sequence_parallel and ranks()[1] > 1  # here are some tokens of each sequence
-    (x, keep, where, target), options = own_tokens(model, batch, config) if shared else (batch, {})
+    rank, world = parallel.ranks()
+    split = config.sequence_parallel and world > 1  # here are some tokens of each sequence
+    (x, keep, where, target), options = own_tokens(model, batch, config) if split else (batch, {})
     x = x.to(next(head.parameters()).dtype) if x.is_floating_point() else x
     h = model(x, keep, **options)  # (B, L, D)
     if where is not None:
         h, target = h[where], target[where]  # (n, D): only the positions that count
     else:
-        add = {"add": sequence_parallel.SumOverRanks.apply} if shared else {}
+        add = {"add": parallel.SumOverRanks.apply} if split else {}
         h = pool(h, keep, config.pooling, **add)  # (B, D)
     out = head(h)  # (n or B, symbols, channels or classes)
     if target.is_floating_point():
@@ -272,7 +297,7 @@ def loss_sums(model, head, batch, config):
     else:
         loss = F.cross_entropy(out, target, reduction="sum")
         right = (out.argmax(-1) == target).sum()
-    if shared and where is None and ranks()[0] > 0:
+    if split and where is None and rank > 0:
         return loss * 0, right * 0, 0  # every process has the same `out`: the first judges it
     return loss, right, len(out)
 
@@ -281,7 +306,7 @@ def loss_sums(model, head, batch, config):
 
 
 def seeded(config, *numbers):
-    """A generator that is a function of these numbers; seeds weights and dropout as well."""
+    """A generator that is a function of these numbers; seeds torch's own (weights, dropout) too."""
     value = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
     torch.manual_seed(value)
     return torch.Generator(config.device).manual_seed(value)
@@ -311,33 +336,44 @@ def part(batch, i, n):
     return Batch(*cut, batch.target[low:high]) if high > low else None
 
 
+def share_of_examples(config):
+    """(rank, world): this process takes part `rank` of `world`; all when they share the tokens."""
+    return (0, 1) if config.sequence_parallel else parallel.ranks()
+
+
 @torch.no_grad()
 def evaluate(model, head, resident, stage, config):
     """Mean loss and accuracy over every example exactly once; masks fixed by their own seed."""
     model.eval()
-    by_length, (rank, world) = np.argsort(resident.longest(), kind="stable"), examples_of(config)
+    by_length, size = np.argsort(resident.longest(), kind="stable"), config.batch(stage)
+    rank, world = share_of_examples(config)
     sums = torch.zeros(3, dtype=torch.float64, device=config.device)
-    for i, start in enumerate(range(0, len(resident), config.batch_size)):
+    for i, first in enumerate(range(0, len(resident), size)):
         if i % world == rank:
-            index = by_length[start : start + config.batch_size]
-            generator = seeded(config, VALIDATION_SEED, start)
+            index = by_length[first : first + size]
+            generator = seeded(config, VALIDATION_SEED, first)
             batch = make_batch(resident, index, stage, config, generator)
             with autocast(config):
                 loss, right, count = loss_sums(model, head, batch, config)
             sums += torch.stack([loss.double(), right.double(), loss.new_tensor(count).double()])
-    total([sums])
+    parallel.total([sums])
     model.train()
     loss, right, count = sums.tolist()
+    if count == 0:
+        raise ValueError(
+            f"mask_ratio {config.mask_ratio} hides nothing of {len(resident)} examples"
+        )
     return {"loss": loss / count, "accuracy": right / count}
 
 
 def gradients(model, head, batch, config):
-    """Of the mean loss over the batch of all processes.  Returns sum of losses, right, count.
+    """Puts those of the mean loss over the batch into .grad.  -> sum of losses, right, count.
 
     Each process takes its own examples, in `accumulate` parts; the sums are those of one process.
     """
-    (rank, world), n = examples_of(config), config.accumulate
+    (rank, world), n = share_of_examples(config), config.accumulate
     count = len(batch.target) if batch.where is None else int(batch.where.sum())
+    count = max(1, count)  # nothing is masked in a small batch: no gradient
     sums = torch.zeros(2, device=config.device, dtype=torch.float64)
     for i in range(rank * n, rank * n + n):
         if (piece := part(batch, i, world * n)) is not None:
@@ -345,12 +381,12 @@ def gradients(model, head, batch, config):
                 loss, right, _ = loss_sums(model, head, piece, config)
             (loss / count).backward()
             sums += torch.stack([loss.detach().double(), right.double()])
-    if ranks()[1] > 1:
+    if parallel.ranks()[1] > 1:
         parameters = [p for m in (model, head) for p in m.parameters()]
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        total([p.grad for p in parameters])
-        total([sums])
+        parallel.total([p.grad for p in parameters])
+        parallel.total([sums])
     return (*sums, count)
 
 
@@ -367,8 +403,8 @@ def fit(stage, model, head, train, val, config, run):
     parameters = [p for group in groups for p in group["params"]]
     parts = {"model": model, "head": head, "optimiser": optimiser}
     first, best = run.restore(stage, parts)
-    size = config.batch_size if stage == "finetune" else config.pretrain_batch_size
-    order = itertools.islice(draw(train.longest(), size, config.seed), first, None)
+    order = draw(train.longest(), config.batch(stage), config.seed)
+    order = itertools.islice(order, first, None)
     for step in run.steps(stage, first, steps):
         generator = seeded(config, config.seed, number, step)
         batch = make_batch(train, next(order), stage, config, generator)
@@ -380,24 +416,25 @@ def fit(stage, model, head, train, val, config, run):
         optimiser.step()
         run.log(step, loss, right, count, batch.x.shape[:2].numel())
         if (step + 1) % config.eval_every == 0 or step + 1 == steps:
-            run.look(step)
+            run.report(step)
             score = evaluate(model, head, val, stage, config) | {"step": step + 1}
+            if not math.isfinite(score["loss"]):
+                where = f"of validation is {score['loss']} at step {step + 1}"
+                raise FloatingPointError(f"{config.out}, {stage}: the loss {where}")
             merit = -score["loss"] if stage == "pretrain" else score["accuracy"]
             if best is None or merit > best["merit"]:
                 best = {"merit": merit, "score": score}
                 best |= copy.deepcopy({"model": model.state_dict(), "head": head.state_dict()})
             run.save(step, parts, best, score)
         elif run.interrupted:
-            run.look(step)
+            run.report(step)
             run.save(step, parts, best)
-    if not math.isfinite(best["score"]["loss"]):
-        raise FloatingPointError(f"{stage}: the loss of validation is {best['score']['loss']}")
     model.load_state_dict(best["model"])
     head.load_state_dict(best["head"])
     return best["score"]
 
 
-def start(config, data):
+def initial_model(config, data):
     """The model as a run begins with it: weights from the seed or a file, on the device."""
     seeded(config, config.seed)
     model = build_model(config, data)
@@ -408,8 +445,8 @@ def start(config, data):
     if config.pretrained:
         load_weights(model, config.pretrained)
     if config.sequence_parallel:
-        layout = sequence_parallel.token_layout(model, config.causal)
-        sequence_parallel.spread(model, config.sequence_parallel, layout)
+        layout = parallel.token_layout(model, config.causal)
+        parallel.spread(model, config.sequence_parallel, layout)
     if config.compile:
         model.compile()
     return model.to(config.device, torch.float64 if config.precision == "float64" else None)
@@ -417,11 +454,14 @@ def start(config, data):
 
 def load_weights(model, path):
     """Weights of a pretrained.pt into the model.  ValueError says what does not fit."""
+    if not Path(path).is_file():
+        raise ValueError(f"pretrained {path}: there is no such file")
     try:
         model.load_state_dict(load(Path(path)))
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = shorten(str(error), 300)  # it would name every tensor
-        raise ValueError(f"{path} does not hold weights of this model: {reason}") from error
+        text = f"{path} does not hold weights of this model (same --model and sizes?): {reason}"
+        raise ValueError(text) from error
 
 
 def train(config, position=0):
@@ -430,19 +470,17 @@ def train(config, position=0):
     position: line of the bar on the screen.  Raises ValueError on settings that do not fit the
     data or the model, FloatingPointError on a loss that is not finite (the last checkpoint stays).
     """
-    data = load_data(config)
+    data = parallel.leader_first(lambda: load_data(config))
     train_split, val_split, test_split = (
         Resident(split, data, config.device) for split in (data.train, data.val, data.test)
     )
     labelled = train_split if config.labels is None else train_split.subset(config.labels)
-    model = start(config, data)
-    free = ("out", "resume", "device", "data_dir", "accumulate", "compile")
-    folder = config.out, asdict(config), free, config.resume, *ranks(), position
-    with Run(*folder) as run:
+    model, (rank, world) = initial_model(config, data), parallel.ranks()
+    with Run(config.out, asdict(config), FREE, config.resume, rank, world, position) as run:
         run.result["parameters"] = sum(p.numel() for p in model.parameters())
         skip = config.objective == "none" or config.pretrained
         for stage in STAGES[1:] if skip else STAGES:
-            seeded(config, config.seed, STAGES.index(stage))
+            seeded(config, config.seed, STAGES.index(stage))  # the head, alike after a resume
             head = build_head(stage, config, train_split).to(next(model.parameters()))
             if stage in run.result:
                 continue  # finished before the run was resumed
@@ -457,62 +495,6 @@ def train(config, position=0):
             run.result[stage] = score
         run.result["test"] = evaluate(model, head, test_split, "finetune", config)
     return run.result
-
-
-# ----------------------------------------------------------- several processes, one training
-
-
-def ranks():
-    """This process's number and how many there are: (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def examples_of(config):
-    """This process's share of the examples: (0, 1), all, when the processes share the tokens."""
-    return (0, 1) if config.sequence_parallel else ranks()
-
-
-def total(tensors):
-    """Sums each tensor over the processes, in place, in one message."""
-    if ranks()[1] > 1:
-        flat = torch.cat([t.reshape(-1) for t in tensors])
-        try:
-            dist.all_reduce(flat)
-        except RuntimeError as error:
-            reason = shorten(str(error), 200)
-            raise dist_attention.RankLost(f"another process was lost: {reason}") from error
-        for t, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            t.copy_(piece.view_as(t))
-
-
-def own_tokens(model, batch, config):
-    """This process's tokens of a batch -> Batch, and what the model has to know besides."""
-    layout = sequence_parallel.token_layout(model, config.causal)
-    per_token = (t is not None and t.ndim > 1 for t in batch)  # not the labels
-    parts = zip(batch, per_token, strict=True)
-    own = Batch(*(sequence_parallel.own(t, layout) if cut else t for t, cut in parts))
-    if config.model != "transformer":
-        return own, {}
-    L, device = batch.x.shape[1], batch.x.device
-    return own, {"positions": sequence_parallel.own_positions(L, layout, device)}
-
-
-def load_data(config):
-    """The task; the first of several processes makes what is not cached, the others wait."""
-    options = {"source": config.source, "n": config.pictures}
-    options = {k: v for k, v in options.items() if v is not None}
-    rank, world = ranks()
-    if world > 1:
-        patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-    if rank > 0:
-        dist.barrier(patient)
-    try:
-        data = lra_data.load(config.task, data_dir=config.data_dir, **options)
-    except TypeError as error:
-        raise ValueError(f"task {config.task} does not take {', '.join(options)}") from error
-    if world > 1 and rank == 0:
-        dist.barrier(patient)
-    return data
 
 
 # ------------------------------------------------------------------- self-check, command line
@@ -555,7 +537,7 @@ def run_once(config):
     """One run as the command line asks for it: settings, training, result on the screen."""
     if config.resume and not Path(config.out).is_dir():
         raise ValueError(f"{config.out} holds no run: nothing to resume")
-    with dist_attention.process_group(config.device) as (rank, _, device):
+    with process_group(config.device) as (rank, _, device):
         config = replace(config, device=str(device))
         if rank == 0:
             print("\n".join(f"{k:20}{v}" for k, v in (asdict(config) | versions()).items()))
@@ -568,46 +550,42 @@ def run_once(config):
         print(f"parameters {result['parameters']:,}  {speed}\n{config.out}/result.json")
 
 
-def demonstrate():
-    """benchmarks/demo.py: four arms, and what pretraining was worth."""
-    sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
-    from demo import demo
+def command(argv, args):
+    """What the command line asks for: the demonstration, a table of checks, settings, or a run."""
+    if not argv:
+        sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+        from demo import demo
 
-    demo()
-
-
-def check():
-    """Prints the table of self_check; exit status 1 when a row fails."""
-    rows = self_check()
-    for name, error, limit in rows:
-        print(f"  {name:42}{error:9.2g}{limit:9}   {'ok' if error <= limit else 'FAILED'}")
-    sys.exit(any(not error <= limit for _, error, limit in rows))
+        return demo()
+    if args.pop("check", False):
+        rows = self_check(args.get("device", "cpu"))
+        for name, error, limit in rows:
+            print(f"  {name:42}{error:9.2g}{limit:9}   {'ok' if error <= limit else 'FAILED'}")
+        sys.exit(any(not error <= limit for _, error, limit in rows))
+    show = args.pop("print_config", False)
+    config, origin = resolve(args)
+    if show:
+        return print("\n".join(f"{k:20}{v!s:24}{origin[k]}" for k, v in asdict(config).items()))
+    check_device(config.device)
+    run_once(config)
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = vars(parser().parse_args(argv))
+    out = Path(args.get("out", Config.out))
     try:
-        if args.pop("check", False):
-            check()
-        if not argv:
-            return demonstrate()
-        show = args.pop("print_config", False)
-        config, origin = resolve(args)
-        if show:
-            rows = [f"{k:20}{v!s:24}{origin[k]}" for k, v in asdict(config).items()]
-            return print("\n".join(rows))
-        check_device(config.device)
-        run_once(config)
-    except (ValueError, OSError, FloatingPointError, BrokenExecutor) as error:
+        command(argv, args)
+    except (ValueError, OSError, FloatingPointError, BrokenExecutor, RankLost) as error:
         sys.exit(f"pretrain.py: {shorten(str(error), 600)}")
     except RuntimeError as error:
-        if not isinstance(error, dist_attention.RankLost) and "allocate" not in str(error):
+        if "allocate" not in str(error):  # no memory left
             raise
-        sys.exit(f"pretrain.py: {shorten(str(error), 600)}")  # a lost process, no memory left
+        sys.exit(f"pretrain.py: {shorten(str(error), 600)}")
     except KeyboardInterrupt:
-        how = "--resume" if argv else "the same command"
-        print(f"pretrain.py: interrupted; {how} continues from a checkpoint", file=sys.stderr)
+        kept = argv and list(out.glob("checkpoint.pt*"))
+        how = "; --resume continues" if kept else "" if argv else "; the same command continues"
+        print(f"pretrain.py: interrupted{how}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -27,6 +27,7 @@ Not included: several versions of a checkpoint, a queue of runs (benchmarks/comp
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,7 @@ import torch
 from tqdm import tqdm
 
 LOG_EVERY = 10  # steps; the device is asked for numbers only this often
+WEIGHTS = ("checkpoint.pt", "pretrained.pt", "denoiser.pt")  # what a finished run leaves
 
 # ----------------------------------------------------------------- files: all of it or nothing
 
@@ -57,7 +59,9 @@ def save(path, state):
         torch.load(temporary, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} not written ({error}); the one before is intact") from error
+        before = "; the one before is intact" if path.exists() else ""
+        free = shutil.disk_usage(path.parent).free >> 20
+        raise OSError(f"{path} not written ({error}; {free:,} MiB free){before}") from error
     if path.exists():
         os.replace(path, path.with_name(path.name + ".previous"))
     os.replace(temporary, path)
@@ -67,6 +71,8 @@ def load(path):
     """What `save` wrote.  ValueError names the file that is no such thing."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):  # the file may be sound
+        raise
     except Exception as error:  # a damaged file may raise any kind
         reason = shorten(f"{type(error).__name__} {error}", 200)
         raise ValueError(f"{path} is not a file of weights: {reason}") from error
@@ -98,52 +104,56 @@ class Run:
     """A folder, from the first step to result.json.  Of several processes rank 0 alone writes.
 
     settings: dict of plain values; a run is continued under the same ones, but for the names in
-    `free`.  position: line of the bar, when runs are side by side.  Ctrl-C is obeyed after the
-    step, by a checkpoint and KeyboardInterrupt; the second one at once.
-    ValueError: the folder is in use, holds an unfinished run (without resume) or another one.
+    `free`.  position: line of the bar, when runs are side by side.  Ctrl-C and SIGTERM are obeyed
+    after the step, by a checkpoint and KeyboardInterrupt; the second one at once.  Without resume
+    a finished run is replaced.  ValueError: the folder is in use, holds an unfinished run (without
+    resume), one of other settings or none that can be read (with it).
     """
 
     def __init__(self, folder, settings, free=(), resume=False, rank=0, world=1, position=0):
         self.folder, self.settings, self.free, self.resume = Path(folder), settings, free, resume
         self.leader, self.alone, self.position = rank == 0, world == 1, position
-        self.state = None  # a checkpoint, until the stage that it was written in takes it
         self.result = {}  # scores of the stages that are finished
         self.pending = []  # (loss, right, count) of the steps since the last line of metrics
-        self.tokens, self.interrupted = 0, False
+        self.tokens, self.interrupted, self.handlers = 0, False, {}
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
-        finished, unfinished = self.folder / "result.json", self.folder / "checkpoint.pt"
         if self.leader:
             self.lock = open(self.folder / "lock", "w")
             claim(self.lock, self.folder)
-        if self.resume:
-            self.state = self.find()
-        elif unfinished.exists() and not finished.exists():
-            raise ValueError(f"{self.folder} holds an unfinished run: --resume, or another --out")
+        # a checkpoint, until the stage that it was written in takes it
+        self.state = self.find() if self.resume else None
         state = self.state or {"result": {}, "tokens": 0, "metrics": 0, "seconds": 0.0}
         self.result, self.tokens = state["result"], state["tokens"]
         if self.leader:
-            finished.unlink(missing_ok=True)
-            if self.state is None:  # what an older run left would be taken for this one's
-                for old in (unfinished, self.folder / "checkpoint.pt.previous"):
-                    old.unlink(missing_ok=True)
+            if self.state is None:
+                self.clear()
+            (self.folder / "result.json").unlink(missing_ok=True)
             write_json(self.folder / "config.json", self.settings)
             self.metrics = open(self.folder / "metrics.jsonl", "ab")
-            self.metrics.truncate(state["metrics"])
+            self.metrics.truncate(min(self.metrics.tell(), state["metrics"]))
+        self.versions = versions()  # of the code that runs, whatever is committed meanwhile
         self.mark = self.tokens, time.perf_counter()  # when the speed was last looked at
         self.started = self.mark[1] - state["seconds"]
         if self.alone:  # several processes might stop at different steps
-            self.handler = signal.signal(signal.SIGINT, self.interrupt)
+            signals = signal.SIGINT, signal.SIGTERM
+            self.handlers = {number: signal.signal(number, self.interrupt) for number in signals}
         return self
 
     def interrupt(self, *_):
-        signal.signal(signal.SIGINT, self.handler)
+        """Note that Ctrl-C was pressed; the second time it works as ever."""
+        print("stopping after this step; again: at once", file=sys.stderr)
         self.interrupted = True
+        self.let_go()
+
+    def let_go(self):
+        """Signals do what they did before."""
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
 
     def __exit__(self, failure, *_):
-        if self.alone:
-            signal.signal(signal.SIGINT, self.handler)
+        self.let_go()
         if not self.leader:
             return
         if failure is None:
@@ -153,24 +163,48 @@ class Run:
                 "config": self.settings,
                 "speed": speed | {"peak_memory": peak_memory()},
             }
-            write_json(self.folder / "result.json", self.result | versions())
+            write_json(self.folder / "result.json", self.result | self.versions)
         self.metrics.close()
         self.lock.close()
 
+    def clear(self):
+        """Begin anew: an unfinished run is refused, what a finished one left is removed."""
+        names = [name + end for name in WEIGHTS for end in ("", ".previous", ".damaged")]
+        old = [path for name in names if (path := self.folder / name).exists()]
+        if any("checkpoint" in path.name for path in old):
+            if not (self.folder / "result.json").exists():
+                raise ValueError(
+                    f"{self.folder} holds an unfinished run: --resume, or another --out"
+                )
+        for path in old:
+            path.unlink()
+
     def find(self):
-        """The newest checkpoint that can be read; None when there is none."""
-        state = None
-        for path in (self.folder / "checkpoint.pt", self.folder / "checkpoint.pt.previous"):
-            try:
-                state = state or (load(path) if path.exists() else None)
-            except ValueError as error:
-                print(f"{error}: not used", file=sys.stderr)
-        if state is not None:
-            old, new = state["settings"], self.settings
-            differ = [k for k in new if k not in self.free and old.get(k) != new[k]]
-            if differ:
-                text = ", ".join(f"{k} {old.get(k)} -> {new[k]}" for k in differ)
-                raise ValueError(f"{self.folder} holds a run with other settings: {text}")
+        """The newest checkpoint that can be read, damaged ones set aside; None: there is none."""
+        paths = [self.folder / ("checkpoint.pt" + end) for end in ("", ".previous")]
+        state, damaged = None, []
+        for path in paths:
+            if state is None and path.exists():
+                try:
+                    state = load(path)
+                    if not isinstance(state, dict) or "settings" not in state:
+                        state = None
+                        raise ValueError(f"{path} is not a checkpoint")
+                except ValueError as error:
+                    print(f"{error}: not used", file=sys.stderr)
+                    damaged.append(path)
+        if state is None:
+            if damaged:
+                raise ValueError(
+                    f"{self.folder}: no checkpoint can be read; without them it begins anew"
+                )
+            return None
+        old, new = state["settings"], self.settings
+        if differ := [k for k in new if k not in self.free and old.get(k) != new[k]]:
+            text = ", ".join(f"{k} {old.get(k)} -> {new[k]}" for k in differ)
+            raise ValueError(f"{self.folder} holds a run with other settings: {text}")
+        for path in damaged if self.leader else []:
+            path.replace(path.with_name(path.name + ".damaged"))
         return state
 
     def restore(self, stage, parts):
@@ -195,6 +229,7 @@ class Run:
             save(self.folder / "checkpoint.pt", state | {"settings": self.settings})
         if self.interrupted:
             raise KeyboardInterrupt
+        self.mark = self.tokens, time.perf_counter()  # validation does not count as training
 
     def steps(self, stage, first, last):
         """The numbers of the steps, as a bar (nothing is drawn when the output is no terminal)."""
@@ -204,24 +239,23 @@ class Run:
         return self.bar
 
     def log(self, step, loss, right, count, tokens):
-        """Note the sums of a step; look at the numbers every LOG_EVERY steps."""
+        """Note the sums of a step; look at them every LOG_EVERY steps."""
         self.pending.append((loss, right, count))
         self.tokens += tokens
         if (step + 1) % LOG_EVERY == 0:
-            self.look(step)
+            self.report(step)
 
-    def look(self, step):
+    def report(self, step):
         """Write a line, move the bar.  FloatingPointError when a loss is not finite."""
         if not self.pending:
             return
         rows = np.array([[float(v) for v in row] for row in self.pending])  # (steps, 3)
         if not np.isfinite(rows).all():
             bad = int(np.argmin(np.isfinite(rows[:, 0])))
+            at = f"{self.folder}, {self.stage}: the loss is {rows[bad, 0]} at step"
             path = self.folder / "checkpoint.pt"
-            raise FloatingPointError(
-                f"{self.stage}: the loss is {rows[bad, 0]} at step {step + 2 - len(rows) + bad}; "
-                + (f"the state before it is {path}" if path.exists() else "no checkpoint yet")
-            )
+            before = f"the state before it is {path}" if path.exists() else "no checkpoint yet"
+            raise FloatingPointError(f"{at} {step + 2 - len(rows) + bad}; {before}")
         loss, right, count = rows.sum(0)
         now = self.tokens, time.perf_counter()
         speed = round((now[0] - self.mark[0]) / (now[1] - self.mark[1]))
@@ -239,7 +273,7 @@ class Run:
 
 
 def peak_memory():
-    """Bytes: of the GPU when there is one, else of this process; None when it cannot be told."""
+    """In bytes, of the GPU when there is one, else of this process; None when it cannot be told."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:
@@ -252,9 +286,9 @@ def peak_memory():
 
 
 def versions():
-    """torch, Python and the commit of the code."""
+    """torch, Python and the commit of the code ("-dirty": with changes)."""
     try:
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None  # a copied file, no repository

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import sys
 import time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -33,7 +34,11 @@ from run_folder import versions  # noqa: E402
 
 
 def one_thread(lock):
-    """Start of a worker: the models are small, runs side by side are faster than threads."""
+    """Start of a worker: the models are small, runs side by side are faster than threads.
+
+    Ctrl-C ends a worker without a word (a run that is under way saves itself first).
+    """
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     torch.set_num_threads(1)
     tqdm.set_lock(lock)
 
@@ -42,13 +47,14 @@ def run(config, position=0):
     """The result of a run, from its folder when it is there; ValueError on other settings there."""
     path = Path(config.out) / "result.json"
     if path.exists():
-        result, now = json.loads(path.read_text()), asdict(config)
-        free = ("out", "resume", "data_dir")
-        differ = [k for k in now if k not in free and result["config"].get(k) != now[k]]
+        try:
+            result = json.loads(path.read_text())
+            old, now = result["config"], asdict(config)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path} is not the result of a run: {error}") from error
+        differ = [k for k in now if k not in pretrain.FREE and old.get(k) != now[k]]
         if differ:
-            raise ValueError(
-                f"{path} was made with another {', '.join(differ)}: give another --out"
-            )
+            raise ValueError(f"{path} was made with another {', '.join(differ)}: remove it")
         return result
     try:
         return pretrain.train(replace(config, resume=True), position)
@@ -66,7 +72,7 @@ def side_by_side(configs, workers):
 def parse_arm(text):
     """ "name: flags" -> name, Config.  ValueError when there is no name."""
     name, colon, flags = text.partition(":")
-    if not colon:
+    if not colon or not name.strip():
         raise ValueError(f"arm {text!r}: expected 'name: --flag value ...'")
     return name.strip(), settings.resolve(vars(settings.parser().parse_args(shlex.split(flags))))[0]
 
@@ -94,8 +100,10 @@ def compare(arms, seeds, folder, workers=2):
     for name, config in arms.items():
         for seed in seeds:
             out = f"{folder}/{name.replace(',', '').replace(' ', '-')}-{seed}"
-            weights = config.pretrained and config.pretrained.format(seed=seed)
+            weights = config.pretrained and config.pretrained.replace("{seed}", str(seed))
             jobs.append(replace(config, seed=seed, out=out, pretrained=weights))
+    if len({job.out for job in jobs}) < len(jobs):
+        raise ValueError(f"two runs would share a folder: arms {list(arms)}, seeds {seeds}")
     results, n = side_by_side(jobs, workers), len(seeds)
     return {name: describe(results[i * n : i * n + n]) for i, name in enumerate(arms)}
 
@@ -121,8 +129,14 @@ def main():
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, a thread each")
     parser.add_argument("--out", default="runs", help="folder of the runs")
     args = parser.parse_args()
+    origin = provenance("compare.py", args.seeds)  # of the code that runs
     try:
-        arms = dict(parse_arm(text) for text in args.arm)
+        if Path(args.name).name != args.name:
+            raise ValueError(f"name {args.name!r}: expected the name of a file, without a folder")
+        arms = [parse_arm(text) for text in args.arm]
+        if len(dict(arms)) < len(arms):
+            raise ValueError(f"two arms of one name: {', '.join(name for name, _ in arms)}")
+        arms = dict(arms)
         rows = compare(arms, args.seeds, f"{args.out}/{args.name}", args.workers)
     except (ValueError, OSError, FloatingPointError, BrokenExecutor) as error:
         sys.exit(f"compare.py: {error}")
@@ -132,9 +146,7 @@ def main():
         spread = f" +- {row['spread']}" if len(args.seeds) > 1 else ""
         print(f"{name:32}{row['mean']:6.2f}{spread}   {row['test']}")
     path = ROOT / "results" / f"{args.name}.json"
-    path.write_text(
-        json.dumps(provenance("compare.py", args.seeds) | {"arms": rows}, indent=1) + "\n"
-    )
+    path.write_text(json.dumps(origin | {"arms": rows}, indent=1) + "\n")
     print(f"wrote {path.relative_to(ROOT)}")
 
 

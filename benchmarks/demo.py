@@ -110,9 +110,10 @@ def main():
     parser.add_argument("--grid", action="store_true", help="search the learning rates")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run")
     parser.add_argument("--out", default="runs/demo", help="folder of the runs")
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side in the grid")
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side, with --grid")
     args = parser.parse_args()
     seeds = [0] if args.grid else args.seeds
+    origin = provenance("demo.py", seeds)  # of the code that runs
     if args.grid:
         result = grid(args.workers, args.out)
     else:
@@ -121,9 +122,12 @@ def main():
         for arm, row in result["arms"].items():
             print(f"{arm:28} {row['mean']} +- {row['spread']}  {row['test']}")
     path = ROOT / "results" / ("demo_grid.json" if args.grid else "demo.json")
-    path.write_text(json.dumps(provenance("demo.py", seeds) | result, indent=1) + "\n")
+    path.write_text(json.dumps(origin | result, indent=1) + "\n")
     print(f"wrote {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("demo.py: interrupted; the same command continues")

@@ -96,6 +96,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of each arm")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, a thread each")
     args = parser.parse_args()
+    origin = provenance("pretraining.py", args.seeds)  # of the code that runs
     if args.name == "labels":  # whose arms start from these weights
         before = {MASKED: objectives()[MASKED]}
         compare(before, args.seeds, f"{RUNS}/objectives", args.workers)
@@ -103,7 +104,7 @@ def main():
     for name, row in rows.items():
         print(f"{name:28}{row['mean']:6.2f} +- {row['spread']}   {row['test']}")
     path = ROOT / "results" / f"pretraining_{args.name}.json"
-    content = provenance("pretraining.py", args.seeds) | {"arms": rows}
+    content = origin | {"arms": rows}
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"wrote {path.relative_to(ROOT)}")
 

@@ -39,7 +39,7 @@ def trajectory(options, steps=10):
     data = lra_data.load("lattice", n_train=32, n_val=8, n_test=8)
     train = pretrain.Resident(data.train, data, "cpu")
     train.lengths = np.where(np.arange(len(train)) % 2, train.lengths, train.lengths * 2 // 3)
-    model = pretrain.start(config, data)
+    model = pretrain.initial_model(config, data)
     losses = []
     for stage in pretrain.STAGES:
         pretrain.seeded(config, 1)

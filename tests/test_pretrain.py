@@ -307,7 +307,7 @@ def test_each_stage_has_its_own_batch_size(small_lattice, tmp_path, monkeypatch)
 
 def test_random_init_leaves_no_structure(lattice):
     config = Config(**(TINY | {"d_model": 64}), model="s4", random_init=True)
-    model = pretrain.start(config, lattice)
+    model = pretrain.initial_model(config, lattice)
     values = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert abs(values.mean()) < 0.002 and abs(values.std() - 0.1) < 0.002
     assert all(p.std() > 0.02 for p in model.parameters())
@@ -409,6 +409,67 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(small_lattice, 
     same(bits(tmp_path / "whole"), bits(tmp_path / "cut"))
 
 
+def test_nothing_is_lost_where_no_checkpoint_can_be_read(small_lattice, tmp_path, capsys):
+    """Both damaged: refused and kept.  One damaged: set aside, so that it replaces no sound one."""
+    run(tmp_path, "a")
+    folder = tmp_path / "a"
+    newest, before = folder / "checkpoint.pt", folder / "checkpoint.pt.previous"
+    sound = before.read_bytes()
+    newest.write_bytes(b"half")
+    before.write_bytes(b"half")
+    with pytest.raises(ValueError, match="no checkpoint can be read"):
+        run(tmp_path, "a", resume=True)
+    assert newest.read_bytes() == before.read_bytes() == b"half"
+    before.write_bytes(sound)
+    torch.save({"some": "weights"}, newest)
+    with pytest.raises(ValueError, match="other settings: seed 0 -> 1"):
+        run(tmp_path, "a", resume=True, seed=1)
+    assert newest.exists()
+    run(tmp_path, "a", resume=True)
+    assert "is not a checkpoint: not used" in capsys.readouterr().err
+    assert (folder / "checkpoint.pt.damaged").exists()
+    assert run_folder.load(before)["settings"]["out"] == str(folder)
+
+
+def test_an_unfinished_run_is_known_by_either_checkpoint(small_lattice, tmp_path):
+    run(tmp_path, "a")
+    (tmp_path / "a" / "result.json").unlink()
+    (tmp_path / "a" / "checkpoint.pt").unlink()
+    with pytest.raises(ValueError, match="unfinished run"):
+        run(tmp_path, "a")
+    assert (tmp_path / "a" / "checkpoint.pt.previous").exists()
+
+
+def test_a_new_run_leaves_no_weights_of_the_old_one(small_lattice, tmp_path):
+    run(tmp_path, "a")
+    assert (tmp_path / "a" / "denoiser.pt").exists()
+    run(tmp_path, "a", objective="none", seed=1)
+    assert not (tmp_path / "a" / "pretrained.pt").exists()
+    assert not (tmp_path / "a" / "denoiser.pt").exists()
+
+
+def test_lost_metrics_are_not_filled_with_zeros(small_lattice, tmp_path):
+    run(tmp_path, "a")
+    (tmp_path / "a" / "metrics.jsonl").unlink()
+    run(tmp_path, "a", resume=True)
+    assert b"\0" not in (tmp_path / "a" / "metrics.jsonl").read_bytes()
+
+
+def test_a_mask_that_hides_nothing_is_refused(small_lattice, tmp_path):
+    with pytest.raises(ValueError, match="mask_ratio 1e-12 hides nothing of 16 examples"):
+        run(tmp_path, "a", mask_ratio=1e-12)
+
+
+def test_validation_that_is_not_finite_stops_the_run(small_lattice, tmp_path, monkeypatch):
+    """It would never be beaten, and the checkpoint would hold it."""
+    monkeypatch.setattr(
+        pretrain, "evaluate", lambda *_: {"loss": float("nan"), "accuracy": float("nan")}
+    )
+    with pytest.raises(FloatingPointError, match=r"a, pretrain: the loss of validation is nan"):
+        run(tmp_path, "a")
+    assert not (tmp_path / "a" / "checkpoint.pt").exists()
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     run_folder.save(path, {"step": 1})
@@ -474,10 +535,18 @@ def test_two_processes_are_one(tmp_path, model):
             assert two[key] == pytest.approx(one[key], rel=1e-10)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(small_lattice, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"pretrain: the loss is nan at step \d+.*check"):
-        run(tmp_path, "a", pretrain_lr=1e30, clip=1e30, pretrain_steps=20, eval_every=1)
-    assert (tmp_path / "a" / "checkpoint.pt").exists()
+def test_a_loss_that_is_not_finite_stops_the_run(small_lattice, tmp_path, monkeypatch):
+    steps, gradients = itertools.count(1), pretrain.gradients
+
+    def spoilt(*args):
+        loss, right, count = gradients(*args)
+        return (float("nan") if next(steps) == 8 else loss), right, count
+
+    monkeypatch.setattr(pretrain, "gradients", spoilt)
+    message = r"a, pretrain: the loss is nan at step 8; the state before it is .*checkpoint.pt"
+    with pytest.raises(FloatingPointError, match=message):
+        run(tmp_path, "a", eval_every=3)
+    assert run_folder.load(tmp_path / "a" / "checkpoint.pt")["step"] == 6
     assert not (tmp_path / "a" / "result.json").exists()
 
 
@@ -598,9 +667,10 @@ def test_a_dead_rank_ends_the_other_and_the_run_goes_on(tmp_path):
         ({"finetune_lr": -1.0}, "finetune_lr -1.0"),
         ({"causal": True}, "looks both ways"),
         ({"d_model": 30, "n_heads": 4}, "30.*4"),
-        ({"labels": 0}, "labels 0.*96"),
+        ({"labels": 0}, "labels 0: expected a positive number"),
+        ({"labels": 97}, "labels 97.*96"),
         ({"pretrained": "nowhere.pt"}, "nowhere.pt"),
-        ({"pictures": 5}, "lattice does not take n"),
+        ({"pictures": 5}, "lattice does not take pictures"),
         ({"dropout": float("nan")}, "dropout nan: expected 0 or more below 1"),
         ({"warmup": float("inf")}, "warmup inf"),
         ({"weight_decay": -1.0}, "weight_decay -1.0"),
@@ -636,6 +706,9 @@ def test_a_flag_goes_before_a_file_before_a_default(tmp_path, capsys):
         ('{"settings": {"d_modle": 3}}', "no setting is called d_modle"),
         ('{"settings": {"d_model": "wide"}}', "d_model 'wide': expected int"),
         ('{"settings": {"d_model": true}}', "d_model True: expected int"),
+        ('{"settings": {"seed": null}}', "seed None: expected int"),
+        ('{"settings": {"labels": "x"}}', "labels 'x': expected int"),
+        ('{"settings": {}, "sources": [1]}', "not a file of settings"),
         ("[]", "not a file of settings"),
     ):
         path.write_text(content)
