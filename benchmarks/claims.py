@@ -184,6 +184,89 @@ def wide_structured(d):
     return text + " nats a byte, equal FLOPs", verdict(all(better), any(better))
 
 
+def recall(d):
+    rows = {(r["L"], r["model"], r["budget"]): r for r in d["rows"]}
+    text, gaps = [], []
+    for L in (1024, 16384):
+        s4, other = (rows[L, model, "seconds"] for model in ("S4", "Transformer"))
+        text.append(f"{L // 1024}k: S4 {s4['mean']:.0%}, Transformer {other['mean']:.0%}")
+        gaps.append(s4["mean"] - other["mean"])
+    equal = rows.get((1024, "Transformer", "steps"))
+    text.append(f"given S4's steps at 1k: {equal['mean']:.0%}" if equal else "")
+    return "equal seconds, " + "; ".join(filter(None, text)), verdict(
+        min(gaps) > 0.1, max(gaps) > 0
+    )
+
+
+def both_principles(d):
+    mean = {name: row["mean"] for name, row in d["arms"].items()}
+    text = ", ".join(f"{name} {arm(row)}" for name, row in d["arms"].items())
+    decay = mean["as published"] > mean["without decay"]
+    few = (
+        mean["as published"] > mean["dense"] and mean["as published"] > mean["dense, without decay"]
+    )
+    return text, verdict(decay and few, decay or few)
+
+
+def ffn_speed(d):
+    one = {k.removesuffix(" speed"): v for k, v in d["ffn"]["1024, 1"].items() if "speed" in k}
+    names = ("lowrank", "blockdense", "blockshuffle")
+    text = ", ".join(f"{name} {one[name]:.1f}" for name in names)
+    good = [one[name] > 1.5 for name in names]
+    return f"one token, width 1024, 31 % of the weights: {text} times", verdict(
+        all(good), any(good)
+    )
+
+
+def merging(d):
+    most = {width: max(n for _, n in t.values()) for width, t in d["thresholds"].items()}
+    text = ", ".join(f"{n} at width {width}" for width, n in most.items())
+    return f"merged is faster up to so many tokens: {text}", verdict(
+        min(most.values()) > 0, any(most.values())
+    )
+
+
+def self_guided(d):
+    text, better = [], []
+    for kind in ("LowRank R 16", "BlockShuffle 4 x 4"):
+        plain, guided = (d["means"][kind][way]["best"] for way in ("plain", "self-guided"))
+        text.append(f"{kind}: error {plain:.3f} plain, {guided:.3f} guided")
+        better.append(guided < 0.95 * plain)
+    return "teacher and student, " + "; ".join(text), verdict(all(better), any(better))
+
+
+def guided_language(d):
+    text, better = [], []
+    for kind in ("LowRank", "BlockShuffle"):
+        plain, guided = (
+            d["summary"][f"{kind}, {way}"]["loss"] for way in ("longer", "self-guided")
+        )
+        text.append(f"{kind} {plain:.3f} plain for longer, {guided:.3f} guided")
+        better.append(guided < plain - 0.005)
+    return "; ".join(text) + " nats a byte", verdict(all(better), any(better))
+
+
+def steeper(d):
+    powers = d["powers"]
+    text = ", ".join(f"{name} -{power:.3f}" for name, power in powers.items())
+    better = [powers[n] > 1.1 * powers["dense"] for n in ("lowrank", "blockshuffle")]
+    return "loss falls with FLOPs to the power " + text, verdict(all(better), any(better))
+
+
+def longer_context(d):
+    loss = {c: [r["loss"][i] for r in d["runs"]] for i, c in enumerate(d["contexts"])}
+    mean = {c: float(np.mean(v)) for c, v in loss.items()}
+    text = ", ".join(f"{c}: {mean[c]:.2f}" for c in (1, 16, 64, 256, 512))
+    good = [mean[b] < mean[a] for a, b in zip(d["contexts"], d["contexts"][1:], strict=False)]
+    return f"nats a byte by context, {text}", verdict(all(good), sum(good) > 5)
+
+
+def million(d):
+    row = d["rows"][0]
+    text = f"{row['L']:,} causal tokens on two CPU ranks: {row['wall'] / 60:.0f} minutes"
+    return text + f", sampled rows wrong by {row['error']:.0e}", verdict(row["error"] < 1e-5, False)
+
+
 def parallel_attention(d):
     row = next(r for r in d["rows"] if r["L"] == 8192)
     text = (
@@ -260,6 +343,11 @@ CLAIMS = [
         "generation.json", generation,
     ),
     Claim(
+        "recall", "2111.00396", "remembers over 16k steps what a Transformer does not",
+        "Path-X: 88 to 96 %, Transformers fail",
+        "python benchmarks/recall.py --lengths 1024 16384 --extra", "recall.json", recall,
+    ),
+    Claim(
         "cifar", "2111.00396", "sequential CIFAR-10 without augmentation; Path-X",
         "91 %; 88 to 96 %", "python pretrain.py --settings settings/scifar-s4.json",
         why="the data are not generated; hours of one GPU", scale="one GPU",
@@ -274,6 +362,33 @@ CLAIMS = [
         "python benchmarks/compare.py (as in the file)", "sgconv_against_s4.json", sgconv_better,
     ),
     Claim(
+        "sgconv-principles", "2210.09298", "decay and few parameters are both needed", "ablations",
+        "python benchmarks/sgconv_ablation.py", "sgconv_ablation.json", both_principles,
+    ),
+    Claim(
+        "ffn-speed", "2406.16450", "structured FFNs run faster", "2.6 times with 32 % (GPU)",
+        "python benchmarks/ffn_latency.py", "ffn_latency.json", ffn_speed,
+    ),
+    Claim(
+        "pre-merge", "2406.16450", "merged weights decode few tokens faster",
+        "online decoding, GPU",
+        "python benchmarks/ffn_latency.py", "ffn_latency.json", merging,
+    ),
+    Claim(
+        "self-guided", "2406.16450", "self-guided training repairs the start",
+        "perplexity gap 1.0 -> 0.4", "python benchmarks/self_guided.py --steps 1000 --seeds 1",
+        "self_guided.json", self_guided,
+    ),
+    Claim(
+        "self-guided-language", "2406.16450", "and pays for itself on language, at equal FLOPs",
+        "same", "python benchmarks/byte_lm.py --guided --steps 500", "byte_lm_guided.json",
+        guided_language,
+    ),
+    Claim(
+        "scaling", "2406.16450", "loss falls more steeply with FLOPs than dense", "curves",
+        "python benchmarks/ffn_scaling.py --bytes-a-weight 4", "ffn_scaling.json", steeper,
+    ),
+    Claim(
         "wide-structured", "2406.16450", "wide and structured beats dense at equal FLOPs",
         "perplexity 17.89 against 18.23", "python benchmarks/byte_lm.py", "byte_lm.json",
         wide_structured,
@@ -283,6 +398,15 @@ CLAIMS = [
         "almost 40 times, 4 GPUs",
         "torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py",
         "distributed.json", parallel_attention,
+    ),
+    Claim(
+        "million", "2302.06218", "million-scale dependencies", "abstract",
+        "torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py --tokens 1048576 "
+        "--heads 1 --timeout 14400 --name distributed_million", "distributed_million.json", million,
+    ),
+    Claim(
+        "context", "2302.06218", "longer context performs better, depending on the application",
+        "abstract", "python benchmarks/context.py", "context.json", longer_context,
     ),
     Claim(
         "template", "2302.06218", "long-sequence models share one template of token mixing", "",
