@@ -36,7 +36,7 @@ COUNT = {32: 3000, 64: 300, 128: 300, 256: 2000}
 def pathfinder_row(size, n):
     """Milliseconds a picture and what the pictures look like."""
     start = time.perf_counter(), time.process_time()
-    pictures, labels, _ = lra_data.draw_pictures(np.random.RandomState(1), size, 14, n)
+    pictures, labels, disks = lra_data.draw_pictures(np.random.RandomState(1), size, 14, n)
     wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
     return {
         "task": f"pathfinder{size}",
@@ -48,7 +48,17 @@ def pathfinder_row(size, n):
         "zero_pixels": float((pictures == 0).mean()),
         "mean": float(pictures.mean()),
         "label_1": float(labels.mean()),
+        "disks_alone": disks_alone(disks / size, labels) if n >= 2000 else None,
     }
+
+
+def disks_alone(places, labels):
+    """Accuracy of least squares on places (n, 2, 2) and distance of the disks, without a snake."""
+    far = np.linalg.norm(places[:, 0] - places[:, 1], axis=-1)
+    x = np.column_stack([places.reshape(len(places), 4), far, far**2, np.ones(len(far))])
+    half = len(x) // 2
+    weights = np.linalg.lstsq(x[:half], 2.0 * labels[:half] - 1, rcond=None)[0]
+    return float(((x[half:] @ weights > 0) == labels[half:]).mean())
 
 
 def listops_row(task):
