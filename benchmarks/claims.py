@@ -433,17 +433,17 @@ CLAIMS = [
     ),
     Claim(
         "sequence-parallel", "beyond", "S4 and SGConv train on sequences split over ranks, exactly",
-        "", "python -m pytest -q tests/test_sequence_parallel.py", "claims_sequence_parallel.json",
+        "", "python -m pytest tests/test_sequence_parallel.py", "claims_sequence_parallel.json",
         tests_pass,
     ),
     Claim(
         "exact-gradients", "beyond", "distributed gradients are those of one process", "",
-        "python -m pytest -q tests/test_dist_attention.py", "claims_exact_gradients.json",
+        "python -m pytest tests/test_dist_attention.py", "claims_exact_gradients.json",
         tests_pass,
     ),
     Claim(
         "resume", "beyond", "kill -9 at any moment changes no bit of a run", "",
-        "python -m pytest -q tests/test_pretrain.py -k kills", "claims_resume.json", tests_pass,
+        "python -m pytest tests/test_pretrain.py -k kills", "claims_resume.json", tests_pass,
     ),
 ]  # fmt: skip
 
