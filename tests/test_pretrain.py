@@ -570,7 +570,7 @@ def test_evaluation_counts_every_example_once(lattice):
 # ------------------------------------------------------------- real processes, really killed
 
 SMALL = ["--d-model", "8", "--n-heads", "2", "--d-ff", "8", "--d-state", "4", "--device", "cpu"]
-LONG = [*SMALL, "--pretrain-steps", "150", "--finetune-steps", "150", "--eval-every", "5"]
+LONG = [*SMALL, "--pretrain-steps", "40", "--finetune-steps", "40", "--eval-every", "5"]
 
 
 def start_process(args, **environment):
@@ -618,7 +618,7 @@ def test_ten_kills_change_no_bit(tmp_path):
     whole, cut = (tmp_path / name for name in ("whole", "cut"))
     done = start_process([*LONG, *data, "--out", str(whole)])
     assert "result.json" in done.communicate(timeout=300)[0]
-    moments = [(stage, step) for stage in (0, 1) for step in np.sort(rng.randint(20, 120, 5))]
+    moments = [(stage, step) for stage in (0, 1) for step in np.sort(rng.randint(15, 35, 5))]
     command = [*LONG, *data, "--out", str(cut)]
     for i, moment in enumerate(moments):
         process, new = start_process([*command, *["--resume"][:i]]), cut / "checkpoint.pt.new"

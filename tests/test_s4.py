@@ -353,9 +353,11 @@ def test_bfloat16(kind):
     assert half(x.bfloat16()).dtype == torch.bfloat16 and half.kernel(9).dtype == torch.float32
 
 
-@pytest.mark.parametrize("mixer", [s4_mixer, s4d_mixer])
 @SLOW
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("mixer", "backend"),
+    [(s4_mixer, "aot_eager"), (s4d_mixer, "aot_eager"), (s4_mixer, "inductor")],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_compile(mixer, backend):
     model = S4Model(S4Config(d_model=4, n_layers=1, d_state=8, vocab_size=5), mixer)
