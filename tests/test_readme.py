@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -52,6 +53,20 @@ def test_verdicts_follow_from_the_files_of_results():
     }
     shown = claims.README.search(TEXT)[0].splitlines()[1:-1]
     assert shown == list(claims.table(rows))
+
+
+def test_a_row_repeats_the_command_that_made_its_file():
+    for claim in claims.CLAIMS:
+        if claim.file and (ROOT / "results" / claim.file).exists():
+            content = json.loads((ROOT / "results" / claim.file).read_text())
+            if "command" not in content:  # a file of cells, each with its own
+                continue
+            made, repeats = (
+                [word for word in shlex.split(text) if word not in ("python", "torchrun")]
+                for text in (content["command"], claim.command)
+            )
+            script = next(i for i, word in enumerate(repeats) if word.startswith(("bench", "-m")))
+            assert repeats[script:][0] in made and set(repeats[script:]) == set(made), claim.name
 
 
 def test_a_verdict_can_be_other_than_it_is():
