@@ -13,22 +13,17 @@ by run, and results/byte_lm.png; with --guided, results/byte_lm_guided.json and 
 import argparse
 import json
 import math
-import platform
-import subprocess
-import sys
 import sysconfig
 import time
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measured import ROOT, provenance, pyplot, save
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from structured_ffn import (  # noqa: E402
+from structured_ffn import (
     LM,
     BlockShuffle,
     Guide,
@@ -137,35 +132,8 @@ def train(config, data, seed, steps, lr, guided=0, warmup=0.05):
     return held_out_loss(model, data[1]), time.process_time() - start
 
 
-def provenance():
-    """What a result was measured with; the command without the options that only resume."""
-    resume = [i for i, a in enumerate(sys.argv) if a in ("--max-runs", "--out", "--budget")]
-    kept = [a for i, a in enumerate(sys.argv[1:], 1) if i not in resume and i - 1 not in resume]
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        rows = [row.split(":", 1)[1].strip() for row in info.open() if row.startswith("model name")]
-        cpu = f"{rows[0]}, {len(rows)} cores" if rows else cpu
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    git = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
-    return {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *kept]),
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": git.stdout.strip(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    }
-
-
 def load(path):
     return json.loads(path.read_text()) if path.exists() else {"runs": []}
-
-
-def save(path, result):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def complete(path, keys, measure, max_runs, settings):
@@ -173,25 +141,15 @@ def complete(path, keys, measure, max_runs, settings):
 
     keys: one dict a run, which names it; measure(**key): dict of what came out.  Returns all.
     """
-    known = load(path)["runs"]
+    origin, known = provenance(), load(path)["runs"]
     missing = [key for key in keys if not any(key.items() <= run.items() for run in known)]
     for key in missing[:max_runs]:
         run = key | measure(**key)
         result = load(path)
         result["runs"].append(run)
-        save(path, result | settings | provenance())
+        save(path, result | settings | origin)
         print(*run.values(), flush=True)
     return load(path)
-
-
-def pyplot():
-    """matplotlib without a display; imported here, as only plots need it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
 
 
 def summary(result, arms):

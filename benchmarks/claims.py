@@ -19,11 +19,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+from measured import ROOT, provenance, save
 
-ROOT = Path(__file__).resolve().parent.parent
 HOLDS, PART, NOT, UNRUN = "holds", "holds in part", "does not hold here", "not run"
 README = re.compile(r"(<!-- claims -->\n).*?(<!-- /claims -->)", re.S)
 
@@ -474,15 +473,12 @@ def measure(claim):
     if "pytest" not in words:
         subprocess.run(words, cwd=ROOT, check=True)
         return
+    origin = provenance()
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout[-500:])
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from compare import provenance
-
     count = {k: sum(map(int, re.findall(rf"(\d+) {k}", done.stdout))) for k in ("passed", "failed")}
-    content = provenance("claims.py", None) | count | {"command": claim.command}
-    content["seconds"] = round(time.time() - start)
-    (ROOT / "results" / claim.file).write_text(json.dumps(content, indent=1) + "\n")
+    content = origin | count | {"command": claim.command, "seconds": round(time.time() - start)}
+    save(ROOT / "results" / claim.file, content)
 
 
 def spent(content):
@@ -549,7 +545,7 @@ def main():
             f"{name:18}{rows[name]['verdict']:20}{rows[name]['ours']}\n{'':18}{rows[name]['command']}"
         )
     if args.table or todo:
-        (ROOT / "results/claims.json").write_text(json.dumps(rows, indent=1) + "\n")
+        save(ROOT / "results/claims.json", rows)
         text = (ROOT / "README.md").read_text(encoding="utf-8")
         lines = "\n".join(table(rows)) + "\n"
         new = README.sub(lambda m: m[1] + lines + m[2], text)

@@ -11,11 +11,9 @@ results/NAME.json with everything a reader needs to repeat it.
 import argparse
 import json
 import os
-import platform
 import shlex
 import signal
 import sys
-import time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict, replace
 from multiprocessing import get_context
@@ -23,14 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measured import ROOT, provenance, save
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import config as settings  # noqa: E402
-import pretrain  # noqa: E402
-from run_folder import versions  # noqa: E402
+import config as settings
+import pretrain
 
 
 def one_thread(lock):
@@ -108,17 +103,6 @@ def compare(arms, seeds, folder, workers=2):
     return {name: describe(results[i * n : i * n + n]) for i, name in enumerate(arms)}
 
 
-def provenance(script, seeds):
-    """What a file of results says about where it comes from."""
-    return {
-        "command": shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
-        "date": time.strftime("%Y-%m-%d"),
-        "seeds": seeds,
-        **versions(),
-    }
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -129,7 +113,7 @@ def main():
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, a thread each")
     parser.add_argument("--out", default="runs", help="folder of the runs")
     args = parser.parse_args()
-    origin = provenance("compare.py", args.seeds)  # of the code that runs
+    origin = provenance() | {"seeds": args.seeds}
     try:
         if Path(args.name).name != args.name:
             raise ValueError(f"name {args.name!r}: expected the name of a file, without a folder")
@@ -146,7 +130,7 @@ def main():
         spread = f" +- {row['spread']}" if len(args.seeds) > 1 else ""
         print(f"{name:32}{row['mean']:6.2f}{spread}   {row['test']}")
     path = ROOT / "results" / f"{args.name}.json"
-    path.write_text(json.dumps(origin | {"arms": rows}, indent=1) + "\n")
+    save(path, origin | {"arms": rows})
     print(f"wrote {path.relative_to(ROOT)}")
 
 

@@ -12,16 +12,15 @@ it, so no context here is strange to the model.  Writes results/context.json and
 
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from byte_lm import ROOT, complete, corpus, pyplot
+from byte_lm import complete, corpus
+from measured import ROOT, pyplot
 
-sys.path.insert(0, str(ROOT))
 from structured_ffn import LM, LMConfig, count
 
 L, BATCH = 512, 4  # bytes a window, windows a step

@@ -11,22 +11,14 @@ accepted tree in pure Python).
 """
 
 import argparse
-import importlib.metadata
-import json
 import os
-import platform
-import subprocess
-import sys
 import tempfile
 import time
-from datetime import datetime, timezone
-from pathlib import Path
 
 import numpy as np
+from measured import ROOT, provenance, pyplot, save
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import lra_data  # noqa: E402
+import lra_data
 
 ORIGINAL = {32: (270, 380), 64: (10_000, 10_000), 128: (2_000, 2_000), 256: (180, 180)}  # ms
 TARGET = {32: 15, 64: 300, 128: 80, 256: 12}
@@ -81,10 +73,7 @@ def listops_row(task):
 
 def pictures(path):
     """Four panels, one a size: 4 x 8 pictures, the label over each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, panels = plt.subplots(4, 1, figsize=(10, 24), layout="constrained")
     for panel, size in zip(panels, lra_data.SHEETS, strict=True):
@@ -103,13 +92,6 @@ def pictures(path):
     figure.savefig(path, dpi=110)
 
 
-def cpu_model():
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []:
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pictures", action="store_true", help="write results/pathfinder.png only")
@@ -119,14 +101,9 @@ def main():
     if args.pictures:
         pictures(ROOT / "results/pathfinder.png")
         return
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    result = {
-        "command": "python " + " ".join(["benchmarks/data_speed.py", *sys.argv[1:]]),
-        "hardware": f"{cpu_model()}, {os.cpu_count()} cores, one process on one of them",
+    result = provenance() | {
         "load_average": os.getloadavg()[0],  # above 2: others compute, only the CPU times count
-        "numpy": importlib.metadata.version("numpy"),
-        "commit": commit.stdout.strip(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "numpy": np.__version__,
         "rows": [],
     }
     for size in args.sizes:
@@ -147,7 +124,7 @@ def main():
             f"{row['s_cached']:.1f} s from the cache; {levels}"
         )
     path = ROOT / "results/data_speed.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    save(path, result)
     print(f"wrote {path.relative_to(ROOT)}")
 
 

@@ -10,18 +10,15 @@ Runs that are finished are not repeated.
 """
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from compare import describe, side_by_side
+from measured import ROOT, provenance, save
 
-from compare import describe, provenance, side_by_side  # noqa: E402
-
-from config import Config  # noqa: E402
+from config import Config
 
 DEMO = Config(task="lattice", d_ff=128, d_state=16, batch_size=32, eval_every=200)
 SCRATCH = {"objective": "none", "finetune_lr": 1e-3}
@@ -113,7 +110,7 @@ def main():
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, with --grid")
     args = parser.parse_args()
     seeds = [0] if args.grid else args.seeds
-    origin = provenance("demo.py", seeds)  # of the code that runs
+    origin = provenance() | {"seeds": seeds}
     if args.grid:
         result = grid(args.workers, args.out)
     else:
@@ -122,7 +119,7 @@ def main():
         for arm, row in result["arms"].items():
             print(f"{arm:28} {row['mean']} +- {row['spread']}  {row['test']}")
     path = ROOT / "results" / ("demo_grid.json" if args.grid else "demo.json")
-    path.write_text(json.dumps(origin | result, indent=1) + "\n")
+    save(path, origin | result)
     print(f"wrote {path.relative_to(ROOT)}")
 
 

@@ -15,23 +15,17 @@ out the waits for messages.  Where vanilla does not fit --memory-limit, the tabl
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from measured import ROOT, provenance, pyplot, save
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dist_attention as da
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # ---------------------------------------------------------------- cells
 
@@ -265,44 +259,18 @@ def simulation(args):
 
 def about(args, world):
     """What makes the numbers: asked before the work, during which a commit may follow."""
-    cpu = Path("/proc/cpuinfo")
-    models = [x for x in cpu.read_text().splitlines() if "model name" in x] if cpu.exists() else []
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "command": " ".join(["benchmarks/distributed.py", *sys.argv[1:]]),
+    return provenance() | {
         "world": world,
         "threads": torch.get_num_threads(),
-        "cpu": models[0].split(": ")[1] if models else platform.processor(),
-        "cores": os.cpu_count(),
         "load": os.getloadavg(),
         "clock": args.clock,
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
         "heads": [args.heads, args.kv_heads, args.d_head],
     }
 
 
-def save(name, made_by, rows):
-    """results/<name>.json: the rows, and what made them."""
-    path = ROOT / "results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(made_by | {"rows": rows}, indent=1) + "\n")
-    print(f"wrote {path}")
-
-
 def plot():
     """Time against length, and the balance of the two layouts."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     data = json.loads((ROOT / "results/distributed.json").read_text())
     rows, W = data["rows"], data["world"]
@@ -365,6 +333,7 @@ def main(argv=None):
     )
     parser.add_argument("--memory", type=int, help="measure peak memory at so many tokens instead")
     parser.add_argument("--tokens", type=int, help="one verified causal run of so many instead")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="with --tokens")
     parser.add_argument("--simulate", type=int, help="predict so many ranks instead")
     parser.add_argument("--bandwidth", type=float, default=1e9, help="bytes/s of a simulated link")
     parser.add_argument("--timeout", type=float, default=600, help="seconds till a rank is lost")
@@ -374,7 +343,7 @@ def main(argv=None):
     args.kv_heads = args.kv_heads or args.heads
     if args.plot:
         return plot()
-    with da.process_group(timeout=args.timeout) as (rank, world, device):
+    with da.process_group(args.device, args.timeout) as (rank, world, device):
         made_by = about(args, world)
         if args.tokens:
             row = da.run(args.tokens, args.heads, args.d_head, device, rank, world)
@@ -389,7 +358,9 @@ def main(argv=None):
             name = "distributed_training" if args.backward else "distributed"
             rows = table(args, rank, world)
         if rank == 0:
-            save(args.name or name, made_by, rows)
+            path = ROOT / f"results/{args.name or name}.json"
+            save(path, made_by | {"rows": rows})
+            print(f"wrote {path}")
 
 
 if __name__ == "__main__":

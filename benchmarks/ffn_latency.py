@@ -2,14 +2,17 @@
 
     python benchmarks/ffn_latency.py                all missing cells, then tables and plot (7 min)
     python benchmarks/ffn_latency.py --budget 45    stop after about 45 s, resumable
+    python benchmarks/ffn_latency.py --device cuda --dtype bfloat16 --widths 1024 2048 5120 \\
+        --tokens 1 16 256 2048 30720 --out results/ffn_latency_gpu.json
 
-One thread, process CPU time; the forms take turns.  FFN: two matrices (d_model, 4 d_model) with
-GELU, 31 % of the weights, nothing recorded, the fastest round counts.  "merged" is LowRank after
-merge() with a threshold above the number of tokens: the dense product plus the dispatch.
+On a CPU one thread and its CPU time, on a GPU wall time; the forms take turns.  FFN: two matrices
+(d_model, 4 d_model) with GELU, 31 % of the weights, nothing recorded, the fastest round counts.
+"merged" is LowRank after merge() with a threshold above the number of tokens: the dense product
+plus the dispatch.
 
-One layer: efficiency = share of the FLOPs / share of the time, of the fastest turn and of
-the median one.  The ceiling is the efficiency of the bare matrix products, on operands laid out as
-the product wants them, into memory that is there already.  "Memory kept": glibc hands results of
+One layer (CPU alone): efficiency = share of the FLOPs / share of the time, of the fastest turn and
+of the median one.  The ceiling is the efficiency of the bare matrix products, on operands laid out
+as the product wants them, into memory that is there already.  "Memory kept": glibc hands results of
 32 MiB and more back to the system at once, and taking them anew costs page faults, the same for
 dense as for a faster layer; these cells tell glibc to keep them.  Writes results/ffn_latency.json
 cell by cell.
@@ -18,21 +21,24 @@ cell by cell.
 import argparse
 import ctypes
 import statistics
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
-from byte_lm import ROOT, load, provenance, pyplot, save
+from byte_lm import load
+from measured import ROOT, provenance, pyplot, save
 from torch import nn
 
-sys.path.insert(0, str(ROOT))
 from structured_ffn import KINDS, Grid, StructuredFFN, ffn_weights, match, seconds
 
 WIDTHS, TOKENS = (256, 512, 1024, 2048), (1, 4, 16, 64, 256, 1024, 4096)
 LAYER = [("forward", 1), ("forward", 2048), ("forward + backward", 1024)]
 TURNS = 8  # of each form of a layer, two calls or more a turn
+
+
+def clock():
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
 def random_(module):
@@ -45,7 +51,7 @@ def random_(module):
 def build(linear, d_model):
     with torch.device("meta"):
         ffn = StructuredFFN(d_model, 4 * d_model, linear)
-    return random_(ffn.to_empty(device="cpu"))
+    return random_(ffn.to_empty(device=torch.get_default_device()))
 
 
 def latency(width, tokens):
@@ -57,10 +63,10 @@ def latency(width, tokens):
     for layer in (forms["merged"].fc1, forms["merged"].fc2):
         layer.merge(threshold=10**9)
     x = torch.randn(tokens, width)
-    rounds = max(2, min(25, 2**31 // (width * width * tokens)))
+    rounds = 25 if x.is_cuda else max(2, min(25, 2**31 // (width * width * tokens)))
     with torch.no_grad():
         calls = [partial(ffn, x) for ffn in forms.values()]
-        times = seconds(calls, rounds, 2e-3, time.process_time)
+        times = seconds(calls, rounds, 2e-3, clock)
     ms = {form: 1e3 * t for form, t in zip(forms, times, strict=True)}
     return ms | {f"{form} speed": times[0] / t for form, t in zip(forms, times, strict=True)}
 
@@ -116,9 +122,9 @@ def efficiency(what, tokens, kept, d_in=1024, d_out=4096):
     turns = []
     for _ in range(TURNS):
         with torch.set_grad_enabled(recorded):
-            turn = seconds(calls, 2, 2e-3, time.process_time)
+            turn = seconds(calls, 2, 2e-3, clock)
         with torch.no_grad():
-            turns.append(turn + seconds(bare, 2, 2e-3, time.process_time))
+            turns.append(turn + seconds(bare, 2, 2e-3, clock))
     columns = [*zip(*turns, strict=True)]
     best, middle = [*map(min, columns)], [*map(statistics.median, columns)]
     result = {}
@@ -136,13 +142,13 @@ def efficiency(what, tokens, kept, d_in=1024, d_out=4096):
     return result
 
 
-def cells(result):
+def cells(result, widths, tokens, layers):
     """Yields (section, key, function) of what is missing, cheap ones first, memory kept last."""
-    found = [("layer", f"{what}, {n}", partial(efficiency, what, n, False)) for what, n in LAYER]
-    found += [("thresholds", str(width), partial(thresholds, width)) for width in WIDTHS]
-    sizes = sorted(((w, n) for w in WIDTHS for n in TOKENS), key=lambda c: c[0] ** 2 * c[1])
+    found = [("layer", f"{what}, {n}", partial(efficiency, what, n, False)) for what, n in layers]
+    found += [("thresholds", str(width), partial(thresholds, width)) for width in widths]
+    sizes = sorted(((w, n) for w in widths for n in tokens), key=lambda c: c[0] ** 2 * c[1])
     found += [("ffn", f"{w}, {n}", partial(latency, w, n)) for w, n in sizes]
-    for what, n in LAYER[1:]:
+    for what, n in layers[1:]:
         found.append(("layer", f"{what}, {n}, memory kept", partial(efficiency, what, n, True)))
     return [cell for cell in found if cell[1] not in result[cell[0]]]
 
@@ -150,7 +156,7 @@ def cells(result):
 def tables(result):
     lines = ["| one layer 1024 -> 4096 | FLOPs | " + " | ".join(result["layer"]) + " |"]
     lines.append("|---" * (2 + len(result["layer"])) + "|")
-    for name, first in next(iter(result["layer"].values())).items():
+    for name, first in next(iter(result["layer"].values()), {}).items():
         row = [cell[name] for cell in result["layer"].values()]
         text = " | ".join(
             f"{r['ms']:.2f} ms, {r['efficiency']:.2f} (median {r['median_efficiency']:.2f},"
@@ -160,12 +166,10 @@ def tables(result):
         lines.append(f"| {name} | {first['share']:.3f} | {text} |")
     lines += ["", "| FFN width | tokens | dense ms | " + " | ".join(KINDS) + " | merged |"]
     lines.append("|---" * (4 + len(KINDS)) + "|")
-    for width in WIDTHS:
-        for tokens in TOKENS:
-            cell = result["ffn"].get(f"{width}, {tokens}")
-            if cell:
-                speed = [f"{cell[form + ' speed']:.2f}x" for form in (*KINDS, "merged")]
-                lines.append(f"| {width} | {tokens} | {cell['dense']:.3f} | {' | '.join(speed)} |")
+    for key, cell in sorted(result["ffn"].items(), key=lambda c: [*map(int, c[0].split(","))]):
+        speed = [f"{cell[form + ' speed']:.2f}x" for form in (*KINDS, "merged")]
+        width, tokens = key.split(", ")
+        lines.append(f"| {width} | {tokens} | {cell['dense']:.3f} | {' | '.join(speed)} |")
     lines += ["", "| width | merged form serves up to (tokens: fc1, fc2) |", "|---|---|"]
     for width, found in result["thresholds"].items():
         text = "; ".join(f"{kind} {a}, {b}" for kind, (a, b) in found.items())
@@ -175,10 +179,12 @@ def tables(result):
 
 def plot(result, path):
     plt = pyplot()
-    fig, axes = plt.subplots(1, len(WIDTHS), figsize=(13, 3.4), sharey=True)
-    for ax, width in zip(axes, WIDTHS, strict=True):
+    sizes = [[*map(int, key.split(","))] for key in result["ffn"]]
+    widths = sorted({width for width, _ in sizes})
+    fig, axes = plt.subplots(1, len(widths), figsize=(1 + 3 * len(widths), 3.4), sharey=True)
+    for ax, width in zip(axes, widths, strict=True):
         for form in (*KINDS, "merged"):
-            done = [t for t in TOKENS if f"{width}, {t}" in result["ffn"]]
+            done = sorted(t for w, t in sizes if w == width)
             rows = [result["ffn"][f"{width}, {t}"] for t in done]
             ax.semilogx(done, [r[form + " speed"] for r in rows], "o-", ms=3, label=form)
         share = ffn_weights(match(width, 4 * width, "lowrank", 0.3125), width, 4 * width)
@@ -198,16 +204,23 @@ def main():
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which to stop")
     out = ROOT / "results" / "ffn_latency.json"
     parser.add_argument("--out", type=Path, default=out, help="result file")
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="d_model of the FFNs")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="tokens a call")
+    parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     args = parser.parse_args()
     torch.set_num_threads(1)
+    torch.set_default_device(args.device)
+    torch.set_default_dtype(getattr(torch, args.dtype))
+    layers = LAYER if args.device == "cpu" else []
     result = {"layer": {}, "thresholds": {}, "ffn": {}} | load(args.out)
     result.pop("runs", None)
-    start = time.perf_counter()
-    for section, key, measure in cells(result):
+    start, origin = time.perf_counter(), provenance()
+    for section, key, measure in cells(result, args.widths, args.tokens, layers):
         if time.perf_counter() - start > args.budget:
             break
         result[section][key] = measure()
-        result |= provenance()
+        result |= origin | {"device": args.device, "dtype": args.dtype}
         save(args.out, result)
     print("\n".join(tables(result)))
     plot(result, args.out.with_suffix(".png"))

@@ -10,14 +10,13 @@ least squares of the logarithms.  Writes results/ffn_scaling.json run by run, an
 
 import argparse
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from byte_lm import BATCH, ROOT, L, complete, corpus, pyplot, save, train
+from byte_lm import BATCH, L, complete, corpus, train
+from measured import ROOT, pyplot, save
 
-sys.path.insert(0, str(ROOT))
 from structured_ffn import LMConfig, count, match
 
 WIDTHS = (32, 48, 64, 80)

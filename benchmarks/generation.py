@@ -14,15 +14,14 @@ Writes results/generation.json and .png.
 """
 
 import argparse
-import json
 import math
-import sys
 import time
+from functools import partial
+from pathlib import Path
 
 import torch
-from s4_kernel import ROOT, provenance
+from measured import ROOT, provenance, pyplot, save
 
-sys.path.insert(0, str(ROOT))
 from attention import Cache, Transformer, TransformerConfig
 from s4 import S4Config, S4Model
 
@@ -50,18 +49,21 @@ def state_bytes(model, L):
     return 4 * config.n_layers * 2 * L * config.d_model
 
 
-def state_at(model, batch, seen, capacity):
+def state_at(model, batch, seen, capacity, device):
     """The state after `seen` tokens, filled with noise: its contents do not change the time."""
     if isinstance(model, S4Model):
         return model.initial_state(batch)
     heads = model.config.n_heads
     shape = batch, heads, capacity, model.config.d_model // heads
-    return [Cache(torch.randn(shape), torch.randn(shape), seen) for _ in model.blocks], seen
+    draw = partial(torch.randn, shape, device=device)
+    return [Cache(draw(), draw(), seen) for _ in model.blocks], seen
 
 
 def seconds_a_step(model, batch, seen, capacity, now, budget):
     """Time of one step: the least of at least two, until the budget (seconds) is spent."""
-    state, token = state_at(model, batch, seen, capacity), torch.zeros(batch, dtype=torch.long)
+    device = next(model.parameters()).device
+    state = state_at(model, batch, seen, capacity, device)
+    token = torch.zeros(batch, dtype=torch.long, device=device)
     best, spent, rounds = math.inf, 0.0, 0
     while rounds < 2 or (spent < budget and rounds < 100 and seen + rounds + 1 < capacity):
         start = now()
@@ -72,7 +74,13 @@ def seconds_a_step(model, batch, seen, capacity, now, budget):
 
 
 def measure(models, L, args):
-    now = time.process_time if args.clock == "cpu" else time.perf_counter
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+
+    def now():
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+        return clock()
+
     row = {"context": L}
     for name, model in models.items():
         batch = max(1, min(args.max_batch, int(args.cap_gib * 2**30 / state_bytes(model, L))))
@@ -88,10 +96,7 @@ def measure(models, L, args):
 
 
 def plot(rows, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
 
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
     titles = {
@@ -119,14 +124,17 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds a measurement")
+    parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    out = ROOT / "results/generation.json"
+    parser.add_argument("--out", type=Path, default=out, help="result file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    models = build(args.width, args.layers)
+    models = {k: m.to(args.device) for k, m in build(args.width, args.layers).items()}
     sizes = {name: parameters(model) for name, model in models.items()}
     blocks = {name: len(model.blocks) for name, model in models.items()}
     print(f"parameters {sizes}, blocks {blocks}, cap {args.cap_gib} GiB, {args.clock} clock")
     print(f"{'context':>8} {'model':12} {'batch':>6} {'tokens/s':>9} {'ms at batch 1':>14}")
-    rows = []
+    rows, origin = [], provenance()
     for L in args.contexts:
         rows.append(measure(models, L, args))
         for name in models:
@@ -138,11 +146,12 @@ def main():
         throughput, latency = (a[key] / b[key] for key in keys)
         rows[-1]["S4 over Transformer"] = {"throughput": throughput, "latency": latency}
         print(f"{'':8} S4 / Transformer: throughput {throughput:.2f}, latency {latency:.2f}")
-    result = provenance() | {
-        "settings": vars(args), "parameters": sizes, "blocks": blocks, "rows": rows
+    settings = {k: v for k, v in vars(args).items() if k != "out"}
+    result = origin | {
+        "settings": settings, "parameters": sizes, "blocks": blocks, "rows": rows
     }  # fmt: skip
-    (ROOT / "results/generation.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(rows, ROOT / "results/generation.png")
+    save(args.out, result)
+    plot(rows, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -18,22 +18,18 @@ Cells are merged into results/mixers.json, so lengths can run one by one; plot: 
 import argparse
 import json
 import os
-import platform
 import resource
-import subprocess
 import sys
 import time
-from datetime import datetime, timezone
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from measured import ROOT, provenance, pyplot, save
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import attention  # noqa: E402
-import s4  # noqa: E402
-import sgconv  # noqa: E402
+import attention
+import s4
+import sgconv
 
 LENGTHS = [2**k for k in range(10, 17)]
 FORWARD_LENGTHS = [2**k for k in range(14, 21, 2)]
@@ -127,8 +123,9 @@ def reason_to_skip(name, L, args, done):
 def measure(L, args, done):
     """Cells of one length: all workers start, then take turns."""
     cells, workers = {}, {}
-    # a fork has torch imported already, and no thread runs before it
-    context = get_context("fork" if sys.platform == "linux" else "spawn")
+    # a fork has torch imported already, and no thread runs before it; CUDA cannot be forked
+    fork = sys.platform == "linux" and args.device == "cpu"
+    context = get_context("fork" if fork else "spawn")
     for name in args.mixers:
         reason = reason_to_skip(name, L, args, done)
         cell = {"mixer": name, "L": L, "width": args.width, "batch": args.batch}
@@ -158,24 +155,6 @@ def measure(L, args, done):
     return list(cells.values())
 
 
-def provenance():
-    """What a reader needs to judge a time."""
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return {
-        "command": "python " + " ".join(sys.argv),
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "commit": commit,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
 def table(cells, clock):
     """Markdown: ms, ratio to the bare FFT, GiB; a row a mixer, a column a length."""
     lengths = sorted({c["L"] for c in cells})
@@ -201,10 +180,7 @@ def table(cells, clock):
 
 def plot(cells, clock, path):
     """Time and memory over length, forward + backward."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, key, label in (
@@ -267,8 +243,7 @@ def main(argv=None):
                 cell["over bare"] = cell["seconds"] / base["seconds"]
         cells = [c for c in cells if c not in same or c["L"] != L or c["mixer"] not in args.mixers]
         cells += fresh
-        args.out.parent.mkdir(exist_ok=True)
-        args.out.write_text(json.dumps({"cells": cells}, indent=1) + "\n")
+        save(args.out, {"cells": cells})
         print(f"length {L} done", flush=True)
     clock = {"wall": "seconds", "cpu": "cpu_seconds"}[args.clock]
     table([c for c in cells if shape.items() <= c.items()], clock)

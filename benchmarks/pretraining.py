@@ -14,16 +14,11 @@ Writes results/pretraining_NAME.json; finished runs are read from their folders.
 """
 
 import argparse
-import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from compare import compare, provenance  # noqa: E402
-from demo import ARMS, DEMO, PRETRAINED, SCRATCH  # noqa: E402
+from compare import compare
+from demo import ARMS, DEMO, PRETRAINED, SCRATCH
+from measured import ROOT, provenance, save
 
 STEPS = 4400  # of a Transformer, both stages
 RUNS, MASKED = "runs/pretraining", "Transformer-masked"
@@ -96,7 +91,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of each arm")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, a thread each")
     args = parser.parse_args()
-    origin = provenance("pretraining.py", args.seeds)  # of the code that runs
+    origin = provenance() | {"seeds": args.seeds}
     if args.name == "labels":  # whose arms start from these weights
         before = {MASKED: objectives()[MASKED]}
         compare(before, args.seeds, f"{RUNS}/objectives", args.workers)
@@ -104,8 +99,7 @@ def main():
     for name, row in rows.items():
         print(f"{name:28}{row['mean']:6.2f} +- {row['spread']}   {row['test']}")
     path = ROOT / "results" / f"pretraining_{args.name}.json"
-    content = origin | {"arms": rows}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    save(path, origin | {"arms": rows})
     print(f"wrote {path.relative_to(ROOT)}")
 
 

@@ -17,17 +17,16 @@ results/recall.png.
 import argparse
 import itertools
 import math
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from byte_lm import ROOT, complete, load, pyplot, save
+from byte_lm import complete, load
+from measured import ROOT, pyplot, save
 from torch import nn
 
-sys.path.insert(0, str(ROOT))
 from attention import Transformer, TransformerConfig
 from s4 import S4Config, S4Model
 

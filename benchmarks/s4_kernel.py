@@ -14,41 +14,18 @@ time, for a machine that is shared.  Writes results/s4_kernel.json and .png.
 
 import argparse
 import copy
-import json
-import platform
 import resource
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from datetime import datetime, timezone
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
+from measured import ROOT, provenance, pyplot, save
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import s4  # noqa: E402
+import s4
 
 FORMS = ("naive Cauchy", "stable Cauchy", "two-level", "bare FFT convolution")
-
-
-def provenance():
-    """The command, machine and versions that a result was measured with."""
-    cpu, info = platform.machine(), Path("/proc/cpuinfo")
-    if info.exists():
-        rows = [row.split(":", 1)[1].strip() for row in info.open() if row.startswith("model name")]
-        cpu = f"{rows[0]}, {len(rows)} cores" if rows else cpu
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    return {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "cpu": cpu,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    }
 
 
 def peak_mib():
@@ -139,10 +116,7 @@ def cell(form, width, L, threads, clock, rounds):
 
 
 def plot(cells, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
 
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
     names = ("seconds", "mib", "error")
@@ -168,7 +142,7 @@ def main():
     args = parser.parse_args()
     wanted = [(form, 16, L) for L in args.lengths for form in FORMS]
     wanted += [(form, 256, L) for L in args.lengths if L == 16384 for form in FORMS[2:]]
-    cells = []
+    cells, origin = [], provenance()
     print(f"{'form':22} {'D':>4} {'L':>6} {'ms':>9} {'MiB':>8} {'error':>9}")
     for form, width, L in wanted:
         row = {"form": form, "width": width, "L": L}
@@ -183,8 +157,8 @@ def main():
                 f"{form:22} {width:4} {L:6} {row['seconds'] * 1e3:9.1f} {row['mib']:8.1f} {error}"
             )
         cells.append(row)
-    result = provenance() | {"threads": args.threads, "clock": args.clock, "cells": cells}
-    (ROOT / "results/s4_kernel.json").write_text(json.dumps(result, indent=1) + "\n")
+    result = origin | {"threads": args.threads, "clock": args.clock, "cells": cells}
+    save(ROOT / "results/s4_kernel.json", result)
     plot(cells, ROOT / "results/s4_kernel.png")
 
 

@@ -13,11 +13,11 @@ Writes results/s4_mixer.json.
 """
 
 import argparse
-import json
 import time
 
 import torch
-from s4_kernel import ROOT, alone, peak_mib, provenance
+from measured import ROOT, provenance, save
+from s4_kernel import alone, peak_mib
 
 import s4
 
@@ -75,7 +75,7 @@ def main():
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--rounds", type=int, default=4)
     args = parser.parse_args()
-    rows = []
+    rows, origin = [], provenance()
     for L in args.lengths:
         seconds = dict(zip(FORMS, alone(times, L, args), strict=True))
         mib = {form: alone(memory, form, L, args) for form in FORMS}
@@ -92,9 +92,7 @@ def main():
         over["bare, memory"] = mib["mixer"] / mib["bare"]
         rows.append({"L": L, "seconds": seconds, "mib": mib, "mixer over": over})
     path = ROOT / f"results/s4_mixer{'_cpu' if args.clock == 'cpu' else ''}.json"
-    path.write_text(
-        json.dumps(provenance() | {"settings": vars(args), "rows": rows}, indent=1) + "\n"
-    )
+    save(path, origin | {"settings": vars(args), "rows": rows})
 
 
 if __name__ == "__main__":

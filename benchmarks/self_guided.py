@@ -9,16 +9,15 @@ which the factors cannot equal.  Writes results/self_guided.json run by run, and
 """
 
 import argparse
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from byte_lm import ROOT, complete, pyplot, save
+from byte_lm import complete
+from measured import ROOT, pyplot, save
 from torch import nn
 
-sys.path.insert(0, str(ROOT))
 from structured_ffn import BlockShuffle, LowRank, teacher_student
 
 TEACHERS = {

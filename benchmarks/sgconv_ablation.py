@@ -17,7 +17,6 @@ results/sgconv_ablation.json run by run.
 
 import argparse
 import math
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -25,10 +24,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from byte_lm import ROOT, complete, load, save
+from byte_lm import complete, load
+from measured import ROOT, save
 from torch import nn
 
-sys.path.insert(0, str(ROOT))
 import lra_data
 from sgconv import SGConv, SGConvConfig, SGConvModel, constant_decay
 

@@ -16,13 +16,12 @@ GPU the device is waited for around each part, so nothing overlaps. Writes resul
 
 import argparse
 import contextlib
-import json
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from s4_kernel import ROOT, provenance
+from measured import ROOT, provenance, save
 
 import pretrain
 from config import resolve
@@ -89,16 +88,18 @@ class Clock:
 
 
 def measure(config):
-    """-> {stage: {part: milliseconds a step, "total": ..., "rest": ...}}, means over steps."""
+    """-> {stage: {part: milliseconds a step, ...}}, means over steps, and peak memory in bytes."""
     clock, out = Clock(config.device), {}
+    if clock.cuda:
+        torch.cuda.reset_peak_memory_stats()
     with clock.attached():
-        pretrain.train(config)
+        result = pretrain.train(config)
     cut = config.pretrain_steps
     for stage, steps in (("pretrain", clock.steps[:cut]), ("finetune", clock.steps[cut:])):
         kept = steps[WARM_UP:-1]
         row = {key: 1e3 * sum(step[key] for step in kept) / len(kept) for key in kept[0]}
         out[stage] = row | {"rest": row["total"] - sum(row[part] for part in PARTS)}
-    return out
+    return out, result["speed"]["peak_memory"]
 
 
 def share(row):
@@ -117,29 +118,30 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data-dir", default="data")
+    out = ROOT / "results/step_time.json"
+    parser.add_argument("--out", type=Path, default=out, help="result file")
     args = parser.parse_args()
     if args.steps < WARM_UP + 2:
         parser.error(f"--steps {args.steps}: expected at least {WARM_UP + 2}")
     torch.set_num_threads(args.threads)
     given = {k: getattr(args, k) for k in ("task", "batch_size", "precision", "device", "data_dir")}
     given |= dict.fromkeys(("pretrain_steps", "finetune_steps", "eval_every"), args.steps)
-    rows = []
+    rows, origin = [], provenance()
     print(f"ms a step{'':27}" + "".join(f"{part:>10}" for part in (*PARTS, "rest", "total")))
     for path in args.settings:
         with tempfile.TemporaryDirectory() as out:
             given |= {"settings": str(ROOT / path), "out": out}
             config, _ = resolve(given | {"pretrain_batch_size": args.batch_size})
-            found = measure(config)
+            found, peak = measure(config)
         for stage, row in found.items():
             rows.append({"settings": path, "stage": stage, "ms": row, "share": share(row)})
+            rows[-1]["peak_memory_gib"] = peak / 2**30
             times = "".join(f"{row[part]:10.2f}" for part in (*PARTS, "rest", "total"))
             print(f"{Path(path).stem:27}{stage:9}{times}   {share(row):.1f} % forward, backward, "
                   "optimiser", flush=True)  # fmt: skip
-    summary = provenance() | {"threads": torch.get_num_threads(), "options": vars(args)}
-    if args.device != "cpu":
-        summary["device"] = torch.cuda.get_device_name(args.device)
-    path = ROOT / "results/step_time.json"
-    path.write_text(json.dumps(summary | {"rows": rows}, indent=1) + "\n")
+    options = {k: v for k, v in vars(args).items() if k != "out"}
+    summary = origin | {"threads": torch.get_num_threads(), "options": options}
+    save(args.out, summary | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -25,10 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from byte_lm import ROOT, provenance, pyplot, save
+from measured import ROOT, provenance, pyplot, save
 from torch import nn
 
-sys.path.insert(0, str(ROOT))
 from attention import Attention
 from s4 import S4, S4D
 from sgconv import SGConv

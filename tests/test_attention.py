@@ -396,13 +396,6 @@ def test_demo_reaches_its_target(capsys):
     assert "after 150 steps" in capsys.readouterr().out
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_self_check_on_a_gpu(dtype):
-    assert not [row for row in self_check(dtype, "cuda") if not row[1] <= row[2]]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda_operators_take_these_arguments(dtype, monkeypatch):
     """The branch for CUDA on meta tensors: operators, arguments and shapes, without numbers."""

@@ -746,11 +746,3 @@ def test_command_line(tmp_path, capsys):
         with pytest.raises(SystemExit, match=message):
             pretrain.main([*flags, "--out", str(tmp_path / "x")])
     assert not (tmp_path / "x").exists()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("model", ["transformer", "s4"])
-def test_runs_on_a_gpu(small_lattice, tmp_path, model):
-    result = run(tmp_path, "a", model=model, device="cuda", precision="bfloat16")
-    assert np.isfinite(result["test"]["loss"])

@@ -37,11 +37,12 @@ def test_a_nap_shows_in_its_part(part, monkeypatch, tmp_path):
     monkeypatch.setattr(lra_data, "load", lambda task, data_dir: small)
     monkeypatch.setattr(owner, name, napping)
     before = pretrain.make_batch, pretrain.evaluate, torch.optim.AdamW.step, Run.steps
-    found = step_time.measure(
+    found, peak = step_time.measure(
         Config(task="lattice", device="cpu", d_model=8, n_heads=2, n_layers=1, batch_size=4,
                pretrain_steps=6, finetune_steps=6, eval_every=6, out=str(tmp_path))
     )  # fmt: skip
     assert (pretrain.make_batch, pretrain.evaluate, torch.optim.AdamW.step, Run.steps) == before
+    assert peak > 2**20
     for row in found.values():
         assert row[part] >= 20 and all(row[other] > 0 for other in SLOW)  # a lower bound, no race
         assert sum(row[other] for other in SLOW) == pytest.approx(row["total"])

@@ -1,0 +1,64 @@
+"""What every file of results says about itself, and how it is written and drawn.
+
+origin = provenance()  # before the work: a commit may follow meanwhile
+save(ROOT / "results/x.json", origin | {"rows": rows})
+"""
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from run_folder import versions  # noqa: E402
+
+RESUMES = ("--max-runs", "--out", "--budget")  # options, with a value, that change no number
+
+
+def hardware():
+    """The processor, its cores, and the GPU if there is one, in words."""
+    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.exists():
+        rows = [row.split(":", 1)[1].strip() for row in info.open() if row.startswith("model name")]
+        cpu = rows[0] if rows else cpu
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{cpu}, {os.cpu_count()} cores{gpu}"
+
+
+def command():
+    """What was typed, without the options that only resume."""
+    resume = [i for i, word in enumerate(sys.argv) if word in RESUMES]
+    kept = [w for i, w in enumerate(sys.argv[1:], 1) if not {i, i - 1} & set(resume)]
+    start = ["python"]
+    if "WORLD_SIZE" in os.environ:
+        start = ["torchrun", "--standalone", "--nproc-per-node", os.environ["WORLD_SIZE"]]
+    return shlex.join([*start, f"benchmarks/{Path(sys.argv[0]).name}", *kept])
+
+
+def provenance():
+    """Command, hardware, date, torch, Python and commit of a measurement."""
+    what = {"command": command(), "hardware": hardware(), "date": time.strftime("%Y-%m-%d")}
+    return what | versions()
+
+
+def save(path, result):
+    """Write a file of results."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def pyplot():
+    """matplotlib without a display; imported here, as only plots need it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

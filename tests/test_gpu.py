@@ -1,0 +1,196 @@
+"""What differs on a GPU: other kernels, other rounding, asynchronous work. `pytest -m gpu`."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import attention
+import dist_attention
+import lra_data
+import pretrain
+import run_folder
+import s4
+import sgconv
+import structured_ffn
+from config import Config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+ROOT = Path(__file__).parent.parent
+HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
+
+
+def rel_err(a, b):
+    a, b = (x.detach().double().cpu() for x in (a, b))
+    assert a.shape == b.shape and b.abs().max() > 0
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize(
+    "file, dtype",
+    [(f, d) for f in (s4, sgconv, attention, structured_ffn, dist_attention)
+     for d in (DOUBLE, SINGLE)] + [(f, HALF) for f in (structured_ffn, dist_attention)],
+    ids=lambda x: getattr(x, "__name__", str(x).removeprefix("torch.")),
+)  # fmt: skip
+def test_self_check(file, dtype):
+    bad = [row for row in file.self_check(dtype, "cuda") if not row[1] <= row[2]]
+    assert not bad
+
+
+@pytest.mark.parametrize("dtype, limit", [(SINGLE, 2e-6), (HALF, 1e-2)])
+@pytest.mark.parametrize("shape", [(64, 64), (33, 70), (70, 33), (3, 40), (129, 129)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_blocks_of_attention_are_those_of_float64(dtype, limit, shape, causal):
+    """Fused kernels or tiles, whichever is chosen, with as many keys as queries or not."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    sizes = [(2, 4, shape[0], 32), (2, 2, shape[1], 32), (2, 2, shape[1], 32), (2, 4, shape[0], 32)]
+    draws = [torch.randn(s, device="cuda", generator=generator).to(dtype) for s in sizes]
+    (*q_k_v, grad), exact = draws, [x.double() for x in draws]
+    out, lse = attention.attention_block(*q_k_v, causal)
+    want = attention.attention_online(*exact[:3], causal)
+    assert rel_err(out, want[0]) < limit and rel_err(lse, want[1]) < limit
+    grads = attention.attention_block_grad(grad, *q_k_v, out, lse, causal)
+    wanted = attention.attention_online_grad(exact[3], *exact[:3], *want, causal)
+    assert max(map(rel_err, grads, wanted)) < 2 * limit
+
+
+@pytest.mark.parametrize("kind", [s4.S4, s4.S4D, s4.DLR, sgconv.SGConv])
+def test_layers_are_those_of_the_cpu(kind):
+    torch.manual_seed(0)
+    layer = kind(16, 4096) if kind is sgconv.SGConv else kind(16)
+    u, found = torch.randn(2, 4096, 16), []
+    for device in ("cuda", "cpu"):
+        there = copy.deepcopy(layer).to(device)
+        y = there(u.to(device))
+        grads = torch.autograd.grad((y * y.cos()).mean(), [*there.parameters()])
+        found.append([y, *grads])
+    errors = [rel_err(a, b) for a, b in zip(*found, strict=True)]
+    assert errors[0] < 1e-5 and max(errors) < 1e-4
+
+
+# ---------------------------------------------------------------------------- pretrain.py
+
+TINY = {"d_model": 32, "n_heads": 2, "d_ff": 64, "d_state": 8, "kernel_dim": 8, "batch_size": 16}
+TINY |= {"pretrain_steps": 12, "finetune_steps": 12, "eval_every": 6, "device": "cuda"}
+
+
+def run(folder, **settings):
+    return pretrain.train(Config(**(TINY | settings), out=str(folder)))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """train() on a lattice of 96 examples, or on 64 short trees of ListOps with padding."""
+    lattice = lra_data.load("lattice", n_train=96, n_val=16, n_test=16)
+    rng = np.random.RandomState(0)
+    lengths = rng.randint(20, 60, 64).astype(np.int32)
+    tokens = rng.randint(0, 7, (64, 60)).astype(np.uint8)
+    tokens[np.arange(60) >= lengths[:, None]] = 0
+    split = lra_data.Split(tokens, rng.randint(0, 2, 64).astype(np.int64), lengths)
+    padded = lra_data.Data("symbols", split, split, split, 7, 2)
+    monkeypatch.setattr(
+        lra_data, "load", lambda task, data_dir: {"lattice": lattice}.get(task, padded)
+    )
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("objective", ["masked", "causal"])
+@pytest.mark.parametrize("model", ["transformer", "s4", "s4d", "diagonal", "sgconv"])
+def test_every_model_trains(small, tmp_path, model, objective, precision):
+    options = {"model": model, "objective": objective, "precision": precision}
+    result = run(tmp_path, task="listops", **options)
+    assert np.isfinite([result[k]["loss"] for k in ("pretrain", "finetune", "test")]).all()
+    assert result["speed"]["peak_memory"] == torch.cuda.max_memory_allocated()
+
+
+@pytest.mark.parametrize("model", ["transformer", "s4", "sgconv"])
+def test_losses_are_those_of_the_cpu(small, tmp_path, model):
+    """Nothing random in a causal run: float64 differs by rounding alone."""
+    options = {"model": model, "objective": "causal", "precision": "float64"}
+    found = [run(tmp_path / d, device=d, **options) for d in ("cpu", "cuda")]
+    for stage in ("pretrain", "finetune", "test"):
+        assert found[1][stage]["loss"] == pytest.approx(found[0][stage]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("model", ["transformer", "s4"])
+def test_an_interrupted_run_ends_in_the_same_bits(small, tmp_path, monkeypatch, model):
+    whole = run(tmp_path / "whole", model=model, dropout=0.1)
+    log = run_folder.Run.log
+
+    def kill(self, step, *rest):
+        log(self, step, *rest)
+        if (self.stage, step) == ("finetune", 8):
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.Run, "log", kill)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(tmp_path / "cut", model=model, dropout=0.1)
+    cut = run(tmp_path / "cut", model=model, dropout=0.1, resume=True)
+    assert {k: cut[k] for k in ("pretrain", "finetune", "test")} == {
+        k: whole[k] for k in ("pretrain", "finetune", "test")
+    }
+    a, b = (run_folder.load(tmp_path / n / "checkpoint.pt")["model"] for n in ("whole", "cut"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_compiled_model_trains_the_same(small, tmp_path):
+    plain, compiled = (
+        run(tmp_path / str(on), compile=on, model="s4", objective="causal", eval_every=12)
+        for on in (False, True)
+    )
+    for stage in ("pretrain", "finetune"):
+        assert compiled[stage]["loss"] == pytest.approx(plain[stage]["loss"], rel=1e-3)
+
+
+def test_two_ranks_on_one_gpu_are_one_process(tmp_path):
+    """gloo through host memory where there are fewer GPUs than ranks; shares of the sequence."""
+    flags = ["--device", "cuda", "--precision", "float64", "--objective", "causal"]
+    flags += ["--d-model", "32", "--pretrain-steps", "4", "--finetune-steps", "4"]
+    flags += ["--eval-every", "2", "--data-dir", str(tmp_path / "data")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "pretrain.py", "--sequence-parallel", "ring"]
+    for start, name in (([sys.executable, "pretrain.py"], "one"), (command, "two")):
+        done = subprocess.run(
+            [*start, *flags, "--out", str(tmp_path / name)],
+            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / n / "result.json").read_text()) for n in ("one", "two"))
+    for stage in ("pretrain", "finetune", "test"):
+        assert two[stage]["loss"] == pytest.approx(one[stage]["loss"], rel=1e-9)
+
+
+def test_guided_training_frees_its_guide():
+    """W, its gradient and its optimiser state leave the memory of the device."""
+    layer = structured_ffn.LowRank(512, 2048, 16).cuda()
+    guide = structured_ffn.Guide(layer, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    used = []
+    for _ in range(3):
+        layer(torch.randn(8, 512, device="cuda")).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        guide.step(optimizer)
+        used.append(torch.cuda.memory_allocated())
+    assert layer.W is None and used[0] - used[2] > 0.9 * 3 * 4 * 512 * 2048
+
+
+def test_a_fused_optimiser_step_drops_the_merged_form():
+    layer = structured_ffn.LowRank(64, 128, 8).cuda()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+    x = torch.randn(4, 64, device="cuda")
+    layer(x).sum().backward()
+    layer.eval().merge(threshold=100)
+    optimizer.step()
+    with torch.no_grad():
+        assert rel_err(layer(x), layer.structured(x)) < 1e-6
