@@ -1,4 +1,4 @@
-"""One thread a process: models of tests are tiny, and threads that outnumber the cores wait long."""
+"""One thread a process: the models are tiny, and threads that outnumber the cores wait long."""
 
 import os
 
