@@ -114,6 +114,8 @@ def grid_linear(x, V, U, bias=None):
     x = x.reshape(-1, n_in, P).transpose(0, 1)  # (T, n_in, P) -> (n_in, T, P)
     z = torch.bmm(x, V.mT).unflatten(2, (n_out, -1))  # (n_in, T, n_out, c)
     z = z.permute(2, 1, 0, 3).reshape(n_out, x.shape[1], bc)  # -> (n_out, T, n_in c)
+    if n_out == 1:
+        return F.linear(z[0], U[0], bias).reshape(*lead, S)  # adds the bias within the product
     # With nothing to record, write y where it belongs: it saves a pass over the result.
     out, recorded = None, torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
     if not recorded and not torch.compiler.is_compiling():
