@@ -1004,11 +1004,12 @@ def run(tokens, heads, d_head, device, rank, world):
 def print_run(row):
     """Print what `run` measured."""
     speed, sent = row["flop"] / row["wall"] / 1e9, row["bytes"] / 1e6
+    error = f"{row['error']:.1e}, limit {row['limit']:.0e}"
     print(
         f"{row['setting']}\n"
         f"  {row['wall']:.2f} s wall, {speed:.1f} Gflop/s in all; a rank: {row['cpu']:.2f} s CPU, "
         f"{sent:.1f} MB sent in {row['messages']} messages\n"
-        f"  {row['rows']} rows a rank against float64: {row['error']:.1e}, limit {row['limit']:.0e}",
+        f"  {row['rows']} rows a rank against float64: {error}",
         flush=True,
     )
 
