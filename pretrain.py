@@ -308,7 +308,10 @@ def loss_sums(model, head, batch, config):
 def seeded(config, *numbers):
     """A generator that is a function of these numbers; seeds torch's own (weights, dropout) too."""
     value = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-    torch.manual_seed(value)
+    # not torch.manual_seed, which keeps a stack trace of every call where there is no GPU
+    torch.default_generator.manual_seed(value)
+    if torch.device(config.device).type == "cuda":
+        torch.cuda.manual_seed(value)
     return torch.Generator(config.device).manual_seed(value)
 
 
