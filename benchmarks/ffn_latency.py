@@ -183,10 +183,10 @@ def plot(result, path):
     widths = sorted({width for width, _ in sizes})
     fig, axes = plt.subplots(1, len(widths), figsize=(1 + 3 * len(widths), 3.4), sharey=True)
     for ax, width in zip(axes, widths, strict=True):
-        for form in (*KINDS, "merged"):
+        for form, style in zip((*KINDS, "merged"), ("o-", "s--", "^-.", "x:"), strict=True):
             done = sorted(t for w, t in sizes if w == width)
             rows = [result["ffn"][f"{width}, {t}"] for t in done]
-            ax.semilogx(done, [r[form + " speed"] for r in rows], "o-", ms=3, label=form)
+            ax.semilogx(done, [r[form + " speed"] for r in rows], style, ms=4, label=form)
         share = ffn_weights(match(width, 4 * width, "lowrank", 0.3125), width, 4 * width)
         ax.axhline(8 * width**2 / share, color="grey", ls=":", lw=1)
         ax.axhline(1, color="black", lw=0.8)

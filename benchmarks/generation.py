@@ -97,16 +97,22 @@ def measure(models, L, args):
 
 def plot(rows, path):
     plt = pyplot()
+    from matplotlib.ticker import LogLocator
 
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
     titles = {
         "tokens_a_second": "tokens/s, largest batch under the cap",
         "ms_a_token_at_batch_1": "ms a token, batch 1",
     }
+    contexts = [r["context"] for r in rows]
     for ax, (key, title) in zip(axes, titles.items(), strict=True):
-        for name in ("Transformer", "S4"):
-            ax.loglog([r["context"] for r in rows], [r[name][key] for r in rows], "o-", label=name)
+        for name, style in (("Transformer", "s--"), ("S4", "o-")):
+            ax.loglog(contexts, [r[name][key] for r in rows], style, label=name)
         ax.set(title=title, xlabel="context, tokens")
+        ax.set_xticks(contexts, [f"{L // 1024}k" for L in contexts])
+        ax.minorticks_off()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:,g}")
         ax.grid(alpha=0.3)
     axes[0].legend()
     figure.tight_layout()

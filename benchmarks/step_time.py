@@ -116,6 +116,7 @@ def main():
     parser.add_argument("--steps", type=int, default=30, help="of each stage, at least 5")
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data-dir", default="data")
     out = ROOT / "results/step_time.json"
@@ -124,7 +125,8 @@ def main():
     if args.steps < WARM_UP + 2:
         parser.error(f"--steps {args.steps}: expected at least {WARM_UP + 2}")
     torch.set_num_threads(args.threads)
-    given = {k: getattr(args, k) for k in ("task", "batch_size", "precision", "device", "data_dir")}
+    names = ("task", "batch_size", "precision", "device", "data_dir", "compile")
+    given = {k: getattr(args, k) for k in names}
     given |= dict.fromkeys(("pretrain_steps", "finetune_steps", "eval_every"), args.steps)
     rows, origin = [], provenance()
     print(f"ms a step{'':27}" + "".join(f"{part:>10}" for part in (*PARTS, "rest", "total")))
