@@ -286,10 +286,18 @@ def peak_memory():
 
 
 def versions():
-    """torch, Python and the commit of the code ("-dirty": with changes)."""
+    """torch, Python, and the commit of the code ("-dirty": with changes outside results/)."""
+    folder = str(Path(__file__).parent)
+
+    def git(*words):
+        done = subprocess.run(
+            ["git", "-C", folder, *words], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
     try:
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        commit = git("rev-parse", "--short", "HEAD")
+        commit += "-dirty" if git("status", "--porcelain", "-uno", ".", ":!results") else ""
     except (OSError, subprocess.CalledProcessError):
         commit = None  # a copied file, no repository
     return {"torch": torch.__version__, "python": platform.python_version(), "commit": commit}

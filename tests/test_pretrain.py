@@ -567,6 +567,24 @@ def test_evaluation_counts_every_example_once(lattice):
     assert score["accuracy"] == pytest.approx(right)
 
 
+def test_the_commit_is_dirty_when_the_code_is(tmp_path, monkeypatch):
+    """A benchmark writes into results/ as it goes: that alone does not make its commit dirty."""
+    (tmp_path / "results").mkdir()
+    files = code, _ = tmp_path / "run_folder.py", tmp_path / "results" / "a.json"
+    for path in files:
+        path.write_text("1")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(run_folder, "__file__", str(code))
+    clean = run_folder.versions()["commit"]
+    for path, suffix in zip(reversed(files), ("", "-dirty"), strict=True):
+        path.write_text("2")
+        assert run_folder.versions()["commit"] == clean + suffix
+    monkeypatch.setattr(run_folder, "__file__", "/proc/nowhere/run_folder.py")
+    assert run_folder.versions()["commit"] is None
+
+
 # ------------------------------------------------------------- real processes, really killed
 
 SMALL = ["--d-model", "8", "--n-heads", "2", "--d-ff", "8", "--d-state", "4", "--device", "cpu"]
