@@ -144,11 +144,12 @@ def complete(path, keys, measure, max_runs, settings):
     origin, known = provenance(), load(path)["runs"]
     missing = [key for key in keys if not any(key.items() <= run.items() for run in known)]
     for key in missing[:max_runs]:
-        run = key | measure(**key)
+        made_by = {name: origin[name] for name in ("commit", "hardware")}
+        run = key | measure(**key) | made_by
         result = load(path)
         result["runs"].append(run)
         save(path, result | settings | origin)
-        print(*run.values(), flush=True)
+        print(*(v for k, v in run.items() if k not in made_by), flush=True)
     return load(path)
 
 

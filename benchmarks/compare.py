@@ -81,6 +81,7 @@ def describe(results):
         "spread": round(float(np.std(test, ddof=1)), 2) if len(test) > 1 else None,
         "validation": [round(100 * r["finetune"]["accuracy"], 2) for r in results],
         "seconds": [r["speed"]["seconds"] for r in results],
+        "commits": [r["commit"] for r in results],
         "parameters": results[0]["parameters"],
         "settings": {k: v for k, v in results[0]["config"].items() if k not in ("seed", "out")},
     }

@@ -11,7 +11,6 @@ accepted tree in pure Python).
 """
 
 import argparse
-import os
 import tempfile
 import time
 
@@ -102,7 +101,6 @@ def main():
         pictures(ROOT / "results/pathfinder.png")
         return
     result = provenance() | {
-        "load_average": os.getloadavg()[0],  # above 2: others compute, only the CPU times count
         "numpy": np.__version__,
         "rows": [],
     }

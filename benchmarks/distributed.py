@@ -16,7 +16,6 @@ out the waits for messages.  Where vanilla does not fit --memory-limit, the tabl
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
@@ -262,7 +261,6 @@ def about(args, world):
     return provenance() | {
         "world": world,
         "threads": torch.get_num_threads(),
-        "load": os.getloadavg(),
         "clock": args.clock,
         "heads": [args.heads, args.kv_heads, args.d_head],
     }

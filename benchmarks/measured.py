@@ -43,9 +43,10 @@ def command():
 
 
 def provenance():
-    """Command, hardware, date, torch, Python and commit of a measurement."""
+    """Command, hardware, load (processes that want a core before it starts), date and versions."""
+    load = {"load": round(os.getloadavg()[0], 2)} if hasattr(os, "getloadavg") else {}
     what = {"command": command(), "hardware": hardware(), "date": time.strftime("%Y-%m-%d")}
-    return what | versions()
+    return what | load | versions()
 
 
 def save(path, result):

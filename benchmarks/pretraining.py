@@ -1,6 +1,7 @@
 """What "Never Train from Scratch" (arXiv:2310.02980v4) claims, at laptop size, a question a name.
 
     python benchmarks/pretraining.py objectives    scratch, masked, causal: four architectures
+    python benchmarks/pretraining.py causal        causal pretraining against causal scratch
     python benchmarks/pretraining.py share         how much of a fixed number of steps to pretrain
     python benchmarks/pretraining.py labels        few labels, all inputs
     python benchmarks/pretraining.py init          is structured initialisation redundant?
@@ -37,6 +38,16 @@ def objectives():
         arms[f"{model}-scratch"] = arm(f"{like}, from scratch", **own)
         for objective in ("masked", "causal"):
             arms[f"{model}-{objective}"] = arm(f"{like}, pretrained", **own, objective=objective)
+    return arms
+
+
+def causal():
+    """Left-to-right models, pretrained by the next token and not: alike in all else."""
+    arms = {}
+    for model, own in {"Transformer": {}, **CONVOLUTIONS}.items():
+        like = "Transformer" if model == "Transformer" else "S4"
+        arms[f"{model}, from scratch"] = arm(f"{like}, from scratch", **own, causal=True)
+        arms[f"{model}, pretrained"] = arm(f"{like}, pretrained", **own, objective="causal")
     return arms
 
 
@@ -82,7 +93,7 @@ def listops():
     return arms
 
 
-QUESTIONS = {f.__name__: f for f in (objectives, share, labels, init, listops)}
+QUESTIONS = {f.__name__: f for f in (objectives, causal, share, labels, init, listops)}
 
 
 def main():
