@@ -24,7 +24,7 @@ def trained(monkeypatch):
         settings = compare.asdict(config)
         accuracy = 0.5 + 0.1 * config.seed
         result = {"test": {"accuracy": accuracy}, "finetune": {"accuracy": accuracy}}
-        result |= {"speed": {"seconds": 1.0}, "parameters": 3, "config": settings}
+        result |= {"commit": "abc", "speed": {"seconds": 1.0}, "parameters": 3, "config": settings}
         Path(config.out).mkdir(parents=True)
         Path(config.out, "result.json").write_text(json.dumps(result))
         return result
