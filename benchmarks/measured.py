@@ -57,8 +57,10 @@ def save(path, result):
 
 def pyplot():
     """matplotlib without a display; imported here, as only plots need it."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("plots need matplotlib: pip install -r benchmarks/requirements.txt")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

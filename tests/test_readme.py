@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import claims  # noqa: E402
+import judges  # noqa: E402
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -68,13 +69,35 @@ def test_a_row_repeats_the_command_that_made_its_file():
             assert made[0] == repeats[0] and set(made) == set(repeats), claim.name
 
 
+def an_arm(mean, spread=0.5, seeds=3):
+    return {"mean": float(mean), "spread": spread, "test": [float(mean)] * seeds}
+
+
 def test_a_verdict_can_be_other_than_it_is():
     """The judge of the first row, with pretraining that did nothing, half and all of it."""
-    arms = {name: {"mean": 80.0, "spread": 0.5} for name in ("S4-scratch", "Transformer-scratch")}
-    arms["Transformer-scratch"]["mean"] = 70.0
-    for mean, verdict in ((70, claims.NOT), (75, claims.PART), (79, claims.HOLDS)):
-        arms["Transformer-masked"] = {"mean": float(mean), "spread": 0.5}
-        assert claims.gap_closes({"arms": arms})[1] == verdict
+    arms = {"S4-scratch": an_arm(80), "Transformer-scratch": an_arm(70)}
+    for mean, verdict in ((70, judges.NOT), (75, judges.PART), (79, judges.HOLDS)):
+        arms["Transformer-masked"] = an_arm(mean)
+        assert judges.gap_closes({"arms": arms})[1] == verdict
+
+
+def test_a_difference_within_the_noise_is_none():
+    assert judges.differs(an_arm(80.01, 5.0), an_arm(80.0, 5.0)) == 0
+    assert judges.differs(an_arm(81, 0.5), an_arm(80, 0.5)) == 1  # 2.4 standard errors
+    assert judges.differs(an_arm(80, 0.5), an_arm(81, 0.5)) == -1
+    assert judges.differs(an_arm(81, 0.7), an_arm(80, 0.7)) == 0  # 1.7
+    assert judges.differs(an_arm(90, None, 1), an_arm(10)) == 0  # one seed tells nothing
+
+
+def test_tests_that_did_not_run_prove_nothing():
+    for passed, failed, code, verdict in (
+        (3, 0, 0, judges.HOLDS),
+        (0, 0, 0, judges.NOT),
+        (3, 1, 1, judges.NOT),
+        (3, 0, 2, judges.NOT),
+    ):
+        content = {"passed": passed, "failed": failed, "returncode": code}
+        assert judges.tests_pass(content)[1] == verdict
 
 
 def numbers(content):
