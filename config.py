@@ -5,7 +5,7 @@
 
     python pretrain.py --settings settings/lattice-s4.json --seed 1 --print-config
 
-A file of settings (settings/*.json, the papers' own values) is
+A file of settings (settings/*.json: the papers' own values, or ours where the file says so) is
 {"settings": {name: value}, "sources": {name: where the value is from}}; flags override it.
 """
 
@@ -32,7 +32,7 @@ DENOISING = {
 }
 MODELS = ("transformer", "s4", "s4d", "diagonal", "sgconv")
 FFNS = ("dense", "lowrank", "blockdense", "blockshuffle")
-# Numbers are more than 0, these may be 0; they are finite, these less than that.
+# A number is positive and finite. These may be 0; those of BELOW are less than what stands there.
 MAY_BE_ZERO = ("seed", "warmup", "weight_decay", "dropout")
 SIZES = ("d_model", "n_layers", "n_heads", "d_ff", "d_state", "kernel_dim")
 BELOW = dict.fromkeys(("mask_ratio", "warmup", "dropout"), 1) | dict.fromkeys(SIZES, 2**20)
@@ -117,8 +117,8 @@ class Config:
             if (value := getattr(self, f.name)) is not None or f.default is not None:
                 check_value(f.name, value, **f.metadata)
         # the first that fits: "image-real" stands before "image"
-        known = [name for name in DENOISING if self.task.startswith(name)]
-        ratio, loss = DENOISING[known[0]] if known else (0.15, "ce")
+        known = (v for name, v in DENOISING.items() if self.task.startswith(name))
+        ratio, loss = next(known, (0.15, "ce"))
         resolved = {"mask_ratio": ratio, "loss": loss, "pretrain_batch_size": self.batch_size}
         for name, value in resolved.items():
             if getattr(self, name) is None:
@@ -178,7 +178,7 @@ def resolve(given):
     """
     given, origin, values = dict(given), {f.name: "default" for f in fields(Config)}, {}
     sources = {}
-    if path := given.pop("settings", None):
+    if (path := given.pop("settings", None)) is not None:
         try:
             file = json.loads(Path(path).read_text())
             values, sources = dict(file["settings"]), dict(file.get("sources") or {})

@@ -5,8 +5,9 @@ Sharing examples is what everybody knows as data parallelism: each process takes
 process has n of the L tokens of every example. Embedding, norms, FFN and loss look at one token at
 a time and need nothing; the token mixers meet through dist_attention.py: a Transformer's attention
 by ring or all-to-all, S4, S4D and SGConv by the all-to-all over channels. Both ways are exact: the
-losses are those of one process (to 1e-10 in float64).
+losses are those of one process (to 1e-10 in float64, without dropout).
 
+    layout = token_layout(model, causal)
     model = spread(model, "ring", layout)                  # same parameters, same names
     x = own(x, layout)                                     # (B, L, ...) -> (B, n, ...)
     h = model(x, keep, positions=own_positions(L, layout, x.device))    # (B, n, D)
@@ -61,6 +62,7 @@ def leader_first(work):
     rank, world = ranks()
     if world == 1:
         return work()
+    # gloo: its barrier waits on the host, however long; NCCL's would time out on the device
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     if rank > 0:
         with together():
@@ -93,7 +95,7 @@ def spread(model, how, layout):
         if isinstance(mixer, Attention):
             mixer.attend = attend
             continue
-        axes = {"C": 1}  # of S4 and S4D; every other parameter counts channels first
+        axes = {"C": 1}  # of S4, (directions, D, ..); every other parameter counts channels first
         if isinstance(mixer, SGConv):
             axes = {"w": mixer.w.ndim - 2, "norm": mixer.norm.ndim - 2}
         dist_attention.check_channels(mixer, axes)
@@ -119,7 +121,8 @@ class SumOverRanks(torch.autograd.Function):
     def forward(ctx, x):
         """x -> its sum over the processes."""
         x = x.clone()
-        dist.all_reduce(x)
+        with together():
+            dist.all_reduce(x)
         return x
 
     @staticmethod

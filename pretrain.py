@@ -15,15 +15,16 @@ The way of the data, which is the order of this file:
     self-pretraining (SPT)       --objective masked | causal, the stage "pretrain"
     trained from scratch (TFS)   --objective none
     masked token                 the id vocab_size, one more row in the embedding
-    noisy input, mask, clean     Batch.x, Batch.where, Batch.target                (B, L) each
+    noisy input, mask, clean     Batch.x, Batch.where, Batch.target                (B, L) of symbols
 
 Every random choice is a function of (seed, stage, step) alone: which examples, which positions
 are masked, which units are dropped. Nothing about random generators has to be stored, and a run
-that was killed continues to the same bits (run_folder.py).
+that was killed continues to the same bits (run_folder.py). B counts sequences: a pair of documents
+is two of them, with one label.
 
-Departures from the paper: the masks of validation are fixed (there they are drawn anew, so the
-choice of the checkpoint is noisy); attention does not see padding (there it does); every example
-is evaluated (there the last partial batch is dropped).
+Departures from the paper: the masks of validation are fixed for a batch size (there they are drawn
+anew, so the choice of the checkpoint is noisy); attention does not see padding (there it does);
+every example is evaluated (there the last partial batch is dropped).
 Not included: data that do not fit the memory of the device.
 
     python pretrain.py            the demonstration; what it prints stands in README.md
@@ -33,6 +34,7 @@ Not included: data that do not fit the memory of the device.
 
 import copy
 import itertools
+import json
 import math
 import sys
 from concurrent.futures import BrokenExecutor
@@ -57,8 +59,10 @@ from sgconv import PUBLISHED, SGConvConfig, SGConvModel
 from structured_ffn import ffn_factory
 
 STAGES = ("pretrain", "finetune")
-# What may differ when a run goes on: it changes nothing but where and how fast.
+# What may differ when a run goes on: where and how fast it runs, and so at most the rounding (and
+# what dropout drops in the parts of a batch).
 FREE = ("out", "resume", "device", "data_dir", "accumulate", "compile")
+BODY = ("model", "d_model", "n_layers", "n_heads", "d_ff", "ffn", "d_state", "rope", "causal")
 VALIDATION_SEED = 2310_02980  # of the masks of validation and test
 # Which of sgconv.PUBLISHED a full-size task takes; the small variants have no published kernel.
 KERNELS = {name: name for name in ("listops", "text", "retrieval", "image")}
@@ -76,6 +80,9 @@ def load_data(config):
     except TypeError as error:
         names = " and ".join({"n": "pictures"}.get(name, name) for name in options)
         raise ValueError(f"task {config.task} does not take {names}") from error
+    except ValueError as error:
+        text = str(error).replace(f"n {config.pictures}", f"pictures {config.pictures}")
+        raise ValueError(text) from error
 
 
 class Resident:
@@ -126,14 +133,14 @@ class Resident:
         return raw, torch.arange(L, device=raw.device) < lengths[:, None]
 
 
-def draw(lengths, batch_size, seed):
-    """Yields the index array of each step, without end, as a function of the seed alone.
+def draw(lengths, batch_size, *seed):
+    """Yields the index array of each step, without end, as a function of the seed (ints) alone.
 
     An epoch is a random permutation, cut into pools of 64 batches; each pool is sorted by length
     and cut into batches, which are shuffled: every example once, little padding.
     """
     for epoch in itertools.count():
-        rng, batches = np.random.default_rng([seed, epoch]), []
+        rng, batches = np.random.default_rng([*seed, epoch]), []
         pools = max(1, len(lengths) // (64 * batch_size))
         for pool in np.array_split(rng.permutation(len(lengths)), pools):
             pool = pool[np.argsort(lengths[pool], kind="stable")]
@@ -147,8 +154,8 @@ def draw(lengths, batch_size, seed):
 class Batch(NamedTuple):
     x: torch.Tensor  # (B, L) ids, or (B, L, C + 1) values and the mask flag
     keep: torch.Tensor | None  # (B, L) bool, True = a real token; None: no padding
-    where: torch.Tensor | None  # (B, L) bool: positions that count; None: one label a sequence
-    target: torch.Tensor  # (B, L) ids or (B, L, C) values at each position; (B,) labels
+    where: torch.Tensor | None  # (B, L) bool: positions that count; None: one label an example
+    target: torch.Tensor  # (B, L) ids or (B, L, C) values at each position; (B,) or (B/2,) labels
 
 
 def masked(raw, keep, ratio, generator):
@@ -212,7 +219,8 @@ def build_model(config, data):
     tokens = data.train.tokens
     shared = {name: getattr(config, name) for name in ("d_model", "n_layers", "causal", "dropout")}
     channels = None if data.mean is None else tokens.shape[2]
-    if config.loss != ("ce" if channels is None else "l1") and channels != 1:
+    grey = channels == 1 and data.vocab_size  # levels are symbols too
+    if config.loss != ("ce" if channels is None else "l1") and not grey:
         kind = "symbols" if channels is None else f"{channels} channels"
         raise ValueError(f"loss {config.loss!r} does not fit {kind} of task {config.task}")
     if channels is None:
@@ -269,9 +277,8 @@ def pool(h, keep, how, add=lambda x: x):
 def own_tokens(model, batch, config):
     """This process's tokens of a batch -> Batch, and what the model has to know besides."""
     layout = parallel.token_layout(model, config.causal)
-    has_tokens = [t is not None and t.ndim > 1 for t in batch]  # not the labels
-    parts = zip(batch, has_tokens, strict=True)
-    own = Batch(*(parallel.own(t, layout) if has else t for t, has in parts))
+    # all but the labels, (B,)
+    own = Batch(*(t if t is None or t.ndim == 1 else parallel.own(t, layout) for t in batch))
     if config.model != "transformer":
         return own, {}
     L, device = batch.x.shape[1], batch.x.device
@@ -305,13 +312,18 @@ def loss_sums(model, head, batch, config):
 # ----------------------------------------------------------------------------------- the loop
 
 
-def seeded(config, *numbers):
-    """A generator that is a function of these numbers; seeds torch's own (weights, dropout) too."""
-    value = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+def seeded(config, *numbers, own=0):
+    """A generator that is a function of these numbers; seeds torch's own (weights, dropout) too.
+
+    own: of torch's own alone, so that processes with other examples drop other units.
+    """
+    # the length first: numpy takes (1,) and (1, 0) for the same; 63 bits: torch's seeds are signed
+    value = int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0])
+    value >>= 1
     # not torch.manual_seed, which keeps a stack trace of every call where there is no GPU
-    torch.default_generator.manual_seed(value)
-    if torch.device(config.device).type == "cuda":
-        torch.cuda.manual_seed(value)
+    torch.default_generator.manual_seed(value + own)
+    devices = {"cuda": torch.cuda.manual_seed_all, "mps": torch.mps.manual_seed}
+    devices.get(torch.device(config.device).type, lambda seed: None)(value + own)
     return torch.Generator(config.device).manual_seed(value)
 
 
@@ -351,21 +363,21 @@ def evaluate(model, head, resident, stage, config):
     by_length, size = np.argsort(resident.longest(), kind="stable"), config.batch(stage)
     rank, world = share_of_examples(config)
     sums = torch.zeros(3, dtype=torch.float64, device=config.device)
-    for i, first in enumerate(range(0, len(resident), size)):
-        if i % world == rank:
-            index = by_length[first : first + size]
-            generator = seeded(config, VALIDATION_SEED, first)
-            batch = make_batch(resident, index, stage, config, generator)
-            with autocast(config):
-                loss, right, count = loss_sums(model, head, batch, config)
-            sums += torch.stack([loss.double(), right.double(), loss.new_tensor(count).double()])
+    for first in range(rank * size, len(resident), world * size):
+        generator = seeded(config, VALIDATION_SEED, first)
+        index = by_length[first : first + size]
+        batch = make_batch(resident, index, stage, config, generator)
+        with autocast(config):
+            loss, right, count = loss_sums(model, head, batch, config)
+        sums += torch.stack([loss.double(), right.double(), loss.new_tensor(count).double()])
     parallel.total([sums])
     model.train()
     loss, right, count = sums.tolist()
     if count == 0:
-        raise ValueError(
-            f"mask_ratio {config.mask_ratio} hides nothing of {len(resident)} examples"
+        how = (
+            f"mask_ratio {config.mask_ratio}" if config.objective == "masked" else "one step ahead"
         )
+        raise ValueError(f"{how}: nothing to predict in {len(resident)} examples")
     return {"loss": loss / count, "accuracy": right / count}
 
 
@@ -406,10 +418,11 @@ def fit(stage, model, head, train, val, config, run):
     parameters = [p for group in groups for p in group["params"]]
     parts = {"model": model, "head": head, "optimiser": optimiser}
     first, best = run.restore(stage, parts)
-    order = draw(train.longest(), config.batch(stage), config.seed)
+    order = draw(train.longest(), config.batch(stage), config.seed, number)
     order = itertools.islice(order, first, None)
     for step in run.steps(stage, first, steps):
-        generator = seeded(config, config.seed, number, step)
+        rank, _ = share_of_examples(config)
+        generator = seeded(config, config.seed, number, step, own=rank)
         batch = make_batch(train, next(order), stage, config, generator)
         optimiser.zero_grad()
         loss, right, count = gradients(model, head, batch, config)
@@ -446,7 +459,7 @@ def initial_model(config, data):
             for p in model.parameters():
                 p.normal_(0, 0.1)
     if config.pretrained:
-        load_weights(model, config.pretrained)
+        load_weights(model, config)
     if config.sequence_parallel:
         layout = parallel.token_layout(model, config.causal)
         parallel.spread(model, config.sequence_parallel, layout)
@@ -455,12 +468,20 @@ def initial_model(config, data):
     return model.to(config.device, torch.float64 if config.precision == "float64" else None)
 
 
-def load_weights(model, path):
-    """Weights of a pretrained.pt into the model.  ValueError says what does not fit."""
-    if not Path(path).is_file():
+def load_weights(model, config):
+    """Weights of --pretrained into the model.  ValueError says what does not fit."""
+    path = Path(config.pretrained)
+    if not path.is_file():
         raise ValueError(f"pretrained {path}: there is no such file")
+    if path.resolve().parent == Path(config.out).resolve():
+        raise ValueError(f"out {config.out} holds the weights of --pretrained: take another --out")
+    if (beside := path.with_name("config.json")).is_file():  # a head count shows in no shape
+        old = json.loads(beside.read_text())
+        if differ := [k for k in BODY if old.get(k) != getattr(config, k)]:
+            text = ", ".join(f"{k} {old.get(k)}, not {getattr(config, k)}" for k in differ)
+            raise ValueError(f"{path} was pretrained with {text}")
     try:
-        model.load_state_dict(load(Path(path)))
+        model.load_state_dict(load(path))
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = shorten(str(error), 300)  # it would name every tensor
         text = f"{path} does not hold weights of this model (same --model and sizes?): {reason}"
@@ -479,7 +500,8 @@ def train(config, position=0):
     )
     labelled = train_split if config.labels is None else train_split.subset(config.labels)
     model, (rank, world) = initial_model(config, data), parallel.ranks()
-    with Run(config.out, asdict(config), FREE, config.resume, rank, world, position) as run:
+    settings = {name: value for name, value in asdict(config).items() if name != "resume"}
+    with Run(config.out, settings, FREE, config.resume, rank, world, position) as run:
         run.result["parameters"] = sum(p.numel() for p in model.parameters())
         skip = config.objective == "none" or config.pretrained
         for stage in STAGES[1:] if skip else STAGES:
@@ -494,7 +516,7 @@ def train(config, position=0):
             if stage == "pretrain" and run.leader:
                 save(run.folder / "pretrained.pt", model.state_dict())
                 denoiser = {"model": model.state_dict(), "head": head.state_dict()}
-                save(run.folder / "denoiser.pt", denoiser | {"config": asdict(config)})
+                save(run.folder / "denoiser.pt", denoiser | {"config": settings})
             run.result[stage] = score
         run.result["test"] = evaluate(model, head, test_split, "finetune", config)
     return run.result
@@ -525,7 +547,7 @@ def self_check(device="cpu"):
     causal = make_batch(train, index, "pretrain", replace(config, objective="causal"), None)
     aligned = (causal.target[:, :-1] != causal.x[:, 1:]).sum().item()
     where = causal.where[:, :-1].all() and not causal.where[:, -1].any()
-    sigma = math.sqrt(0.3 * 0.7 / batch.where.numel())
+    sigma = math.sqrt(config.mask_ratio * (1 - config.mask_ratio) / batch.where.numel())
     return [
         ("draw: an epoch holds every example once", float((np.sort(seen) != index).sum()), 0),
         ("masked: share, in standard deviations", abs(share - config.mask_ratio) / sigma, 4),
@@ -538,7 +560,7 @@ def self_check(device="cpu"):
 
 def run_once(config):
     """One run as the command line asks for it: settings, training, result on the screen."""
-    if config.resume and not Path(config.out).is_dir():
+    if config.resume and not Path(config.out, "config.json").exists():
         raise ValueError(f"{config.out} holds no run: nothing to resume")
     with process_group(config.device) as (rank, _, device):
         config = replace(config, device=str(device))
@@ -548,8 +570,9 @@ def run_once(config):
     if rank == 0:
         for stage in (*STAGES, "test"):
             if stage in result:
-                print(f"{stage:10}" + "  ".join(f"{k} {v:.4g}" for k, v in result[stage].items()))
-        speed = "  ".join(f"{k} {v:,}" for k, v in result["speed"].items())
+                score = {k: v if k == "step" else f"{v:.4g}" for k, v in result[stage].items()}
+                print(f"{stage:10}" + "  ".join(f"{k} {v}" for k, v in score.items()))
+        speed = "  ".join(f"{k} {v:,}" for k, v in result["speed"].items() if v is not None)
         print(f"parameters {result['parameters']:,}  {speed}\n{config.out}/result.json")
 
 
@@ -560,6 +583,7 @@ def command(argv, args):
         from demo import demo
 
         return demo()
+    check_device(args.get("device", "cpu"))
     if args.pop("check", False):
         rows = self_check(args.get("device", "cpu"))
         for name, error, limit in rows:
@@ -568,7 +592,7 @@ def command(argv, args):
     show = args.pop("print_config", False)
     config, origin = resolve(args)
     if show:
-        return print("\n".join(f"{k:20}{v!s:24}{origin[k]}" for k, v in asdict(config).items()))
+        return print("\n".join(f"{k:20}{v!s:24} {origin[k]}" for k, v in asdict(config).items()))
     check_device(config.device)
     run_once(config)
 
@@ -576,18 +600,16 @@ def command(argv, args):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = vars(parser().parse_args(argv))
-    out = Path(args.get("out", Config.out))
     try:
         command(argv, args)
     except (ValueError, OSError, FloatingPointError, BrokenExecutor, RankLost) as error:
         sys.exit(f"pretrain.py: {shorten(str(error), 600)}")
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if "allocate" not in str(error):  # no memory left
             raise
         sys.exit(f"pretrain.py: {shorten(str(error), 600)}")
-    except KeyboardInterrupt:
-        kept = argv and list(out.glob("checkpoint.pt*"))
-        how = "; --resume continues" if kept else "" if argv else "; the same command continues"
+    except KeyboardInterrupt as stop:
+        how = "".join(f"; {text}" for text in stop.args) if argv else "; the same command continues"
         print(f"pretrain.py: interrupted{how}", file=sys.stderr)
         sys.exit(130)
 

@@ -9,7 +9,7 @@
         run.result["train"] = best["score"]
     # result.json
 
-A file is written under another name, flushed to the disk, read back and then renamed, so at each
+A checkpoint is written under another name, flushed to the disk, read back and then renamed: at each
 moment one of checkpoint.pt and checkpoint.pt.previous is whole. metrics.jsonl is cut back to its
 length at the checkpoint: no line is missing and none comes twice. `parts` are objects with
 state_dict and load_state_dict. Whatever else a run needs must follow from settings and step (as
@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-LOG_EVERY = 10  # steps; the device is asked for numbers only this often
+LOG_EVERY = 10  # steps; the losses are read from the device only this often
 WEIGHTS = ("checkpoint.pt", "pretrained.pt", "denoiser.pt")  # what a finished run leaves
 
 # ----------------------------------------------------------------- files: all of it or nothing
@@ -74,8 +74,9 @@ def load(path):
     except (OSError, MemoryError):  # the file may be sound
         raise
     except Exception as error:  # a damaged file may raise any kind
-        reason = shorten(f"{type(error).__name__} {error}", 200)
-        raise ValueError(f"{path} is not a file of weights: {reason}") from error
+        reason = str(error).partition(" In PyTorch")[0]  # of what follows nothing helps here
+        text = shorten(f"{type(error).__name__} {reason}", 200)
+        raise ValueError(f"{path} is not a file of weights: {text}") from error
 
 
 def write_json(path, content):
@@ -186,17 +187,17 @@ class Run:
         for path in paths:
             if state is None and path.exists():
                 try:
-                    state = load(path)
-                    if not isinstance(state, dict) or "settings" not in state:
-                        state = None
+                    found = load(path)
+                    if not isinstance(found, dict) or "settings" not in found:
                         raise ValueError(f"{path} is not a checkpoint")
+                    state = found
                 except ValueError as error:
                     print(f"{error}: not used", file=sys.stderr)
                     damaged.append(path)
         if state is None:
             if damaged:
                 raise ValueError(
-                    f"{self.folder}: no checkpoint can be read; without them it begins anew"
+                    f"{self.folder}: no checkpoint can be read; delete checkpoint.pt* to begin anew"
                 )
             return None
         old, new = state["settings"], self.settings
@@ -228,7 +229,7 @@ class Run:
             state["seconds"] = time.perf_counter() - self.started
             save(self.folder / "checkpoint.pt", state | {"settings": self.settings})
         if self.interrupted:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("--resume continues")
         self.mark = self.tokens, time.perf_counter()  # validation does not count as training
 
     def steps(self, stage, first, last):

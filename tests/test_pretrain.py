@@ -257,7 +257,7 @@ def test_overfits_one_batch(model, lattice, tmp_path):
 
 def run(tmp_path, name, **settings):
     settings = {"pretrain_steps": 12, "finetune_steps": 12, "eval_every": 6} | settings
-    return pretrain.train(Config(**TINY, out=str(tmp_path / name), **settings))
+    return pretrain.train(Config(**(TINY | settings), out=str(tmp_path / name)))
 
 
 @pytest.mark.parametrize("model", ["transformer", "s4"])
@@ -291,6 +291,31 @@ def test_body_carries_over_head_and_optimiser_do_not(small_lattice, tmp_path, mo
     run(tmp_path, "b", pretrained=str(tmp_path / "a" / "pretrained.pt"))
     assert list(start) == ["finetune"]
     assert all(torch.equal(start["finetune"][0][k], pretrained[k]) for k in pretrained)
+
+
+def test_weights_of_another_body_are_refused_and_never_overwritten(small_lattice, tmp_path):
+    """A head count shows in no shape; the folder that holds the weights is not written to."""
+    run(tmp_path, "a")
+    weights = tmp_path / "a" / "pretrained.pt"
+    with pytest.raises(ValueError, match=r"pretrained with n_heads 2, not 4"):
+        run(tmp_path, "b", pretrained=str(weights), n_heads=4)
+    with pytest.raises(ValueError, match="take another --out"):
+        run(tmp_path, "a", pretrained=str(weights))
+    assert weights.exists() and not (tmp_path / "b").exists()
+
+
+def test_streams_of_different_steps_differ():
+    """(seed,), (seed, 0) and (seed, 0, 0) too, of which numpy alone makes one."""
+    config, seen = Config(**TINY), set()
+    for numbers in ((3,), (3, 0), (3, 0, 0), (3, 0, 1), (3, 1, 0)):
+        mask = torch.rand(3, generator=pretrain.seeded(config, *numbers))
+        seen |= {tuple(mask.tolist()), tuple(torch.rand(2).tolist())}
+    assert len(seen) == 10
+    draws = []
+    for own in (0, 1):  # processes that share the masks drop other units
+        mask = torch.rand(3, generator=pretrain.seeded(config, 3, own=own))
+        draws.append((mask, torch.rand(3)))
+    assert torch.equal(draws[0][0], draws[1][0]) and not torch.equal(draws[0][1], draws[1][1])
 
 
 def test_each_stage_has_its_own_batch_size(small_lattice, tmp_path, monkeypatch):
@@ -392,7 +417,7 @@ def test_ctrl_c_saves_where_it_is(small_lattice, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(run_folder.Run, "log", press)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="--resume continues"):
             run(tmp_path, "cut")
     assert torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"] == 4
     run(tmp_path, "cut", resume=True)
@@ -456,7 +481,7 @@ def test_lost_metrics_are_not_filled_with_zeros(small_lattice, tmp_path):
 
 
 def test_a_mask_that_hides_nothing_is_refused(small_lattice, tmp_path):
-    with pytest.raises(ValueError, match="mask_ratio 1e-12 hides nothing of 16 examples"):
+    with pytest.raises(ValueError, match="mask_ratio 1e-12: nothing to predict in 16 examples"):
         run(tmp_path, "a", mask_ratio=1e-12)
 
 
