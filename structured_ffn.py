@@ -8,7 +8,7 @@ P = N / n_in, and makes every block a product of its own, of rank c:
 
     W[a, b] = U[a][:, b c : (b+1) c]  V[b][a c : (a+1) c]        (S, P) = (S, c) x (c, P)
 
-    name          grid     c                 weights
+    name          grid     rank c            weights
     LowRank       1 x 1    R                 R (N + M)
     BlockDense    1 x B    R / B             R (M + N / B)
     BlockShuffle  B x B    min(N, M) / B^2   min(N, M) (N + M) / B        (Monarch)
@@ -18,6 +18,7 @@ P = N / n_in, and makes every block a product of its own, of rank c:
     blkdiag(V)    V                        (n_in, n_out c, P), n_in blocks of n_out c rows
     blkdiag(U)    U                        (n_out, S, n_in c), n_out blocks of S rows
     W of eq. 1    W                        (d_out, d_in), the guide; None unless guided
+    rows of U     S                        d_out / n_out, of the blocks of U[a]
     alpha         alpha                    weight of the guide, falls from 1 to 0 in training
 
 Departures, marked on their lines: BlockShuffle leaves out the second shuffle unless asked (the
@@ -36,7 +37,6 @@ import math
 import random
 import sys
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -45,6 +45,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -72,11 +73,8 @@ def low_rank_ref(V, U):
 
 def block_dense_ref(V, U):
     """W = U blkdiag(V) (section 2.1).  V: (B, R / B, N / B), U: (M, R).  Returns (M, N)."""
-    B, r, P = V.shape
-    diagonal = np.zeros((B * r, B * P))
-    for b in range(B):
-        diagonal[b * r : (b + 1) * r, b * P : (b + 1) * P] = V[b]
-    return U @ diagonal
+    parts = np.hsplit(U, len(V))  # (M, R / B) each
+    return np.hstack([part @ block for part, block in zip(parts, V, strict=True)])
 
 
 def block_shuffle_ref(V, U):
@@ -108,18 +106,22 @@ def grid_linear(x, V, U, bias=None):
     x: (..., n_in P), V: (n_in, n_out c, P), U: (n_out, S, n_in c).  Returns (..., n_out S).
     T tokens cost 2 T (|V| + |U|) FLOPs; the regrouping copies T n_out n_in c numbers, c at a time.
     """
-    (n_in, _, P), (n_out, S, bc), lead = V.shape, U.shape, x.shape[:-1]
+    (n_in, _, P), (n_out, S, _), lead = V.shape, U.shape, x.shape[:-1]
     if n_in == n_out == 1:
         return F.linear(F.linear(x, V[0]), U[0], bias)
-    x = x.reshape(-1, n_in, P).transpose(0, 1)  # (T, n_in, P) -> (n_in, T, P)
-    z = torch.bmm(x, V.mT).unflatten(2, (n_out, -1))  # (n_in, T, n_out, c)
-    z = z.permute(2, 1, 0, 3).reshape(n_out, x.shape[1], bc)  # -> (n_out, T, n_in c)
+    x = x.reshape(-1, n_in, P)  # (T, n_in, P)
+    z = torch.bmm(x.transpose(0, 1), V.mT).unflatten(2, (n_out, -1))  # (n_in, T, n_out, c)
+    z = z.permute(2, 1, 0, 3).flatten(2)  # (n_out, T, n_in c)
     if n_out == 1:
         return F.linear(z[0], U[0], bias).reshape(*lead, S)  # adds the bias within the product
     # With nothing to record, write y where it belongs: it saves a pass over the result.
-    out, recorded = None, torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
-    if not recorded and not torch.compiler.is_compiling():
-        out = x.new_empty(x.shape[1], n_out, S).transpose(0, 1)  # (n_out, T, S)
+    out, device = None, x.device.type
+    if device in ("cpu", "cuda") and not (
+        torch.is_grad_enabled()
+        or torch.is_autocast_enabled(device)
+        or torch.compiler.is_compiling()
+    ):
+        out = x.new_empty(len(x), n_out, S).transpose(0, 1)  # (n_out, T, S)
     if bias is None:
         y = torch.bmm(z, U.mT, out=out)
     else:
@@ -152,15 +154,19 @@ def grid_to_paper(V, U):
 
 
 def _check_divides(k, what, **sizes):
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"{what} {k!r}: expected a whole number, 1 or more")
     for name, n in sizes.items():
-        if k < 1 or n < 1 or n % k:
-            low = n // max(k, 1) * k
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"{name} {n!r}: expected a whole number, 1 or more")
+        if n % k:
+            low = n // k * k
             near = f"{low} and {low + k} are" if low > 0 else f"multiples of {k} are"
             raise ValueError(f"{name} {n} is not divisible by {what} {k}: {near}")
 
 
 class Grid(nn.Module):
-    """Drop-in for nn.Linear(d_in, d_out): n_out x n_in blocks, each a product of rank c of its own.
+    """Takes the place of nn.Linear(d_in, d_out): n_out x n_in blocks, each a product of rank c.
 
     (..., d_in) -> (..., d_out) by |V| + |U| weights and as many multiply-adds a token.
     Raises ValueError when the grid does not divide the sizes or c exceeds a block's smaller side.
@@ -171,7 +177,7 @@ class Grid(nn.Module):
         _check_divides(n_in, "the number of blocks", d_in=d_in)
         _check_divides(n_out, "the number of blocks", d_out=d_out)
         P, S = d_in // n_in, d_out // n_out
-        if not 1 <= c <= min(P, S):
+        if not isinstance(c, int) or not 1 <= c <= min(P, S):
             raise ValueError(f"rank {c} of a {S} x {P} block must be between 1 and {min(P, S)}")
         self.d_in, self.d_out, self.n_in, self.n_out, self.c = d_in, d_out, n_in, n_out, c
         self.shuffle_out = shuffle_out
@@ -187,18 +193,24 @@ class Grid(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Every block of U and of V gets singular values 1 (table 4, orthonormal)."""
+        """Every V[b] and U[a] gets singular values 1 (table 4, orthonormal), the bias 0."""
         for block in (*self.V, *self.U):
-            nn.init.orthogonal_(block)
+            block.copy_(nn.init.orthogonal_(torch.empty_like(block, dtype=_exact(block.dtype))))
+        self._reset_bias()
+
+    def _reset_bias(self):
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def extra_repr(self):
         return f"{self.d_in}, {self.d_out}, grid {self.n_out} x {self.n_in}, c {self.c}"
 
     def dense_weight(self):
-        """The (d_out, d_in) matrix that the layer stands for, with gradient."""
+        """The (d_out, d_in) matrix that the factors stand for, with gradient."""
         U = self.U.unflatten(2, (self.n_in, self.c))  # (n_out, S, n_in, c)
         V = self.V.unflatten(1, (self.n_out, self.c))  # (n_in, n_out, c, P)
-        W = torch.einsum("asbc,bacp->asbp", U, V).reshape(self.d_out, self.d_in)
+        with torch.autocast(U.device.type, enabled=False):  # what is kept has the type of U
+            W = torch.einsum("asbc,bacp->asbp", U, V).reshape(self.d_out, self.d_in)
         return shuffle(W, self.n_out) if self.shuffle_out else W
 
     @torch.no_grad()
@@ -210,13 +222,14 @@ class Grid(nn.Module):
         n_out, n_in, c = self.n_out, self.n_in, self.c
         if weight.shape != (self.d_out, self.d_in):
             raise ValueError(f"weight {tuple(weight.shape)}, expected {(self.d_out, self.d_in)}")
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        weight = weight.to(_exact(weight.dtype))
         if self.shuffle_out:
             weight = shuffle(weight, self.d_out // n_out)  # undo the second shuffle
         blocks = weight.reshape(n_out, -1, n_in, self.d_in // n_in).transpose(1, 2)
         left, sigma, right = torch.linalg.svd(blocks, full_matrices=False)  # of (n_out, n_in, S, P)
         root = sigma[..., :c].sqrt()  # (n_out, n_in, c)
-        U, V = left[..., :c] * root[..., None, :], right[..., :c, :] * root[..., None]
+        U = left[..., :c] * root[..., None, :]
+        V = right[..., :c, :] * root.where(root > 0, 1)[..., None]  # U = V = 0 could never learn
         self.U.copy_(U.transpose(1, 2).reshape(self.U.shape))  # (n_out, n_in, S, c) -> U
         self.V.copy_(V.transpose(0, 1).reshape(self.V.shape))  # (n_out, n_in, c, P) -> V
         return self
@@ -241,12 +254,12 @@ class Grid(nn.Module):
         return torch.lerp(y, F.linear(x, self.W, self.bias), self.alpha)
 
     def merge(self, threshold=None):
-        """Keep W = U V beside the factors, for calls of at most `threshold` tokens (section 2.2).
+        """Keep the product U V beside the factors, for calls of at most `threshold` tokens (2.2).
 
-        threshold None: measured here, once a shape and process; 0 frees W (d_out d_in numbers).
-        Serves evaluation without gradients.  Dropped by train(), by a call that records gradients,
+        threshold None: measured here, once a shape and process; 0 frees it (d_out d_in numbers).
+        Serves evaluation without gradients.  Dropped by train(), by a call with gradients enabled,
         and by any change of U or V: optimiser step, load_state_dict, other device or type.  (Writes
-        through .data escape torch's counter: call merge() again.)
+        through .data or numpy escape torch's counter: call merge() again.)
         Returns the threshold.  Raises ValueError while the layer is guided.
         """
         if self.W is not None:
@@ -256,20 +269,21 @@ class Grid(nn.Module):
         self.threshold = self._measure() if threshold is None else threshold
         if self.threshold <= 0:
             self._merged = None
-        _watch_optimizers()
-        _MERGED.add(self)
+        _count_fused_writes()
         return self.threshold
 
     def _written(self):
-        """Differs after torch wrote to U or V; without a counter it always differs."""
-        return [(p.data_ptr(), getattr(p, "_version", object())) for p in (self.U, self.V)]
+        """U and V as they are now, with torch's counters of writes to them."""
+        return [(p.detach(), 0 if p.is_inference() else p._version) for p in (self.U, self.V)]
 
     def _merged_serves(self, x):
         """Whether x goes through the merged form; frees it when it may be out of date."""
         if torch.compiler.is_compiling():
             return False
-        if self.training or torch.is_grad_enabled() or self._written() != self._merged_from:
-            self._merged = None
+        pairs = zip(self._merged_from, self._written(), strict=True)
+        same = all(p.data_ptr() == q.data_ptr() and i == j for (p, i), (q, j) in pairs)
+        if self.training or torch.is_grad_enabled() or not same:
+            self._merged = self._merged_from = None
             return False
         return x.numel() <= self.threshold * self.d_in
 
@@ -282,7 +296,8 @@ class Grid(nn.Module):
     def _measure(self):
         """Tokens, a power of two up to 4096, up to which the merged form is the faster one."""
         W, best = self._merged, 0
-        key = (*self.V.shape, *self.U.shape, W.dtype, W.device, torch.get_num_threads())
+        key = (*self.V.shape, *self.U.shape, self.shuffle_out)
+        key = (*key, W.dtype, W.device, torch.get_num_threads())
         if key not in _THRESHOLDS:
             for T in (2**k for k in range(13)):
                 x = W.new_zeros(T, self.d_in)
@@ -296,19 +311,19 @@ class Grid(nn.Module):
 
 
 _THRESHOLDS: dict[tuple, int] = {}  # measured by Grid.merge: shape, type, device, threads -> tokens
-_MERGED: weakref.WeakSet[Grid] = weakref.WeakSet()
 
 
-def _drop_merged(optimizer, *_):
-    """After every optimiser step: fused ones write to U and V past torch's version counter."""
-    groups = optimizer.param_groups if _MERGED else ()
-    written = {id(p) for group in groups for p in group["params"]}
-    for layer in _MERGED:
-        if written & {id(layer.U), id(layer.V)}:
-            layer._merged = None
+@cache  # once a process
+def _count_fused_writes():
+    """Fused optimisers write past torch's counter of writes: count what every step writes."""
+    register_optimizer_step_post_hook(
+        lambda optimizer, *_: [increment_version(g["params"]) for g in optimizer.param_groups]
+    )
 
 
-_watch_optimizers = cache(partial(register_optimizer_step_post_hook, _drop_merged))
+def _exact(dtype):
+    """The type to factorise a matrix in: there are no SVD and QR in half precision."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class LowRank(Grid):
@@ -320,6 +335,7 @@ class LowRank(Grid):
 
     def reset_parameters(self):
         self.project_(self.std * torch.randn(self.d_out, self.d_in, device=self.V.device))
+        self._reset_bias()
 
 
 class BlockDense(Grid):
@@ -359,13 +375,17 @@ class Guide:
     W starts at U V, so the first output does not depend on alpha. After n_steps W, its gradient and
     its optimiser state are freed.  stochastic: compute the guide with probability alpha only, which
     halves its cost (DistributedDataParallel then needs find_unused_parameters).  Evaluation is by
-    eq. 1.  Resume: Guide, guide.load_state_dict, optimiser, then the states of model, optimiser.
+    eq. 1; a copy of the model keeps the alpha of its moment.  Resume: Guide, guide.load_state_dict,
+    optimiser, then the states of model, optimiser.
+    ValueError: no Grid layer, one that is guided already, an optimiser that does not know W.
     """
 
     def __init__(self, model, n_steps, stochastic=False, seed=0):
         self.layers = [layer for layer in model.modules() if isinstance(layer, Grid)]
-        if n_steps < 1 or not self.layers:
+        if not n_steps >= 1 or not self.layers:
             raise ValueError(f"n_steps {n_steps}, {len(self.layers)} Grid layers: at least 1")
+        if any(layer.W is not None for layer in self.layers):
+            raise ValueError("the model is guided already: finish that guide first")
         self.n_steps, self.stochastic, self.seed, self.t = n_steps, stochastic, seed, 0
         for layer in self.layers:
             layer.W, layer._merged = nn.Parameter(layer.dense_weight().detach().clone()), None
@@ -379,18 +399,25 @@ class Guide:
         # not one a forward pass: ranks, micro-batches, recomputation and resumed runs then agree
         coins, alpha = random.Random(f"{self.seed} {self.t}"), alpha_at(self.t, self.n_steps)
         for layer in self.layers:
-            layer.alpha, layer.coin = alpha, not self.stochastic or coins.random() < alpha
+            layer.alpha = alpha
+            layer.coin = (not self.stochastic) or coins.random() < alpha
 
     def step(self, optimizer=None):
         """Call after each optimiser step."""
+        W = self.layers[0].W
+        if optimizer and W is not None:
+            if not any(W is p for group in optimizer.param_groups for p in group["params"]):
+                raise ValueError("the optimiser does not train W: make it after the guide")
         self.t += 1
         self._set_alpha(optimizer)
 
     def finish(self, optimizer=None):
         """From here on the layers are U V alone; W leaves the model and the optimiser."""
-        guides = {id(layer.W) for layer in self.layers if layer.W is not None}
-        for group in optimizer.param_groups if optimizer and guides else ():
-            group["params"] = [p for p in group["params"] if id(p) not in guides]
+        guides = {id(layer.W) for layer in self.layers}
+        for group in optimizer.param_groups if optimizer else ():
+            kept = [i for i, p in enumerate(group["params"]) if id(p) not in guides]
+            for name in {"params", "param_names"} & group.keys():
+                group[name] = [group[name][i] for i in kept]
         for layer in self.layers:
             if optimizer:
                 optimizer.state.pop(layer.W, None)
@@ -400,6 +427,10 @@ class Guide:
         return {k: getattr(self, k) for k in ("t", "n_steps", "stochastic", "seed")}
 
     def load_state_dict(self, state):
+        if state["t"] < state["n_steps"] and any(layer.W is None for layer in self.layers):
+            raise ValueError(
+                f"this guide is finished, the state is of step {state['t']}: make anew"
+            )
         for k in self.state_dict():
             setattr(self, k, state[k])
         self._set_alpha()
@@ -437,14 +468,18 @@ def match(d_model, d_ff, kind, ratio, n_blocks=4):
         return nn.Linear
     if kind not in KINDS or not 0 < ratio <= 1:
         raise ValueError(f"kind {kind!r}, ratio {ratio}: expected {[*KINDS]} and 0 < ratio <= 1")
-    rank = ratio * (d_model * d_ff) / (d_model + d_ff)  # of the LowRank FFN with as many weights
+    rank = ratio * (d_model * d_ff) / (d_model + d_ff)  # LowRank has 2 R (D + F) of 2 D F weights
     if kind == "lowrank":
         plan = {"R": max(1, round(rank))}
     elif kind == "blockdense":
-        plan = {"R": max(1, round(2 * rank / (n_blocks + 1))) * n_blocks, "n_blocks": n_blocks}
+        _check_divides(n_blocks, "n_blocks", d_model=d_model, d_ff=d_ff)
+        c = 2 * rank / (n_blocks + 1)  # BlockDense has R (D + F) (1 + 1/B) weights, c = R / B
+        c = min(max(1, round(c)), d_model // n_blocks, d_ff // n_blocks)
+        plan = {"R": c * n_blocks, "n_blocks": n_blocks}
     else:
         narrow, wide = sorted((d_model, d_ff))
         fits = [b for b in range(1, narrow + 1) if narrow % b**2 == 0 and wide % b == 0]
+        # BlockShuffle has 2 min(D, F) (D + F) / B weights
         plan = {"n_blocks": min(fits, key=lambda b: abs(1 / b - rank / narrow))}
     linear = partial(KINDS[kind], **plan)
     got = ffn_weights(linear, d_model, d_ff) / (2 * d_model * d_ff)
@@ -454,42 +489,50 @@ def match(d_model, d_ff, kind, ratio, n_blocks=4):
     return linear
 
 
-def ffn_factory(kind, ratio=0.3125, n_blocks=4, gated=False):
+def ffn_factory(kind, ratio=0.3125, n_blocks=4):
     """ffn(config, i) for a Transformer that takes factories: block 0 dense, the others `kind`."""
 
     def build(config, i):
         d_ff = config.d_ff or 4 * config.d_model
         linear = match(config.d_model, d_ff, kind if i else "dense", ratio, n_blocks)
-        return StructuredFFN(config.d_model, d_ff, linear, gated)
+        return StructuredFFN(config.d_model, d_ff, linear)
 
     return build
 
 
 def from_linear(linear, make):
-    """The layer make(d_in, d_out) nearest to a trained nn.Linear, on its device and in its type."""
+    """The layer make(d_in, d_out, bias=...) nearest to an nn.Linear, on its device, in its type."""
     with torch.device("meta"):
         layer = make(linear.in_features, linear.out_features, bias=linear.bias is not None)
-    layer = layer.to_empty(device=linear.weight.device).to(linear.weight.dtype)
+    if not isinstance(layer, Grid):
+        raise ValueError(f"make gives a {type(layer).__name__}, expected a structured layer")
+    layer = layer.to(linear.weight.dtype).to_empty(device=linear.weight.device)
     layer.project_(linear.weight)
     if linear.bias is not None:
         layer.bias.data.copy_(linear.bias.data)
-    return layer.train(linear.training)
+    return layer.train(linear.training).requires_grad_(linear.weight.requires_grad)
 
 
 def convert(model, make, pick):
     """Replace in place each nn.Linear whose dotted name pick(name) accepts.
 
-    Returns {name: relative error of its matrix in Frobenius norm}.
+    Returns {name: relative error of its matrix in Frobenius norm}.  ValueError, and the model as it
+    was: nothing accepted, the model is an nn.Linear itself, or a weight has a second owner (tied).
     """
-    chosen = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and pick(n)]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    chosen = {n: m for n, m in modules.items() if n and isinstance(m, nn.Linear) and pick(n)}
     if not chosen:
-        raise ValueError("pick accepted none of the model's nn.Linear layers")
+        raise ValueError("pick accepted none of the nn.Linear layers inside the model")
+    weights = [id(p) for m in set(modules.values()) for p in m.parameters(recurse=False)]
+    if tied := [n for n, m in chosen.items() if weights.count(id(m.weight)) > 1]:
+        raise ValueError(f"the weight of {', '.join(tied)} belongs to another module as well")
+    new = {m: from_linear(m, make) for m in set(chosen.values())}  # all, before one is replaced
     errors = {}
-    for name, old in chosen:
-        new = from_linear(old, make)
+    for name, old in chosen.items():
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, new)
-        errors[name] = ((new.dense_weight() - old.weight).norm() / old.weight.norm()).item()
+        setattr(model.get_submodule(parent), last, new[old])
+        size = old.weight.norm().clamp_min(torch.finfo(old.weight.dtype).tiny)
+        errors[name] = ((new[old].dense_weight() - old.weight).norm() / size).item()
     return errors
 
 
@@ -516,6 +559,7 @@ class LMConfig:
         d_head = self.d_head or self.d_model // self.n_heads
         n_kv_heads = self.n_kv_heads or self.n_heads
         _check_divides(n_kv_heads, "n_kv_heads", n_heads=self.n_heads)
+        _check_divides(2, "2 (RoPE turns pairs)", d_head=d_head)
         return self.d_ff or 4 * self.d_model, d_head, n_kv_heads
 
 
@@ -561,7 +605,7 @@ class LM(nn.Module):
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(m.weight, std=0.02)
-            if isinstance(m, nn.Linear):
+            if isinstance(m, nn.Linear) and m.bias is not None:
                 nn.init.zeros_(m.bias)
 
     def forward(self, tokens):
@@ -718,7 +762,9 @@ def teacher_student(linear, teacher=None, guide=None, lr=4e-3, steps=2000, seed=
     for p in target.requires_grad_(False).parameters():
         if p.dim() > 1:  # a unit input leaves as a unit output
             p.normal_(std=p.shape[-1] ** -0.5)
-    guide = guide and Guide(student, steps // 2, guide == "stochastic", seed)
+    if guide not in (None, "deterministic", "stochastic"):
+        raise ValueError(f"guide {guide!r}: expected None, 'deterministic' or 'stochastic'")
+    guide = Guide(student, steps // 2, guide == "stochastic", seed) if guide else None
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):

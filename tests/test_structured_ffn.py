@@ -780,3 +780,133 @@ def test_whole_file_runs():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "target: ratio below 0.5   ok" in done.stdout and "BlockShuffle " in done.stdout
+
+
+# ---------------------------------------------------------------- what users do to layers
+
+
+def is_current(layer, d_in):
+    x = torch.randn(3, d_in)
+    with torch.no_grad():
+        return rel_err(layer(x), x @ layer.dense_weight().T + layer.bias) < 1e-5
+
+
+def test_a_merged_form_never_outlives_other_weights():
+    """Freed memory is handed out again at the same address, with a fresh counter of writes."""
+    for _ in range(30):
+        layer = BlockShuffle(64, 256, 4).eval()
+        layer.merge(100)
+        for _ in range(2):
+            layer.load_state_dict(BlockShuffle(64, 256, 4).state_dict(), assign=True)
+        assert is_current(layer, 64)
+
+
+def test_a_fused_step_drops_the_merged_form_of_whoever_shares_the_factors():
+    layer = BlockShuffle(16, 24, 2).eval()
+    layer.merge(100)
+    other = copy.copy(layer)
+    for p in layer.parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True).step()
+    assert is_current(layer, 16) and is_current(other, 16)
+
+
+def test_merging_and_guiding_under_autocast_keep_the_type_of_the_factors():
+    layer = BlockShuffle(16, 24, 2).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.merge(100)
+    assert is_current(layer, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        Guide(layer, 3)
+    assert layer.W.dtype == torch.float32
+
+
+def test_layers_run_on_meta_and_in_inference_mode():
+    with torch.device("meta"), torch.no_grad():
+        assert BlockShuffle(16, 24, 2)(torch.empty(3, 16)).shape == (3, 24)
+    with torch.inference_mode():
+        layer = BlockShuffle(16, 24, 2).eval()
+        layer.merge(100)
+        assert rel_err(layer(torch.eye(16)) - layer.bias, layer.dense_weight().T) < 1e-5
+
+
+def test_reset_leaves_nothing_of_what_was_there():
+    for layer in (LowRank(16, 24, 4), BlockDense(16, 24, 4, 2).bfloat16(), BlockShuffle(16, 24, 2)):
+        torch.nn.init.constant_(layer.bias, 7)
+        layer.reset_parameters()
+        assert not layer.bias.any() and layer.dense_weight().any()
+
+
+def test_a_guide_used_out_of_order_is_refused():
+    layer = LowRank(16, 16, 4)
+    early = torch.optim.AdamW(layer.parameters())
+    guide = Guide(layer, 3)
+    with pytest.raises(ValueError, match="make it after the guide"):
+        guide.step(early)
+    with pytest.raises(ValueError, match="guided already"):
+        Guide(layer, 3)
+    state = guide.state_dict()
+    guide.finish()
+    with pytest.raises(ValueError, match="finished, the state is of step 0"):
+        guide.load_state_dict(state)
+
+
+def test_the_names_of_parameters_leave_the_optimiser_with_the_guide():
+    layer = LowRank(16, 16, 4)
+    guide = Guide(layer, 1)
+    optimizer = torch.optim.AdamW(layer.named_parameters())
+    guide.step(optimizer)
+    (group,) = optimizer.param_groups
+    assert group["param_names"] == [name for name, _ in layer.named_parameters()]
+
+
+def test_convert_takes_all_or_nothing():
+    make, everything = partial(LowRank, R=4), lambda name: True
+    with pytest.raises(ValueError, match="accepted none"):
+        convert(torch.nn.Linear(16, 24), make, everything)
+    shared = torch.nn.Linear(16, 16)
+    model = torch.nn.Sequential(shared, torch.nn.ReLU(), shared)
+    assert [*convert(model, make, everything)] == ["0", "2"]
+    assert model[0] is model[2] and isinstance(model[0], LowRank)
+    tied, odd = (
+        torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, n)) for n in (16, 3)
+    )
+    tied[1].weight = tied[0].weight
+    dense = lambda d_in, d_out, bias: torch.nn.Linear(d_in, d_out, bias)  # noqa: E731
+    for model, builder, message in (
+        (tied, make, "weight of 0, 1 belongs to another"),
+        (odd, make, "between 1 and 3"),  # of its second layer
+        (odd, dense, "expected a structured layer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(model, builder, everything)
+        assert all(type(m) is torch.nn.Linear for m in model)
+
+
+def test_a_layer_converted_from_zero_learns_and_keeps_what_is_frozen():
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    torch.nn.init.zeros_(model[0].weight)
+    model.requires_grad_(False)
+    assert convert(model, partial(LowRank, R=4), lambda name: True) == {"0": 0.0}
+    layer = model[0]
+    assert not any(p.requires_grad for p in layer.parameters()) and not layer.dense_weight().any()
+    layer.requires_grad_()
+    layer(torch.eye(16)).sum().backward()
+    assert layer.U.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: LowRank(16, 24, 4.0), "4.0"),
+    (lambda: BlockDense(16, 24, 4, 2.0), "whole number"),
+    (lambda: match(64, 256, "blockdense", 0.3, n_blocks=-1), "-1"),
+    (lambda: LMConfig(d_model=10, n_heads=2).sizes(), "d_head 5"),
+    (lambda: structured_ffn.teacher_student(partial(LowRank, R=4), guide="stoch"), "'stoch'"),
+])  # fmt: skip
+def test_nonsense_is_refused_with_its_value(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_match_comes_as_near_as_the_blocks_allow():
+    linear = match(64, 256, "blockdense", 0.82)
+    assert abs(ffn_weights(linear, 64, 256) / (2 * 64 * 256) - 0.82) < 0.15 * 0.82
