@@ -1,8 +1,10 @@
-"""README.md shows what results/*.json hold, and names files that exist."""
+"""README.md shows what results/*.json hold, and names files and flags that exist."""
 
+import functools
 import json
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,38 +15,118 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import claims  # noqa: E402
 import judges  # noqa: E402
+import readme  # noqa: E402
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = sorted((ROOT / "results").glob("*.json"))
+
+# ------------------------------------------------------------------------------------ numbers
 
 
-def test_the_first_screen_is_what_was_measured():
-    measured = json.loads((ROOT / "results/demo.json").read_text())
-    shown = re.search(r"<!-- demo -->\n```\n(.*?)```", TEXT, re.S)[1]
-    for arm, row in measured["arms"].items():
-        line = next(line for line in shown.splitlines() if line.startswith(arm))
-        validation, test, seconds = (float(v) for v in line.split()[-3:])
-        assert abs(validation - row["validation"][0]) < 0.051
-        assert abs(test - row["test"][0]) < 0.051
-        assert abs(seconds - row["seconds"][0]) < 0.51
+def test_every_block_is_what_its_files_say():
+    assert TEXT == readme.written(TEXT), "python benchmarks/readme.py writes it"
+    assert {match[1] for match in readme.BLOCK.finditer(TEXT)} == readme.BLOCKS.keys()
 
 
-def test_the_table_over_seeds_is_what_was_measured():
-    measured = json.loads((ROOT / "results/demo.json").read_text())
-    assert len(measured["seeds"]) == 3
-    for arm, row in measured["arms"].items():
-        line = next(line for line in TEXT.splitlines() if line.startswith(f"| {arm} |"))
-        mean, spread = re.search(r"([\d.]+) ± ([\d.]+)", line).groups()
-        assert abs(float(mean) - row["mean"]) < 0.051 and abs(float(spread) - row["spread"]) < 0.051
+def test_a_digit_that_is_changed_is_found():
+    for number in ("86.2", "1,048,576", "2.6"):  # a decimal, a whole number, one in a table
+        match = next(m for m in readme.BLOCK.finditer(TEXT) if number in m[2])
+        false = TEXT.replace(match[0], match[0].replace(number, number[:-1] + "9"))
+        assert false != TEXT and readme.written(false) == TEXT
+    with pytest.raises(ValueError, match="no function makes"):
+        readme.written("<!-- other -->\n5\n<!-- /other -->")
+
+
+# What stands outside of the blocks: sizes that commands set, and numbers of papers.
+GIVEN = {
+    "8 x 8": "the pictures of lattice", "4,000": "its training examples",
+    "1000": "tokens of the example", "7 x 7": "the convolution that SGConv2d replaces",
+    "96": "that convolution", "7": "that convolution", "3": "that convolution",
+    "100,000": "trees of ListOps", "131,072": "tokens of the default run", "40": "the paper's",
+    "4090": "a GPU", "1024": "a layer", "4096": "a layer", "1": "all that can be gained",
+    "2.11": "torch", "-9": "a signal",
+}  # fmt: skip
+
+
+def outside():
+    """The text without blocks, code but for its comments, links, papers, names with digits."""
+    text = readme.BLOCK.sub("", TEXT)
+    text = re.sub(r"\d{4}\.\d{5}", "", text)
+    text = text[: text.index("## Citations")]
+    fence = re.compile(r"```\w*\n(.*?)```", re.S)
+    text = fence.sub(lambda m: "\n".join(re.findall(r"#(.*)", m[1])), text)
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)", "", text)
+    return re.sub(r"[A-Za-z]+-?\d+\w*|\d-[DX]", "", text)  # S4, H100, Pathfinder-32, float64
+
+
+def test_no_other_number_stands_in_the_text():
+    found = re.findall(r"-?\d[\d.,]*(?: x \d+)?(?<![.,])", outside())
+    assert len(found) > 8 and set(found) <= GIVEN.keys(), set(found) - GIVEN.keys()
+    words = "four|three|two|half|quarter|tenth|twice"
+    counted = [w for w in re.findall(rf"\b(?:{words})\b [a-z-]+", outside(), re.I)]
+    assert set(counted) <= {
+        "four models", "four runs", "three files", "two it", "three steps", "two standard",
+        "two classes", "four RTX", "half plane", "four sizes",
+    }, counted  # fmt: skip
+
+
+def origins(content):
+    """Every record of origin in a file of results."""
+    if isinstance(content, dict):
+        if "commit" in content:
+            yield content
+        for value in content.values():
+            yield from origins(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from origins(value)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_every_file_of_results_names_its_command_and_commit(path):
+    content = json.loads(path.read_text())
+    found = list(origins(content))
+    assert found and any("command" in origin for origin in found)
+    for origin in found:
+        assert re.fullmatch(r"[0-9a-f]{7,40}", origin["commit"] or ""), origin["commit"]
+        assert "command" not in origin or (origin.get("hardware") or origin.get("cpu"))
+    for row in content.get("arms", {}).values() if "command" in content else ():
+        assert all(re.fullmatch(r"[0-9a-f]{7,40}", commit) for commit in row.get("commits", []))
+
+
+# ----------------------------------------------------------------------- files, flags, claims
 
 
 def test_every_file_and_picture_it_names_exists():
     named = set(re.findall(r"\]\(((?!http)[^)#]+)\)", TEXT))
     named |= set(re.findall(r"(?:python|bash) ((?:benchmarks/)?[a-z_0-9]+\.py)", TEXT))
-    named |= set(re.findall(r"settings/[a-z0-9-]+\.json", TEXT))
+    named |= {name for name in re.findall(r"settings/[a-z0-9-]+\.json", TEXT)}
     assert named and not [name for name in named if not (ROOT / name).exists()]
 
 
-# ------------------------------------------------------------------------- claims and numbers
+@functools.cache
+def help_of(script):
+    done = subprocess.run(
+        [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_every_flag_it_shows_exists():
+    """Commands of code blocks and of `inline code`, but for the options of torchrun itself."""
+    commands = re.findall(r"^((?:python|torchrun) .*?)(?:  +#.*)?$", TEXT, re.M)
+    commands += [" ".join(c.split()) for c in re.findall(r"`((?:python|torchrun) [^`]*)`", TEXT)]
+    seen = 0
+    for command in commands:
+        scripts = re.findall(r"(?:benchmarks/)?[a-z_0-9]+\.py", command)
+        if not scripts:
+            continue
+        flags = set(re.findall(r"(?<=\s)--[a-z][a-z-]*", command.partition(scripts[0])[2]))
+        known = set(re.findall(r"--[a-z][a-z-]*", help_of(scripts[0])))
+        assert flags <= known, (command, flags - known)
+        seen += len(flags)
+    assert seen > 30
 
 
 def test_verdicts_follow_from_the_files_of_results():
@@ -52,8 +134,6 @@ def test_verdicts_follow_from_the_files_of_results():
     assert rows == {
         claim.name: json.loads(json.dumps(claims.judge(claim))) for claim in claims.CLAIMS
     }
-    shown = claims.README.search(TEXT)[0].splitlines()[1:-1]
-    assert shown == list(claims.table(rows))
 
 
 def test_a_row_repeats_the_command_that_made_its_file():
@@ -98,70 +178,3 @@ def test_tests_that_did_not_run_prove_nothing():
     ):
         content = {"passed": passed, "failed": failed, "returncode": code}
         assert judges.tests_pass(content)[1] == verdict
-
-
-def numbers(content):
-    """Every number in a file of results."""
-    if isinstance(content, dict):
-        for value in content.values():
-            yield from numbers(value)
-    elif isinstance(content, list):
-        for value in content:
-            yield from numbers(value)
-    elif isinstance(content, (int, float)) and not isinstance(content, bool):
-        yield float(content)
-
-
-def sections():
-    """(title, prose without code, links and numbers of papers, files of results it names)."""
-    for part in re.split(r"^## ", TEXT, flags=re.M):
-        files = sorted(set(re.findall(r"results/(\w+\.json)", part)))
-        prose = re.sub(r"<!-- claims -->.*?<!-- /claims -->", "", part, flags=re.S)
-        prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|\d{4}\.\d{5}", "", prose, flags=re.S)
-        prose = re.sub(r"\d{4}-\d\d-\d\d|torch \d+\.\d+\.\d+", "", prose)
-        yield part.splitlines()[0], prose, files
-
-
-# Numbers of papers, and what is set and not measured.
-GIVEN = {"53.6", "86.2", "86.1", "86.8", "40 times", "60 times"}
-UNITS = "%|times|ms|s|MiB|GiB|MB|GB|points"
-DECIMAL = r"\d+\.\d+(?:e-?\d+)?"
-
-
-def shown_numbers(prose):
-    """Numbers with a point, whole numbers before a unit, and those in the cells of tables."""
-    yield from re.findall(rf"(?<![\w.]){DECIMAL}(?![\w.]*\d)", prose)
-    yield from re.findall(rf"(?<![\w.,-])\d+ (?:{UNITS})(?!\w)", prose)
-    for table in re.findall(r"(?:^\|.*\n)+", prose, re.M):
-        for line in table.splitlines()[2:]:
-            for cell in line.split("|")[2:-1]:
-                yield from re.findall(r"(?<![\w.,-])\d+(?![\w.,]*\d)", cell)
-
-
-def is_known(shown, known):
-    """One of the known numbers, perhaps in other units, rounds to what is shown."""
-    text = re.match(rf"{DECIMAL}|\d+", shown)[0]
-    digits = len(text.split("e")[0].partition(".")[2])
-    unit = 10.0 ** int(text.partition("e")[2] or 0)
-    factors = (1, 100, 1e3, 1e-3, 1e-6, 1e-9, 2**-20, 2**-30)
-    return any(
-        abs(k * f - float(text)) <= 0.501 * 10**-digits * unit for k in known for f in factors
-    )
-
-
-@pytest.mark.parametrize("title, prose, files", list(sections()))
-def test_every_number_is_in_a_file_that_the_section_names(title, prose, files):
-    known = []
-    for name in files:
-        content = json.loads((ROOT / "results" / name).read_text())
-        assert "command" in json.dumps(content) and "commit" in json.dumps(content), name
-        known += numbers(content)
-    missing = sorted(n for n in set(shown_numbers(prose)) - GIVEN if not is_known(n, known))
-    assert not missing, f"{title}: {missing} in none of {files}"
-
-
-def test_a_number_that_nobody_measured_is_found():
-    text = "1.5 of 2.5, 7 %, 3.0e-5 and\n| a | b |\n|---|---|\n| 8 | 9 ms |\n"
-    assert sorted(shown_numbers(text)) == ["1.5", "2.5", "3.0e-5", "7 %", "9", "9 ms"]
-    assert is_known("0.72 s", [0.7151, 3]) and is_known("2.1e-6", [2.06e-6])
-    assert not is_known("0.73", [0.7151, 3]) and not is_known("2.1e-6", [2.2e-6])
