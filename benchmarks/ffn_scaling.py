@@ -70,6 +70,8 @@ def plot(result, path):
             (points,) = ax.loglog(x, y, mark, label=f"{kind}, power {power:.3f}")
             line = np.geomspace(min(x), max(x), 20)
             ax.loglog(line, np.exp(constant) * line**-power, "--", color=points.get_color(), lw=1)
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
     ax.set_xlabel("training FLOPs")
     ax.set_ylabel("held-out loss (nats a byte)")
     ax.grid(alpha=0.3, which="both")

@@ -81,11 +81,20 @@ def table(result):
 
 def plot(result, path):
     plt = pyplot()
+    from matplotlib.ticker import LogLocator
+
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
     for ax, teacher in zip(axes, TEACHERS, strict=True):
-        for arm, mean in result["means"].get(teacher, {}).items():
+        styles = zip(
+            result["means"].get(teacher, {}).items(), ("o-", "s--", "^-.", "x"), strict=False
+        )
+        for (arm, mean), style in styles:
             lrs = [lr for lr in RATES if f"{lr:g}" in mean]
-            ax.loglog(lrs, [mean[f"{lr:g}"] for lr in lrs], "o-", label=arm)
+            ax.loglog(lrs, [mean[f"{lr:g}"] for lr in lrs], style, label=arm)
+        ax.set_xticks(RATES, [f"{lr:g}" for lr in RATES])
+        ax.minorticks_off()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.set_title(f"teacher and student {teacher}", fontsize=10)
         ax.set_xlabel("learning rate")
         ax.grid(alpha=0.3, which="both")
