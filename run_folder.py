@@ -160,11 +160,9 @@ class Run:
         if failure is None:
             seconds = time.perf_counter() - self.started
             speed = {"seconds": round(seconds, 1), "tokens_per_s": round(self.tokens / seconds)}
-            self.result |= {
-                "config": self.settings,
-                "speed": speed | {"peak_memory": peak_memory()},
-            }
-            write_json(self.folder / "result.json", self.result | self.versions)
+            speed["peak_memory"] = peak_memory()
+            self.result |= {"config": self.settings, "speed": speed} | self.versions
+            write_json(self.folder / "result.json", self.result)
         self.metrics.close()
         self.lock.close()
 

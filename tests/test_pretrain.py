@@ -265,6 +265,8 @@ def test_same_seed_same_bits(small_lattice, tmp_path, model):
     scores, weights = [], []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         result = run(tmp_path, name, model=model, seed=seed, dropout=0.1)
+        assert result == json.loads((tmp_path / name / "result.json").read_text())
+        assert result.keys() >= {"commit", "torch", "speed", "config"}
         scores.append([result[k] for k in ("pretrain", "finetune", "test")])
         weights.append(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"])
     assert scores[0] == scores[1] != scores[2]
