@@ -248,7 +248,8 @@ def two_level_kernel(system, L):
 
 
 def cauchy_kernel(system, Lam, P, B, dt, L):
-    """The paper's kernel (cauchy_ref) without its pole: (n, D, L) real, O(D N L) time and memory.
+    """The paper's kernel (cauchy_ref) without its pole: (n, D, L) real, O(D N L) time and memory,
+    and O(D N^3 log L) time for C~.
 
     At the root of unity exp(-2 i t), z = (2 / dt) i tan t is infinite at t = pi / 2 and large
     around it, where float32 loses three digits.  Numerator and denominator times cos t are bounded:
@@ -312,7 +313,7 @@ class CircularConv(torch.autograd.Function):
     """u (B, D, L), k (D, n), both real -> (B, D, L): circular convolution of period n, cut to L.
 
     Written out because autograd turns the backward of a real FFT into a full complex one, at twice
-    the time and memory.
+    the time and memory.  Not for second derivatives (an error), nor for torch.func.
     """
 
     @staticmethod
@@ -323,6 +324,7 @@ class CircularConv(torch.autograd.Function):
         return torch.fft.irfft(U * K_f, n)[..., : u.shape[-1]]
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         U, K_f = ctx.saved_tensors
         n, length, k_length = ctx.lengths
@@ -338,7 +340,9 @@ def fft_conv(u, K):
     K (D, L): causal, y[t] = sum_s K[s] u[t - s].  K (2, D, L): row 0 holds the lags 0, 1, ...,
     row 1 the lags -1, -2, ...
     """
-    L = u.shape[1]
+    L, K = u.shape[1], K[..., : u.shape[1]]
+    if not u.numel():  # which FFT libraries refuse
+        return u + 0 * K.sum()
     n = fft_length(2 * L - 1)
     if K.ndim == 3:
         K = torch.cat([K[0], K.new_zeros(K.shape[1], n - 2 * L + 1), K[1, :, : L - 1].flip(-1)], -1)
@@ -361,11 +365,14 @@ class S4(nn.Module):
 
     Each channel has its own dt, Lam, P, B, C, as in the paper.  Any L: no length is stored and
     forward rewrites no parameter.  float32, float64; under autocast or with parameters of half
-    precision the layer computes in float32 and returns the dtype of x.
+    precision the layer computes in float32 and returns the dtype of x.  Causal up to the rounding
+    of the largest input (FFT); one that is not finite spoils all positions.
     """
 
     def __init__(self, d_model, d_state=64, bidirectional=False, dt_min=1e-3, dt_max=1e-1):
         super().__init__()
+        if d_model < 1:
+            raise ValueError(f"expected d_model >= 1, got {d_model}")
         if not 0 < dt_min <= dt_max < math.inf:
             raise ValueError(f"expected finite 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
         self.d_model, self.bidirectional = d_model, bidirectional
@@ -379,13 +386,17 @@ class S4(nn.Module):
         self.D_skip = nn.Parameter(torch.randn(d_model))
 
     def set_dynamics(self, Lam, B):
+        if Lam.shape != B.shape or Lam.ndim != 1 or not (Lam.real < 0).all():
+            raise ValueError(
+                f"expected Lam, B (N/2,), Re Lam < 0, got {Lam.shape}, {B.shape}: {Lam}"
+            )
         # differs from the paper: Re Lam < 0 whatever is learned and Q = P, so no system can grow
         self.log_decay = self.per_channel(np.log(-Lam.real))  # (D, N/2)
         self.frequency = self.per_channel(Lam.imag)  # (D, N/2)
         self.B = self.per_channel(np.stack([B.real, B.imag], -1))  # (D, N/2, 2)
 
     def per_channel(self, value):
-        value = torch.from_numpy(value).to(torch.get_default_dtype())
+        value = torch.tensor(value, dtype=torch.get_default_dtype())  # on the default device
         return nn.Parameter(value.expand(self.d_model, *value.shape).clone())
 
     def continuous(self, rate=1.0):
@@ -411,8 +422,10 @@ class S4(nn.Module):
         """Impulse response without the skip: (D, L), (2, D, L) when bidirectional (see fft_conv).
 
         rate: input step in units of that of training, 2 for half the sampling rate.  The integral
-        of the kernel stays the same.  ValueError if a dt is not positive and finite.
+        of the kernel stays the same.  ValueError if L < 1 or a dt is not positive and finite.
         """
+        if L < 1:
+            raise ValueError(f"length {L}: expected 1 or more")
         with torch.autocast(self.C.device.type, enabled=False):
             K = self.impulse_response(L, rate)  # (n, D, L)
         return K if self.bidirectional else K[0]
@@ -426,8 +439,9 @@ class S4(nn.Module):
         return fft_conv(u.to(K.dtype), K).to(x.dtype)
 
     def check(self, x, keep=None):
-        if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != self.d_model:
-            raise ValueError(f"expected x (B, L >= 1, {self.d_model}), got {tuple(x.shape)}")
+        if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != self.d_model or not x.is_floating_point():
+            text = f"(B, L >= 1, {self.d_model}) floating, got {tuple(x.shape)} {x.dtype}"
+            raise ValueError(f"expected x {text}")
         if keep is not None and (keep.shape != x.shape[:2] or keep.dtype != torch.bool):
             raise ValueError(
                 f"expected keep {tuple(x.shape[:2])} bool, got {tuple(keep.shape)} {keep.dtype}"
@@ -469,6 +483,10 @@ class S4(nn.Module):
     def prefill(self, x, state):
         """The next positions: x (B, L, D), State -> y (B, L, D), State, by chunks of m = 64."""
         self.check(x)
+        if len(x) != len(state.x):
+            raise ValueError(
+                f"expected x of the state's batch {len(state.x)}, got {tuple(x.shape)}"
+            )
         m = 1 << min(6, (x.shape[1] - 1).bit_length())
         with torch.autocast(self.C.device.type, enabled=False):
             E, W, C = state.dense  # (D, N, N), (D, N, 1), (D, 1, N)
@@ -486,7 +504,7 @@ class S4(nn.Module):
                 for i, power in enumerate(powers):  # h <- A_bar^t h, t in binary
                     h = torch.baddbmm(h, power, h) if t >> i & 1 else h
                 h = h + W[..., :t] @ back
-            y = torch.cat(out, 1).permute(2, 1, 0) + self.D_skip * x  # (B, L, D)
+            y = torch.cat(out, 1).permute(2, 1, 0) + self.D_skip * x.to(W.dtype)  # (B, L, D)
         return y.to(x.dtype), state._replace(x=h.permute(2, 0, 1))
 
 
@@ -629,6 +647,7 @@ class S4Model(nn.Module):
         """n further tokens after prompt (B, L >= 1) int64: (B, n).
 
         head: features (B, D) -> logits (B, vocab_size).  temperature 0 takes the likeliest token.
+        Call eval() first where there is dropout.
         """
         h, state = self.prefill(prompt, self.initial_state(len(prompt)))
         h, out = h[:, -1], prompt.new_empty(len(prompt), n)
@@ -642,10 +661,13 @@ class S4Model(nn.Module):
         return out
 
     def param_groups(self, lr, weight_decay):
-        """AdamW groups as the papers use them: three dicts, every parameter in one."""
-        mixers = [m for m in self.modules() if isinstance(m, S4)]
+        """AdamW groups as the papers use them: three dicts, every parameter in one.
+
+        What makes a kernel, in any mixer that has one, learns at min(lr, 1e-3) without decay.
+        """
+        mixers = [m for m in self.modules() if hasattr(m, "kernel")]
         group = {id(p): 0 for m in mixers for p in m.parameters()}
-        group |= {id(p): 1 for m in mixers for p in (m.C, m.D_skip)}
+        group |= {id(getattr(m, k)): 1 for m in mixers for k in ("C", "D_skip") if hasattr(m, k)}
         groups = [
             {"params": [], "lr": min(lr, 1e-3), "weight_decay": 0.0},  # Lam, P, B, dt
             {"params": [], "lr": lr, "weight_decay": 0.0},  # C, skips, biases, norms

@@ -190,7 +190,7 @@ class CircularConv(torch.autograd.Function):  # same as s4.py:CircularConv
     """u (B, D, L), k (D, n), both real -> (B, D, L): circular convolution of period n, cut to L.
 
     Written out because autograd turns the backward of a real FFT into a full complex one, at twice
-    the time and memory.
+    the time and memory.  Not for second derivatives (an error), nor for torch.func.
     """
 
     @staticmethod
@@ -201,6 +201,7 @@ class CircularConv(torch.autograd.Function):  # same as s4.py:CircularConv
         return torch.fft.irfft(U * K_f, n)[..., : u.shape[-1]]
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         U, K_f = ctx.saved_tensors
         n, length, k_length = ctx.lengths
@@ -216,7 +217,9 @@ def fft_conv(u, K):  # same as s4.py:fft_conv
     K (D, L): causal, y[t] = sum_s K[s] u[t - s].  K (2, D, L): row 0 holds the lags 0, 1, ...,
     row 1 the lags -1, -2, ...
     """
-    L = u.shape[1]
+    L, K = u.shape[1], K[..., : u.shape[1]]
+    if not u.numel():  # which FFT libraries refuse
+        return u + 0 * K.sum()
     n = fft_length(2 * L - 1)
     if K.ndim == 3:
         K = torch.cat([K[0], K.new_zeros(K.shape[1], n - 2 * L + 1), K[1, :, : L - 1].flip(-1)], -1)
@@ -259,9 +262,12 @@ class SGConv(nn.Module):
         self.D_skip = nn.Parameter(torch.randn(d_model))
         whole = first_factor * kernel_dim * 2 ** (n_scales - 1)  # >= max_len
         with torch.no_grad():
-            k = multi_scale_kernel(self.w, whole, decay, first_factor)  # (..., D, whole)
+            w = self.w.to(torch.promote_types(self.w.dtype, torch.float32))
+            k = multi_scale_kernel(w, whole, decay, first_factor)  # (..., D, whole)
         # differs from the paper: one Z a channel; a buffer, since trained w belong to their Z
         norm = torch.linalg.vector_norm(k, dim=-1, keepdim=True, dtype=torch.float64)
+        if not self.w.is_meta and not (norm > 0).all():
+            raise ValueError(f"init gives {int((norm <= 0).sum())} kernels of norm 0")
         self.register_buffer("norm", norm.to(k.dtype))  # (..., D, 1)
 
     def kernel(self, L):
@@ -277,8 +283,10 @@ class SGConv(nn.Module):
         resampled = self.max_len != self.built_len
         lags = self.built_len if resampled else L
         with torch.autocast(self.w.device.type, enabled=False):  # bf16 would ruin it
-            K = multi_scale_kernel(self.w / self.norm, lags, self.decay, self.first_factor)
-            if resampled:  # stretched cell by cell, the sum stays
+            dtype = torch.promote_types(self.w.dtype, torch.float32)
+            w = self.w.to(dtype) / self.norm.to(dtype)
+            K = multi_scale_kernel(w, lags, self.decay, self.first_factor)
+            if resampled:  # stretched cell by cell
                 flat = F.interpolate(K.reshape(1, -1, lags), self.max_len, mode="linear")
                 K = flat.view(*K.shape[:-1], -1)[..., :L] * (lags / self.max_len)
         return K
@@ -286,9 +294,9 @@ class SGConv(nn.Module):
     def resample(self, new_max_len):
         """Read from now on signals that are sampled new_max_len / max_len times as densely.
 
-        The kernel keeps its shape and its sum and is read on the new grid, linearly, with no filter
-        against aliasing.  No parameter changes and no state_dict records it: call it again after
-        loading.  Returns self.
+        The kernel keeps its shape and is read on the new grid, linearly, with no filter against
+        aliasing; its sum stays where new_max_len is a multiple or half of max_len.  No parameter
+        changes and no state_dict records it: call it again after loading.  Returns self.
         """
         if new_max_len < 1:
             raise ValueError(f"expected new_max_len >= 1, got {new_max_len}")
@@ -298,14 +306,15 @@ class SGConv(nn.Module):
     def forward(self, x, keep=None):
         """x (B, L, D), keep (B, L) bool: False positions count as absent (padding at the ends)."""
         self.check(x, keep)
-        u = x if keep is None else x * keep[..., None]
+        u = x if keep is None else x.masked_fill(~keep[..., None], 0)
         K = self.kernel(x.shape[1])
         K = torch.cat([K[..., :1] + self.skip_at_zero(), K[..., 1:]], -1)
         return fft_conv(u.to(K.dtype), K).to(x.dtype)
 
     def check(self, x, keep=None):  # same as s4.py:S4.check
-        if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != self.d_model:
-            raise ValueError(f"expected x (B, L >= 1, {self.d_model}), got {tuple(x.shape)}")
+        if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != self.d_model or not x.is_floating_point():
+            text = f"(B, L >= 1, {self.d_model}) floating, got {tuple(x.shape)} {x.dtype}"
+            raise ValueError(f"expected x {text}")
         if keep is not None and (keep.shape != x.shape[:2] or keep.dtype != torch.bool):
             raise ValueError(
                 f"expected keep {tuple(x.shape[:2])} bool, got {tuple(keep.shape)} {keep.dtype}"
@@ -406,8 +415,10 @@ class SGConvModel(nn.Module):
         """AdamW groups: kernels learn at min(lr, 1e-3) without decay; skips, biases and norms at lr
         without decay; the weights of linear maps and embeddings at lr with decay.
         """
-        kernels = [m.w for m in self.modules() if isinstance(m, SGConv)]
-        known = {id(w) for w in kernels}
+        mixers = [m for m in self.modules() if hasattr(m, "kernel")]
+        known = {id(p) for m in mixers for p in m.parameters()}
+        known -= {id(getattr(m, "D_skip", None)) for m in mixers}
+        kernels = [p for p in self.parameters() if id(p) in known]
         others = [p for p in self.parameters() if id(p) not in known]
         plain, decayed = [p for p in others if p.ndim < 2], [p for p in others if p.ndim >= 2]
         return [

@@ -13,6 +13,7 @@ from torch import nn
 from torch.autograd import gradcheck
 
 import s4
+import sgconv
 from s4 import DLR, S4, S4D, S4Config, S4Model, s4_mixer, s4d_inv, s4d_legs, s4d_lin, s4d_mixer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -531,3 +532,101 @@ def test_command_line():
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "FAILED" not in run.stdout and "MISSED" not in run.stdout and "two-level" in run.stdout
+
+
+# ------------------------------------------------------------------------- what users do to layers
+
+ALL = pytest.mark.parametrize("kind", [S4, S4D, DLR, lambda D: sgconv.SGConv(D, 16, 4)],
+                              ids=["S4", "S4D", "DLR", "SGConv"])  # fmt: skip
+
+
+@ALL
+def test_a_second_derivative_is_refused_not_wrong(kind):
+    layer, x = kind(2), torch.randn(1, 6, 2, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
+@ALL
+def test_an_empty_batch_gives_an_empty_result_and_no_gradient(kind):
+    layer = kind(3)
+    y = layer(torch.randn(0, 7, 3))
+    assert y.shape == (0, 7, 3)
+    y.sum().backward()
+    assert not layer.D_skip.grad.any()
+
+
+@ALL
+def test_padding_may_hold_anything(kind):
+    layer, x, keep = kind(3), torch.randn(2, 9, 3), torch.arange(9).expand(2, 9) < 5
+    y = layer(x, keep)[:, :5]
+    x[:, 5:] = torch.nan
+    assert torch.equal(layer(x, keep)[:, :5], y)
+
+
+@ALL
+def test_integers_are_refused_and_half_precision_is_not(kind):
+    layer = kind(3)
+    with pytest.raises(ValueError, match="int64"):
+        layer(torch.randint(-5, 5, (1, 6, 3)))
+    x = torch.randn(2, 9, 3)
+    y, half = layer(x), layer.bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16 and rel_err(half.float(), y) < 0.05
+
+
+@KINDS
+def test_a_state_of_another_batch_is_refused(kind):
+    layer = kind(3, 4)
+    with pytest.raises(ValueError, match="batch 1"):
+        layer.prefill(torch.randn(4, 5, 3), layer.initial_state(1))
+
+
+@KINDS
+def test_half_precision_streams_as_it_convolves(kind):
+    layer, x = kind(3, 8).bfloat16(), torch.randn(2, 70, 3).bfloat16()
+    y = layer(x)
+    assert rel_err(layer.prefill(x, layer.initial_state(2))[0].float(), y.float()) < 2e-3
+
+
+def test_a_layer_is_made_on_one_device():
+    with torch.device("meta"):
+        assert all(p.is_meta for p in S4(3, 4).parameters())
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: S4(0, 4), "d_model >= 1, got 0"),
+    (lambda: S4(3, 4).kernel(0), "length 0"),
+    (lambda: S4D(1, 4, init=lambda N: (np.array([0.5 + 1j, -1]), np.ones(2, complex))), "Re Lam"),
+    (lambda: S4D(1, 4, init=lambda N: (np.array([-1 + 0j]), np.ones(2, complex))), "N/2"),
+    (lambda: sgconv.SGConv(3, 16, 4, init=torch.zeros), "norm 0"),
+])  # fmt: skip
+def test_layers_that_could_not_work_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_kernel_longer_than_the_input_is_cut():
+    u, K = torch.randn(1, 4, 2), torch.randn(2, 7)
+    assert rel_err(s4.fft_conv(u, K), s4.fft_conv(u, K[:, :4])) < 1e-6
+
+
+@pytest.mark.parametrize("file", [s4, sgconv])
+def test_any_mixer_with_a_kernel_has_the_rates_of_one(file):
+    """Shared kernels once, mixers of another file too: no decay, at most 1e-3."""
+    config, model = {s4: (S4Config, S4Model), sgconv: (sgconv.SGConvConfig, sgconv.SGConvModel)}[
+        file
+    ]
+    config = config(d_model=4, vocab_size=5)
+    for make in (lambda c, i: S4(4, 4), lambda c, i: sgconv.SGConv(4, 16, 4)):
+        net = model(config, make)
+        first, second = (block.mixer for block in net.blocks)
+        name = "w" if hasattr(first, "w") else "P"
+        setattr(second, name, getattr(first, name))
+        groups = net.param_groups(1e-2, 0.1)
+        ids = [id(p) for group in groups for p in group["params"]]
+        assert sorted(ids) == sorted(id(p) for p in net.parameters())
+        slow = {id(p) for group in groups if group["lr"] == 1e-3 for p in group["params"]}
+        assert id(getattr(first, name)) in slow
+        decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
+        assert not decayed & {id(p) for p in first.parameters()}
