@@ -208,6 +208,7 @@ def fused_block_grad(grad, q, k, v, out, lse, causal, bias):
     return dq, *(x.float().unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
 
 
+@torch.no_grad()
 def attention_block(q, k, v, causal=False, bias=None):
     """(out, lse) of queries against one block of keys, to be merged with other blocks. No autograd.
 
@@ -221,6 +222,7 @@ def attention_block(q, k, v, causal=False, bias=None):
     return (fused_block if has_kernel else attention_online)(q, k, v, causal, bias)
 
 
+@torch.no_grad()
 def attention_block_grad(grad, q, k, v, out, lse, causal=False, bias=None):
     """(dq, dk, dv) of `attention_block`. out and lse: of the whole attention, not of this block.
 
@@ -249,10 +251,20 @@ def attention(q, k, v, causal=False, keep=None, bias=None):
     """Softmax attention through the fused kernel, memory O(L E) (arXiv:1706.03762v7, eq. 1).
 
     q: (B, H, Lq, E), k, v: (B, G, Lk, E), G divides H, keep: (B, Lk) bool, None = no padding,
-    bias: broadcasts to (B, H, Lq, Lk), added to the scores.  Returns (B, H, Lq, E).  A real query
-    never reads a padded key; what a padded query gets is of no use, but finite.
+    bias: floating, broadcasts to (B, H, Lq, Lk), added to the scores.  Returns (B, H, Lq, E).
+    Padded keys have weight 0 (what stands there must be finite); what a padded query gets is of no
+    use, but finite.  Memory O(Lq Lk) where causal meets a bias or padding on the left; causal with
+    keep looks at keep's values, which torch.compile(fullgraph=True) and torch.vmap cannot.
     """
-    if keep is not None and not (causal and right_padded(keep)):
+    if bias is not None and not bias.is_floating_point():
+        raise ValueError(f"bias {bias.dtype}: expected floating, 0 and -inf for a mask")
+    if bias is not None and bias.ndim < 4:
+        bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    if keep is not None and (keep.dtype != torch.bool or keep.shape != (len(q), k.shape[2])):
+        text = f"{(len(q), k.shape[2])} bool, got {tuple(keep.shape)} {keep.dtype}"
+        raise ValueError(f"expected keep {text}")
+    square = q.shape[2] == k.shape[2]
+    if keep is not None and not (causal and square and right_padded(keep)):
         bias = hide(keep, q.dtype) + (0 if bias is None else bias)
     if causal and bias is not None:  # the kernel takes one mask: write both into it, O(Lq Lk)
         bias = bias + q.new_full((q.shape[2], k.shape[2]), -torch.inf).triu(1)
@@ -300,6 +312,8 @@ class Cache:
 
     def append(self, k, v):
         """Write k, v (B, G, n, E) after the last ones; a full cache doubles. Returns all."""
+        if len(k) != len(self.k):
+            raise ValueError(f"expected the state's batch {len(self.k)}, got {len(k)}")
         end = self.length + k.shape[2]
         if end > self.k.shape[2]:
             more = max(end, 2 * self.k.shape[2]) - self.k.shape[2]
@@ -321,6 +335,9 @@ class Attention(nn.Module):
     ):
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        if min(d_model, n_heads, n_kv_heads) < 1:
+            sizes = f"{d_model}, {n_heads}, {n_kv_heads}"
+            raise ValueError(f"expected d_model, n_heads, n_kv_heads >= 1, got {sizes}")
         if d_model % n_heads:
             raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}")
         if n_heads % n_kv_heads:
@@ -379,7 +396,8 @@ class Attention(nn.Module):
 def from_multihead(mha, causal=False):
     """An `Attention` with the weights of an nn.MultiheadAttention, whose softmax it repeats.
 
-    ValueError for what `Attention` has not: other key/value widths, bias_k, add_zero_attn, dropout.
+    On (B, L, D), whatever batch_first says.  ValueError for what `Attention` has not: other
+    key/value widths, bias_k, add_zero_attn, dropout.
     """
     odd = {
         "kdim or vdim": not mha._qkv_same_embed_dim,
@@ -428,8 +446,6 @@ class TransformerConfig:
         if (self.vocab_size is None) == (self.n_channels is None):
             both = f"vocab_size ({self.vocab_size}) and n_channels ({self.n_channels})"
             raise ValueError(f"set one of {both}")
-        if self.d_ff is None:
-            object.__setattr__(self, "d_ff", 4 * self.d_model)
 
 
 class Block(nn.Module):
@@ -469,7 +485,7 @@ class Transformer(nn.Module):
         mixer = mixer or (
             lambda c, i: Attention(c.d_model, c.n_heads, c.causal, c.n_kv_heads, c.rope)
         )
-        ffn = ffn or (lambda c, i: FeedForward(c.d_model, c.d_ff))
+        ffn = ffn or (lambda c, i: FeedForward(c.d_model, c.d_ff or 4 * c.d_model))
         if config.vocab_size is not None:
             self.embed = nn.Embedding(config.vocab_size, config.d_model)
         else:
@@ -501,8 +517,14 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def prefill(self, x, state):
-        """Further tokens x (B, L) or (B, L, C). Returns (features (B, L, D), state)."""
+        """Further tokens x (B, L) or (B, L, C). Returns (features (B, L, D), state).
+
+        The state given is changed: copy.deepcopy it to go on from it twice.  ValueError if it was
+        continued before, or is of another batch.
+        """
         states, past = state
+        if any(getattr(s, "length", past) != past for s in states):
+            raise ValueError(f"the state of token {past} was continued before: deepcopy it first")
         positions = torch.arange(past, past + x.shape[1], device=x.device)
         x = self.add_positions(self.embed(x), positions)
         for i, block in enumerate(self.blocks):

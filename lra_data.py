@@ -33,6 +33,7 @@ import http.client
 import lzma
 import math
 import multiprocessing
+import operator
 import os
 import shutil
 import struct
@@ -40,6 +41,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import tokenize
 import urllib.request
 import wave
 import zipfile
@@ -100,6 +102,7 @@ class Data:
 
 UNREADABLE = (OSError, EOFError, KeyError, ValueError, zlib.error, lzma.LZMAError, wave.Error)
 UNREADABLE += (tarfile.TarError, zipfile.BadZipFile, http.client.HTTPException)
+UNREADABLE += (RuntimeError, TypeError, tokenize.TokenError)  # of readers, on damaged headers
 
 
 @contextmanager
@@ -119,7 +122,7 @@ def appearing(path):
     So what stands at `path` is whole, even after a kill. Of two processes that make the same
     folder, the slower one leaves that of the faster one.
     """
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    part = path.with_name(f"{path.name}.part{os.getpid()}-{os.urandom(4).hex()}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
@@ -130,6 +133,28 @@ def appearing(path):
                 raise
     finally:
         part.unlink(missing_ok=True) if part.is_file() else shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def alone(folder):
+    """One process at a time makes what stands in `folder` (where the system has such locks)."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f"{folder.name}.lock")
+    try:
+        import fcntl
+    except ImportError:  # Windows: no lock
+        yield
+        return
+    while True:
+        with open(path, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+            # who had it before has removed the file: then this is not the lock any more
+            if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                try:
+                    yield
+                finally:
+                    path.unlink()
+                return
 
 
 def read_bytes(path):
@@ -212,6 +237,8 @@ def cached(folder, make):
 def read_npz(path):
     with naming(path, CACHE), np.load(path) as file:
         labels, lengths = file["labels"], file["lengths"]
+        if len(labels) != len(lengths):
+            raise ValueError(f"{len(labels)} labels, {len(lengths)} lengths")
         return Split(fill(file["flat"], lengths), labels, lengths)
 
 
@@ -346,8 +373,9 @@ def lattice(
     positions agrees too. Tokens 0 and 1. Not part of the Long Range Arena: it is the task that
     fits a laptop's minutes.
     """
-    if len(set(distances)) != 2 or not 0 < min(distances) <= max(distances) < 8:
-        raise ValueError(f"distances {distances}: expected two different ones, 1 .. 7")
+    if len(distances) != 2 or not {*distances} <= {1, 2, 3} or distances[0] == distances[1]:
+        # 8 - d is d again, and at 4 both neighbours are one
+        raise ValueError(f"distances {distances}: expected two different ones, 1 .. 3")
     sizes = [n_train, n_val, n_test]
     if min(sizes) < 2 or sweeps < 0:
         raise ValueError(f"sizes {sizes}, sweeps {sweeps}: expected sizes >= 2, sweeps >= 0")
@@ -637,8 +665,24 @@ def make_pictures(folder, size, plan, processes):
     plan() gives n and functions, one for each SHARD of the n; these return pictures and labels.
     """
     if not (folder / "images.npy").exists():
+        with alone(folder):
+            make_missing(folder, size, plan, processes)
+    images, labels = read_npy(folder / "images.npy"), read_npy(folder / "labels.npy")
+    if images.shape != (*labels.shape, size * size, 1):
+        raise ValueError(
+            f"{folder}: {images.shape} images, {labels.shape} labels, expected {CACHE}"
+        )
+    return images, labels
+
+
+def make_missing(folder, size, plan, processes):
+    """What make_pictures finds: another process may have made it meanwhile."""
+    if not (folder / "images.npy").exists():
         part = folder / "images.part.npy"
         n, shards = plan()
+        if not part.exists():  # labels without their images mean nothing
+            for mark in folder.glob("labels-*.npy"):
+                mark.unlink()
         if not part.exists():
             with appearing(part) as new:
                 np.lib.format.open_memmap(new, "w+", np.uint8, (n, size * size, 1)).flush()
@@ -653,12 +697,6 @@ def make_pictures(folder, size, plan, processes):
         part.replace(folder / "images.npy")
     for mark in folder.glob("labels-*.npy"):
         mark.unlink(missing_ok=True)
-    images, labels = read_npy(folder / "images.npy"), read_npy(folder / "labels.npy")
-    if images.shape != (*labels.shape, size * size, 1):
-        raise ValueError(
-            f"{folder}: {images.shape} images, {labels.shape} labels, expected {CACHE}"
-        )
-    return images, labels
 
 
 def pathfinder_shard(job):
@@ -1165,10 +1203,11 @@ def image(name, data_dir, seed, *, source=None):
 def text(name, data_dir, seed, *, characters=False, max_len=4096, min_count=15, source=None):
     """IMDB reviews, positive (1) or negative (0), from the tree aclImdb/{train,test}/{pos,neg}.
 
-    Cut to max_len bytes (0 .. 255) or characters, of which those seen min_count times in train are
-    symbols and all others <unk>: both conventions exist. A tenth of train is held out for val (many
-    published numbers select on test instead).
+    Cut to max_len bytes (0 .. 255) or characters, of which those seen min_count times in train (at
+    most the 254 most frequent) are symbols and all others <unk>: both conventions exist. A tenth of
+    train is held out for val (many published numbers select on test instead).
     """
+    check_texts(max_len, min_count)
     root = find(source, data_dir, IMDB, "train/pos", "aclImdb").parent.parent
     texts, labels, n_train = [], [], 0
     for folder in ("train/neg", "train/pos", "test/neg", "test/pos"):
@@ -1196,6 +1235,7 @@ def retrieval(name, data_dir, seed, *, characters=False, max_len=4000, min_count
     tabs; quotes are characters like others. Bytes or characters as in `text`. The splits are the
     published ones: the seed changes nothing.
     """
+    check_texts(max_len, min_count)
     names = [f"new_aan_pairs.{split}.tsv" for split in ("train", "eval", "test")]
     folder = find(source, data_dir, RELEASE, names[0], "tsv_data", "aan").parent
     symbols, splits = None, []
@@ -1225,6 +1265,11 @@ def vocabulary(texts, min_count):
     return ("<unk>", *known[:254])
 
 
+def check_texts(max_len, min_count):
+    if max_len < 1 or min_count < 1:
+        raise ValueError(f"max_len {max_len}, min_count {min_count}: expected 1 or more")
+
+
 def encode(texts, symbols, max_len):
     """Texts of at most max_len characters: tokens (n, L) uint8, bytes or places in symbols."""
     if symbols is None:
@@ -1250,7 +1295,8 @@ def speech(name, data_dir, seed, *, rate=16_000, source=None):
     folders = top, f"SpeechCommands/{top}", "speech_commands"
     root = find(source, data_dir, SPEECH, "validation_list.txt", *folders).parent
     lists = [root / "validation_list.txt", root / "testing_list.txt"]
-    words = sorted(path.name for path in root.glob("[!._]*") if path.is_dir())
+    folders = (path for path in root.glob("[!._]*") if path.is_dir())
+    words = sorted(path.name for path in folders if any(path.glob("*.wav")))  # not our own cache
     key = fingerprint(f"speech-{rate}", lists + [root / word for word in words])
     splits = cached(Path(data_dir) / key, lambda: read_speech(root, words, lists, 16_000 // rate))
     train, total = splits[0].tokens, splits[0].lengths.sum()
@@ -1268,6 +1314,8 @@ def read_speech(root, words, lists, stride):
         if missing or not names:
             raise ValueError(f"{path}: names {missing[:3]}, expected files below {root}")
     others = set(official[0]) | set(official[1])
+    if len(others) != len(official[0]) + len(official[1]):
+        raise ValueError(f"{lists[1]}: names a clip twice, or one of {lists[0]}")
     splits = []
     for part in ([name for name in files if name not in others], *official):
         clips = [read_wav(root / name)[::stride] for name in tqdm(part, desc="wav", disable=None)]
@@ -1337,11 +1385,12 @@ TASKS = {
 def load(task, data_dir="data", seed=0, **options):
     """The named task as `Data`. `options` are the keyword arguments of the function in `TASKS`.
 
-    ValueError for an unknown task, a bad option value or file; TypeError for an unknown option.
+    ValueError for an unknown task, a bad option value or file; TypeError for an unknown option or
+    one of the wrong type; OSError where data_dir cannot be written.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
-    if not 0 <= seed < 2**32:
+    if not 0 <= operator.index(seed) < 2**32:
         raise ValueError(f"seed {seed}: expected 0 <= seed < 2^32")
     return TASKS[task].function(task, data_dir, seed, **(TASKS[task].options | options))
 
@@ -1519,11 +1568,11 @@ def main():
         if args.download and remote != MADE:
             print(f"wrote {download(remote, args.data_dir)}")
         data = load(args.task, args.data_dir, args.seed, **options)
-    except (ValueError, TypeError) as error:
+        print(summary(data))
+        if args.show:
+            print(show(data, Path(args.data_dir)))
+    except (ValueError, TypeError, OSError) as error:
         parser.exit(1, f"lra_data.py: {error}\n")
-    print(summary(data))
-    if args.show:
-        print(show(data, Path(args.data_dir)))
     return 0
 
 

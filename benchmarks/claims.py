@@ -106,7 +106,7 @@ CLAIMS = [
     ),
     Claim(
         "causal", "2310.02980", "causal denoising does it too", "LRA mean 81.8, masked 81.3",
-        PRETRAINING + "causal", "pretraining_causal.json", judges.causal_too,
+        PRETRAINING + "causal --workers 2", "pretraining_causal.json", judges.causal_too,
     ),
     Claim(
         "all-gain", "2310.02980", "other architectures gain as well", "S4 86.1 -> 86.8",
@@ -126,7 +126,7 @@ CLAIMS = [
     ),
     Claim(
         "share", "2310.02980", "a modest share of the compute suffices", "curves",
-        PRETRAINING + "share --seeds 0 1 2", "pretraining_share.json", judges.modest_share,
+        PRETRAINING + "share --seeds 0 1 2 --workers 2", "pretraining_share.json", judges.modest_share,
     ),
     Claim(
         "labels", "2310.02980", "it helps most when labels are few", "up to about 30 %",

@@ -1,9 +1,11 @@
 """attention.py: golden values, exact properties, traps of the fused kernels, the command line."""
 
+import copy
 import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import make_golden
@@ -406,3 +408,65 @@ def test_cuda_operators_take_these_arguments(dtype, monkeypatch):
     assert out.dtype == lse.dtype == torch.float32
     grads = attention_block_grad(out, q, k, k, out, lse)
     assert [x.shape for x in grads] == [q.shape, k.shape, k.shape]
+
+
+# ---------------------------------------------------------------------- what users do to it
+
+
+@pytest.mark.parametrize("lengths", [(9, 5), (5, 9), (6, 6)])
+def test_padding_on_the_right_counts_with_any_lengths(lengths):
+    Lq, Lk = lengths
+    q, k, v = draw(2, 2, Lq, 8), draw(2, 2, Lk, 8, seed=1), draw(2, 2, Lk, 8, seed=2)
+    keep = torch.arange(Lk) < torch.tensor([[2], [Lk]])
+    got, want = (f(q, k, v, True, keep) for f in (attention.attention, attention_slow))
+    for b, n in enumerate((2, Lk)):  # what a padded query gets is of no use
+        rows = slice(0, n if Lq == Lk else Lq)
+        assert rel_err(got[b, :, rows], want[b, :, rows]) < 1e-12
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (6, 7), (2, 6, 7), (3, 1, 6, 7)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_bias_of_any_shape_that_broadcasts(shape, padded):
+    q, k, v = draw(3, 2, 6, 8), draw(3, 2, 7, 8, seed=1), draw(3, 2, 7, 8, seed=2)
+    bias = draw(*shape, 1, seed=3)[..., 0]
+    keep = torch.arange(7).expand(3, 7) > 1 if padded else None
+    got, want = (f(q, k, v, False, keep, bias) for f in (attention.attention, attention_slow))
+    assert rel_err(got, want) < 1e-12
+
+
+def test_masks_of_another_kind_are_refused():
+    q = draw(2, 2, 6, 8)
+    for keep in (torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 6, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"expected keep \(2, 6\) bool"):
+            attention.attention(q, q, q, True, keep)
+    with pytest.raises(ValueError, match=r"bias torch\.bool: expected floating"):
+        attention.attention(q, q, q, bias=torch.ones(6, 6, dtype=torch.bool))
+
+
+def test_blocks_carry_no_gradient_that_would_be_wrong():
+    q = draw(1, 2, 5, 8).requires_grad_()
+    out, lse = attention_block(q, q, q)
+    assert not out.requires_grad and not lse.requires_grad
+
+
+def test_a_state_is_continued_once():
+    net = model(causal=True).eval()
+    _, state = net.prefill(torch.zeros(2, 3, dtype=torch.long), net.initial_state(2))
+    branch, token = copy.deepcopy(state), torch.zeros(2, dtype=torch.long)
+    first, _ = net.step(token, state)
+    with pytest.raises(ValueError, match="token 3 was continued before"):
+        net.step(token, state)
+    assert torch.equal(net.step(token, branch)[0], first)
+    with pytest.raises(ValueError, match="batch 2, got 1"):
+        net.step(token[:1], net.initial_state(2))
+
+
+@pytest.mark.parametrize("sizes", [(16, 0), (16, -4), (0, 4), (16, 4, False, 0)])
+def test_sizes_below_one_are_refused(sizes):
+    with pytest.raises(ValueError, match=">= 1"):
+        Attention(*sizes)
+
+
+def test_the_default_width_of_the_ffn_follows_d_model():
+    config = replace(TransformerConfig(d_model=64, vocab_size=5), d_model=128)
+    assert Transformer(config).blocks[0].ffn.up.out_features == 512

@@ -410,3 +410,39 @@ def test_the_list_names_every_task_and_what_is_on_disk(tmp_path):
     assert set(lines) == set(lra_data.TASKS)
     assert "  0.1 MB  generated" in lines["listops-tiny"] and "  0.0 MB" in lines["listops"]
     assert "https://" in lines["text"]
+
+
+@pytest.mark.parametrize("distances", [(1, 7), (3, 5), (1, 3, 3), (1, 4), (2, 2)])
+def test_distances_that_are_the_same_on_the_torus_are_refused(distances):
+    with pytest.raises(ValueError, match="expected two different ones"):
+        lra_data.load("lattice", distances=distances)
+
+
+@pytest.mark.dist
+def test_two_processes_may_make_the_same_pictures_at_once(tmp_path):
+    """One makes them, the other waits and reads; neither sees half of them."""
+    code = "import lra_data as l, sys; d = l.load('pathfinder32', sys.argv[1], n=1500, processes=1)"
+    code += (
+        "; print(l.checksum(d), int((d.train.tokens.reshape(len(d.train), -1).max(1) == 0).sum()))"
+    )
+    start = [sys.executable, "-c", code, str(tmp_path)]
+    both = [subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0].split() for process in both]
+    assert outputs[0] == outputs[1] and outputs[0][1] == "0"
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_a_data_dir_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for task, *flags in (("pathfinder32", "--n", "20"), ("listops-tiny",), ("lattice", "--show")):
+        command = [
+            sys.executable,
+            "lra_data.py",
+            task,
+            *flags,
+            "--data-dir",
+            str(tmp_path / "file"),
+        ]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith("lra_data.py: ")
+        assert "Traceback" not in done.stderr

@@ -572,3 +572,52 @@ def test_what_download_leaves_is_found(trees, tmp_path):
     with tarfile.open(tmp_path / name, "w:gz") as tar:
         tar.add(trees["image"] / "cifar-10-batches-bin", "cifar-10-batches-bin")
     assert len(lra_data.load("image", tmp_path).test) == 8
+
+
+# ---------------------------------------------------------------------- what users run into
+
+
+def test_words_that_lie_in_the_data_dir_stay_the_classes(tmp_path):
+    """What is cached beside them is no class of its own."""
+    make_speech(tmp_path)
+    for path in (tmp_path / "speech_commands_v0.02").iterdir():
+        path.rename(tmp_path / path.name)
+    first, again = (lra_data.load("speech", tmp_path, source=tmp_path) for _ in range(2))
+    assert first.n_classes == again.n_classes and lra_data.checksum(first) == lra_data.checksum(
+        again
+    )
+
+
+def test_a_clip_of_two_lists_is_refused(trees, tmp_path):
+    shutil.copytree(trees["speech"], tmp_path / "files")
+    root = tmp_path / "files/speech_commands_v0.02"
+    names = (root / "validation_list.txt").read_text()
+    (root / "testing_list.txt").write_text((root / "testing_list.txt").read_text() + names)
+    with pytest.raises(ValueError, match=r"testing_list.txt: names a clip twice, or one of"):
+        lra_data.load("speech", tmp_path / "data", source=tmp_path / "files")
+
+
+@pytest.mark.parametrize("options", [{"max_len": -5}, {"max_len": 0}, {"min_count": 0}])
+@pytest.mark.parametrize("task", ["text", "retrieval"])
+def test_lengths_below_one_are_refused(task, options, trees, tmp_path):
+    with pytest.raises(ValueError, match="expected 1 or more"):
+        lra_data.load(task, tmp_path, source=trees[task], **options)
+
+
+def test_a_cache_with_a_damaged_header_is_named(tmp_path):
+    """Readers of numpy raise many kinds; each becomes a ValueError with the file's name."""
+    good = tmp_path / "a.npy"
+    np.save(good, np.arange(9))
+    content = bytearray(good.read_bytes())
+    rng = np.random.RandomState(0)
+    for _ in range(200):
+        damaged = bytearray(content)
+        damaged[rng.randint(0, 128)] = rng.randint(0, 256)
+        good.write_bytes(damaged)
+        try:
+            lra_data.read_npy(good)
+        except ValueError as error:
+            assert "a.npy" in str(error)
+    np.savez(tmp_path / "b.npz", flat=np.zeros(9, np.uint8), labels=np.zeros(3), lengths=[9])
+    with pytest.raises(ValueError, match=r"b\.npz"):
+        lra_data.read_npz(tmp_path / "b.npz")
