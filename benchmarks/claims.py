@@ -126,7 +126,8 @@ CLAIMS = [
     ),
     Claim(
         "share", "2310.02980", "a modest share of the compute suffices", "curves",
-        PRETRAINING + "share --seeds 0 1 2 --workers 2", "pretraining_share.json", judges.modest_share,
+        PRETRAINING + "share --seeds 0 1 2 --workers 2", "pretraining_share.json",
+        judges.modest_share,
     ),
     Claim(
         "labels", "2310.02980", "it helps most when labels are few", "up to about 30 %",

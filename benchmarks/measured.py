@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from run_folder import versions  # noqa: E402
 
-RESUMES = ("--max-runs", "--out", "--budget")  # options, with a value, that change no number
+ASIDE = ("--max-runs", "--out")  # options, with a value, that change no number
 
 
 def hardware():
@@ -32,14 +32,19 @@ def hardware():
     return f"{cpu}, {os.cpu_count()} cores{gpu}"
 
 
+def essential(words):
+    """A command without the options that change no number."""
+    aside = {i for i, word in enumerate(words) if word in ASIDE}
+    return [word for i, word in enumerate(words) if not {i, i - 1} & aside]
+
+
 def command():
-    """What was typed, without the options that only resume."""
-    resume = [i for i, word in enumerate(sys.argv) if word in RESUMES]
-    kept = [w for i, w in enumerate(sys.argv[1:], 1) if not {i, i - 1} & set(resume)]
+    """What was typed, but for the options that change no number."""
     start = ["python"]
     if "WORLD_SIZE" in os.environ:
         start = ["torchrun", "--standalone", "--nproc-per-node", os.environ["WORLD_SIZE"]]
-    return shlex.join([*start, f"benchmarks/{Path(sys.argv[0]).name}", *kept])
+    script = f"benchmarks/{Path(sys.argv[0]).name}"
+    return shlex.join([*start, script, *essential(sys.argv[1:])])
 
 
 def provenance():
