@@ -107,6 +107,7 @@ CLAIMS = [
     Claim(
         "causal", "2310.02980", "causal denoising does it too", "LRA mean 81.8, masked 81.3",
         PRETRAINING + "causal --workers 2", "pretraining_causal.json", judges.causal_too,
+        why="Only the Transformer's gain exceeds two standard errors",
     ),
     Claim(
         "all-gain", "2310.02980", "other architectures gain as well", "S4 86.1 -> 86.8",
