@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 import dist_attention
-from attention import Attention
+from attention import Attention, Transformer
 from sgconv import SGConv
 
 # ------------------------------------------------------------------------- processes, examples
@@ -45,6 +45,23 @@ def together():
     except RuntimeError as error:
         reason = shorten(str(error), 200)
         raise dist_attention.RankLost(f"another process was lost: {reason}") from error
+
+
+def share_of_examples(tokens):
+    """(rank, world): this process takes part `rank` of `world`; all when they share the tokens."""
+    return (0, 1) if tokens else ranks()
+
+
+def part(batch, i, n):
+    """The i-th of n parts of a batch, by examples; None when it is empty.
+
+    batch: a NamedTuple x, keep, where, target, each (B, ...) or None; target has (B / 2,) of pairs.
+    """
+    examples = len(batch.target)
+    low, high = examples * i // n, examples * (i + 1) // n
+    rows = len(batch.x) // examples  # 2 of a pair
+    cut = [None if t is None else t[low * rows : high * rows] for t in batch[:3]]
+    return type(batch)(*cut, batch.target[low:high]) if high > low else None
 
 
 def total(tensors):
@@ -106,6 +123,16 @@ def spread(model, how, layout):
 def own(x, layout):
     """This process's tokens: x (B, L, ...) -> (B, n, ...)."""
     return dist_attention.shard(x, dist.get_rank(), dist.get_world_size(), 1, layout)
+
+
+def own_tokens(model, batch, causal):
+    """This process's tokens of a batch, and what the model has to know besides."""
+    layout = token_layout(model, causal)
+    # all but the labels, (B,)
+    mine = type(batch)(*(t if t is None or t.ndim == 1 else own(t, layout) for t in batch))
+    if not isinstance(model, Transformer):
+        return mine, {}
+    return mine, {"positions": own_positions(batch.x.shape[1], layout, batch.x.device)}
 
 
 def own_positions(L, layout, device):

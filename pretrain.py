@@ -34,7 +34,6 @@ Not included: data that do not fit the memory of the device.
 
 import copy
 import itertools
-import json
 import math
 import sys
 from concurrent.futures import BrokenExecutor
@@ -53,7 +52,7 @@ import parallel
 from attention import Transformer, TransformerConfig
 from config import Config, parser, resolve
 from dist_attention import RankLost, process_group
-from run_folder import Run, load, save, versions
+from run_folder import Run, load_into, save, versions
 from s4 import S4Config, S4Model, diagonal_mixer, s4_mixer, s4d_mixer
 from sgconv import PUBLISHED, SGConvConfig, SGConvModel
 from structured_ffn import ffn_factory
@@ -274,22 +273,12 @@ def pool(h, keep, how, add=lambda x: x):
     return h[torch.arange(len(h), device=h.device), keep.sum(1) - 1]  # "last"
 
 
-def own_tokens(model, batch, config):
-    """This process's tokens of a batch -> Batch, and what the model has to know besides."""
-    layout = parallel.token_layout(model, config.causal)
-    # all but the labels, (B,)
-    own = Batch(*(t if t is None or t.ndim == 1 else parallel.own(t, layout) for t in batch))
-    if config.model != "transformer":
-        return own, {}
-    L, device = batch.x.shape[1], batch.x.device
-    return own, {"positions": parallel.own_positions(L, layout, device)}
-
-
 def loss_sums(model, head, batch, config):
     """-> sum of the losses, number of right answers, number of terms (positions or examples)."""
     rank, world = parallel.ranks()
     split = config.sequence_parallel and world > 1  # here are some tokens of each sequence
-    (x, keep, where, target), options = own_tokens(model, batch, config) if split else (batch, {})
+    batch, options = parallel.own_tokens(model, batch, config.causal) if split else (batch, {})
+    x, keep, where, target = batch
     x = x.to(next(head.parameters()).dtype) if x.is_floating_point() else x
     h = model(x, keep, **options)  # (B, L, D)
     if where is not None:
@@ -342,26 +331,12 @@ def autocast(config):
     return torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
-def part(batch, i, n):
-    """The i-th of n parts of a batch, by examples; None when it is empty."""
-    examples = len(batch.target)
-    low, high = examples * i // n, examples * (i + 1) // n
-    rows = len(batch.x) // examples  # 2 of a pair
-    cut = [None if t is None else t[low * rows : high * rows] for t in batch[:3]]
-    return Batch(*cut, batch.target[low:high]) if high > low else None
-
-
-def share_of_examples(config):
-    """(rank, world): this process takes part `rank` of `world`; all when they share the tokens."""
-    return (0, 1) if config.sequence_parallel else parallel.ranks()
-
-
 @torch.no_grad()
 def evaluate(model, head, resident, stage, config):
     """Mean loss and accuracy over every example exactly once; masks fixed by their own seed."""
     model.eval()
     by_length, size = np.argsort(resident.longest(), kind="stable"), config.batch(stage)
-    rank, world = share_of_examples(config)
+    rank, world = parallel.share_of_examples(config.sequence_parallel)
     sums = torch.zeros(3, dtype=torch.float64, device=config.device)
     for first in range(rank * size, len(resident), world * size):
         generator = seeded(config, VALIDATION_SEED, first)
@@ -386,12 +361,12 @@ def gradients(model, head, batch, config):
 
     Each process takes its own examples, in `accumulate` parts; the sums are those of one process.
     """
-    (rank, world), n = share_of_examples(config), config.accumulate
+    (rank, world), n = parallel.share_of_examples(config.sequence_parallel), config.accumulate
     count = len(batch.target) if batch.where is None else int(batch.where.sum())
     count = max(1, count)  # nothing is masked in a small batch: no gradient
     sums = torch.zeros(2, device=config.device, dtype=torch.float64)
     for i in range(rank * n, rank * n + n):
-        if (piece := part(batch, i, world * n)) is not None:
+        if (piece := parallel.part(batch, i, world * n)) is not None:
             with autocast(config):
                 loss, right, _ = loss_sums(model, head, piece, config)
             (loss / count).backward()
@@ -421,7 +396,7 @@ def fit(stage, model, head, train, val, config, run):
     order = draw(train.longest(), config.batch(stage), config.seed, number)
     order = itertools.islice(order, first, None)
     for step in run.steps(stage, first, steps):
-        rank, _ = share_of_examples(config)
+        rank, _ = parallel.share_of_examples(config.sequence_parallel)
         generator = seeded(config, config.seed, number, step, own=rank)
         batch = make_batch(train, next(order), stage, config, generator)
         optimiser.zero_grad()
@@ -459,33 +434,13 @@ def initial_model(config, data):
             for p in model.parameters():
                 p.normal_(0, 0.1)
     if config.pretrained:
-        load_weights(model, config)
+        load_into(model, config.pretrained, asdict(config), BODY)
     if config.sequence_parallel:
         layout = parallel.token_layout(model, config.causal)
         parallel.spread(model, config.sequence_parallel, layout)
     if config.compile:
         model.compile()
     return model.to(config.device, torch.float64 if config.precision == "float64" else None)
-
-
-def load_weights(model, config):
-    """Weights of --pretrained into the model.  ValueError says what does not fit."""
-    path = Path(config.pretrained)
-    if not path.is_file():
-        raise ValueError(f"pretrained {path}: there is no such file")
-    if path.resolve().parent == Path(config.out).resolve():
-        raise ValueError(f"out {config.out} holds the weights of --pretrained: take another --out")
-    if (beside := path.with_name("config.json")).is_file():  # a head count shows in no shape
-        old = json.loads(beside.read_text())
-        if differ := [k for k in BODY if old.get(k) != getattr(config, k)]:
-            text = ", ".join(f"{k} {old.get(k)}, not {getattr(config, k)}" for k in differ)
-            raise ValueError(f"{path} was pretrained with {text}")
-    try:
-        model.load_state_dict(load(path))
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = shorten(str(error), 300)  # it would name every tensor
-        text = f"{path} does not hold weights of this model (same --model and sizes?): {reason}"
-        raise ValueError(text) from error
 
 
 def train(config, position=0):

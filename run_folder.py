@@ -79,6 +79,30 @@ def load(path):
         raise ValueError(f"{path} is not a file of weights: {text}") from error
 
 
+def load_into(model, path, settings, names):
+    """The weights of an earlier run into the model of a run with these settings.
+
+    names: settings that must be those of that run, for a head count shows in no shape.  ValueError
+    says what does not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"pretrained {path}: there is no such file")
+    if path.resolve().parent == Path(settings["out"]).resolve():
+        raise ValueError(f"out {settings['out']} holds the weights of {path}: take another --out")
+    if (beside := path.with_name("config.json")).is_file():
+        old = json.loads(beside.read_text())
+        if differ := [k for k in names if old.get(k) != settings[k]]:
+            text = ", ".join(f"{k} {old.get(k)}, not {settings[k]}" for k in differ)
+            raise ValueError(f"{path} was pretrained with {text}")
+    try:
+        model.load_state_dict(load(path))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = shorten(str(error), 300)  # it would name every tensor
+        text = f"{path} does not hold weights of this model (same --model and sizes?): {reason}"
+        raise ValueError(text) from error
+
+
 def write_json(path, content):
     """All of the file or nothing."""
     temporary = path.with_name(path.name + ".new")

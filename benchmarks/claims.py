@@ -247,7 +247,7 @@ CLAIMS = [
         "million", "2302.06218", "million-scale dependencies", "abstract",
         "torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py --tokens 1048576 "
         "--heads 1 --timeout 14400 --name distributed_million", "distributed_million.json",
-        judges.million, why="about a quarter of an hour of two cores",
+        judges.million,
     ),
     Claim(
         "million-gpu", "2302.06218", "the same on one GPU that two ranks share", "abstract",
