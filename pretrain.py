@@ -538,8 +538,8 @@ def command(argv, args):
         from demo import demo
 
         return demo()
-    check_device(args.get("device", "cpu"))
     if args.pop("check", False):
+        check_device(args.get("device", "cpu"))
         rows = self_check(args.get("device", "cpu"))
         for name, error, limit in rows:
             print(f"  {name:42}{error:9.2g}{limit:9}   {'ok' if error <= limit else 'FAILED'}")

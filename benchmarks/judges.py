@@ -241,8 +241,7 @@ def ffn_speed_gpu(d):
     text = ", ".join(f"{kind} {large[f'{kind} speed']:.1f}" for kind in KINDS)
     good = [large[f"{kind} speed"] > 0.95 * paper[kind] for kind in KINDS]
     text = f"width 5120, 30,720 tokens, {d['dtype']}, 31 % of the weights: {text} times"
-    few = min(large_or_small[f"{kind} speed"] for large_or_small in d["ffn"].values()
-              for kind in KINDS)  # fmt: skip
+    few = min(row[f"{kind} speed"] for row in d["ffn"].values() for kind in KINDS)
     return text + f"; few tokens, small widths: down to {few:.2g} times", verdict(
         all(good), any(good)
     )

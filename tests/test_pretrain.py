@@ -759,6 +759,8 @@ def test_a_flag_goes_before_a_file_before_a_default(tmp_path, capsys):
         path.write_text(content)
         with pytest.raises(SystemExit, match=message):
             pretrain.main(["--settings", str(path)])
+    pretrain.main(["--device", "cuda", "--print-config"])  # for another machine
+    assert "cuda" in capsys.readouterr().out
 
 
 def command(*args):
