@@ -89,7 +89,7 @@ CLAIMS = [
         "pretrained on the task's own data, a Transformer matches S4",
         "LRA mean 53.6 -> 86.2, S4 86.1",
         PRETRAINING + "objectives", "pretraining_objectives.json", judges.gap_closes,
-        why="The largest rate of the grid was best, so more may be left; seeds differ, see above",
+        why="The largest rate of the grid was best, so more may be left",
     ),
     Claim(
         "listops-gap", "2310.02980", "the same on ListOps (here: below 128 tokens)",
