@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 # ---------------------------------------------------------------- reference: numpy, the matrices
 
@@ -108,25 +108,24 @@ def grid_linear(x, V, U, bias=None):
     """
     (n_in, _, P), (n_out, S, _), lead = V.shape, U.shape, x.shape[:-1]
     if n_in == n_out == 1:
-        return F.linear(F.linear(x, V[0]), U[0], bias)
+        return F.linear(F.linear(x, V.squeeze(0)), U.squeeze(0), bias)
     x = x.reshape(-1, n_in, P)  # (T, n_in, P)
     z = torch.bmm(x.transpose(0, 1), V.mT).unflatten(2, (n_out, -1))  # (n_in, T, n_out, c)
     z = z.permute(2, 1, 0, 3).flatten(2)  # (n_out, T, n_in c)
     if n_out == 1:
-        return F.linear(z[0], U[0], bias).reshape(*lead, S)  # adds the bias within the product
-    # With nothing to record, write y where it belongs: it saves a pass over the result.
-    out, device = None, x.device.type
-    if device in ("cpu", "cuda") and not (
-        torch.is_grad_enabled()
-        or torch.is_autocast_enabled(device)
-        or torch.compiler.is_compiling()
-    ):
-        out = x.new_empty(len(x), n_out, S).transpose(0, 1)  # (n_out, T, S)
+        return F.linear(z.squeeze(0), U.squeeze(0), bias).reshape(*lead, S)
+    # (n_out, T, S) laid out as (T, n_out, S): the products land in y where the caller wants them
+    y = z.new_empty_strided((n_out, len(x), S), (S, n_out * S, 1))
+    U = U.to(z.dtype)  # autocast leaves what is written in place alone
     if bias is None:
-        y = torch.bmm(z, U.mT, out=out)
+        y = y.baddbmm_(z, U.mT, beta=0)
     else:
-        y = torch.baddbmm(bias.view(n_out, 1, S), z, U.mT, out=out)
-    return y.transpose(0, 1).reshape(*lead, n_out * S)  # (n_out, T, S) -> (..., n_out S)
+        y = y.copy_(bias.view(n_out, 1, S)).baddbmm_(z, U.mT)
+    return y.transpose(0, 1).reshape(*lead, n_out * S)
+
+
+# torch's counter of FLOPs knows this product, but not its form in place
+flop_registry.setdefault(torch.ops.aten.baddbmm_, flop_registry[torch.ops.aten.baddbmm])
 
 
 def shuffle(x, n, dim=0):
@@ -459,10 +458,17 @@ class StructuredFFN(nn.Module):
         return self.fc2(F.gelu(h, approximate="tanh"))
 
 
+def _round_rank(rank):
+    """The multiple of 8 nearest to rank, or of 4, 2, 1: the first that is within 2 %."""
+    near = [k * round(rank / k) for k in (8, 4, 2, 1)]
+    return next((n for n in near if abs(n - rank) <= 0.02 * rank), near[-1])
+
+
 def match(d_model, d_ff, kind, ratio, n_blocks=4):
     """linear(d_in, d_out) of a kind ("dense", a key of KINDS) whose FFN has `ratio` of the weights.
 
-    n_blocks: of BlockDense.  Raises ValueError when the nearest size is more than 15 % off.
+    n_blocks: of BlockDense.  A rank is a multiple of 8, 4 or 2 where that moves it by 2 % at most:
+    GPUs want it.  Raises ValueError when the nearest size is more than 15 % off.
     """
     if kind == "dense":
         return nn.Linear
@@ -470,11 +476,11 @@ def match(d_model, d_ff, kind, ratio, n_blocks=4):
         raise ValueError(f"kind {kind!r}, ratio {ratio}: expected {[*KINDS]} and 0 < ratio <= 1")
     rank = ratio * (d_model * d_ff) / (d_model + d_ff)  # LowRank has 2 R (D + F) of 2 D F weights
     if kind == "lowrank":
-        plan = {"R": max(1, round(rank))}
+        plan = {"R": max(1, _round_rank(rank))}
     elif kind == "blockdense":
         _check_divides(n_blocks, "n_blocks", d_model=d_model, d_ff=d_ff)
         c = 2 * rank / (n_blocks + 1)  # BlockDense has R (D + F) (1 + 1/B) weights, c = R / B
-        c = min(max(1, round(c)), d_model // n_blocks, d_ff // n_blocks)
+        c = min(max(1, _round_rank(c)), d_model // n_blocks, d_ff // n_blocks)
         plan = {"R": c * n_blocks, "n_blocks": n_blocks}
     else:
         narrow, wide = sorted((d_model, d_ff))

@@ -292,6 +292,9 @@ def test_match():
     assert match(2048, 8192, "blockshuffle", 0.625).keywords == {"n_blocks": 2}
     assert match(2048, 8192, "blockshuffle", 0.32).keywords == {"n_blocks": 4}
     assert match(2048, 8192, "blockdense", 0.5859375).keywords == {"R": 1536, "n_blocks": 4}
+    # c = 102.4, 204.8, 25.6, 6.4: multiples of 8, where 2 % allow it, then of 4, 2, 1
+    for d, c in ((1024, 104), (2048, 208), (256, 26), (64, 6)):
+        assert match(d, 4 * d, "blockdense", 0.3125).keywords["R"] == 4 * c
     for kind in KINDS:
         share = ffn_weights(match(768, 3072, kind, 0.32), 768, 3072) / (2 * 768 * 3072)
         assert share == pytest.approx(0.32, rel=0.03)
@@ -712,6 +715,47 @@ def test_other_types_and_meta(make):
     assert rel_err(copy.deepcopy(layer).bfloat16()(x.bfloat16()), want) < 0.05
     with torch.device("meta"):
         assert make(16, 24)(torch.empty(3, 16)).shape == (3, 24)
+
+
+@kinds
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap loops over products
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")  # by torch.func itself
+@pytest.mark.parametrize("recorded", [True, False])
+def test_torch_func(make, recorded):
+    """Gradients of each example, tangents, stacked weights: as by the materialised matrix."""
+    layer = build(make)
+    params = {k: p.detach() for k, p in layer.named_parameters()}
+    x, v = torch.randn(2, 3, 5, 16).double()
+    W, bias = layer.dense_weight().detach(), params["bias"]
+
+    def call(params, x):
+        return torch.func.functional_call(layer, params, (x,))
+
+    def loss(params, x):
+        return call(params, x).square().sum()
+
+    with torch.set_grad_enabled(recorded):
+        assert rel_err(torch.vmap(partial(call, params))(x), linear(x, W, bias)) < 1e-12
+        y, tangent = torch.func.jvp(partial(call, params), (x,), (v,))
+        assert rel_err(y, linear(x, W, bias)) < 1e-12
+        assert rel_err(tangent, linear(v, W)) < 1e-12
+        each = torch.vmap(torch.func.grad(loss), (None, 0))(params, x)
+        assert rel_err(each["bias"], 2 * linear(x, W, bias).sum(1)) < 1e-12
+        assert rel_err(each["V"].sum(0), torch.func.grad(loss)(params, x)["V"]) < 1e-12
+        twice = {k: torch.stack([p, 2 * p]) for k, p in params.items()}
+        stacked = torch.vmap(call, (0, None))(twice, x)
+        assert rel_err(stacked[1], linear(x, 4 * W, 2 * bias)) < 1e-12
+
+
+@kinds
+def test_result_is_contiguous_and_training_costs_three_forwards(make):
+    layer = build(make)
+    x = torch.randn(2, 7, 16, dtype=torch.float64, requires_grad=True)
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded):
+            assert layer(x).view(14, 24).shape == (14, 24)
+    cost = flops(lambda: layer(x).sum().backward())
+    assert cost == 3 * 2 * 14 * (layer.V.numel() + layer.U.numel())
 
 
 @kinds
