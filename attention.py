@@ -241,10 +241,8 @@ def merge(out, lse, out_block, lse_block):
 
     out, out_block: (B, H, Lq, E), lse, lse_block: (B, H, Lq).  lse -inf: nothing was seen there.
     """
-    total = torch.logaddexp(lse, lse_block)
-    finite = total.masked_fill(total == -torch.inf, 0)  # -inf - -inf would be nan
-    old, new = (lse - finite).exp()[..., None], (lse_block - finite).exp()[..., None]
-    return out * old + out_block * new, total
+    share = (lse_block - lse).sigmoid().nan_to_num(0)  # nan: -inf - -inf, nothing seen by either
+    return torch.lerp(out, out_block, share[..., None]), torch.logaddexp(lse, lse_block)
 
 
 def attention(q, k, v, causal=False, keep=None, bias=None):

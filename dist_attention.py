@@ -1,7 +1,7 @@
 """Exact attention over many ranks: each holds a share of the tokens, none holds all the scores.
 
     out = softmax(Q K^T / sqrt(E)) V over keys that live on W ranks, merged by log-sum-exp:
-    lse' = log(e^lse + e^lse_b),  out' = out e^(lse - lse') + out_b e^(lse_b - lse')
+    lse' = log(e^lse + e^lse_b),  out' = out + (out_b - out) sigmoid(lse_b - lse)
 
 A view of attention at a million tokens: He and Kabic 2023, arXiv:2302.06218v3 (abstract).  Ring:
 Liu et al. 2023, arXiv:2310.01889v4.  All-to-all: Jacobs et al. 2023, arXiv:2309.14509v2 (Ulysses).
@@ -234,11 +234,10 @@ def nothing_seen(q):
 
 def merge_(out, lse, out_block, lse_block):
     """Take a further block of keys into out (B, H, n, E) and lse (B, H, n), in place. Exact."""
-    total = torch.logaddexp(lse, lse_block)
-    finite = total.masked_fill(total == -torch.inf, 0)  # -inf - -inf would be nan
-    new = out_block.mul_((lse_block - finite).exp_()[..., None])
-    out.mul_((lse - finite).exp_()[..., None]).add_(new)
-    lse.copy_(total)
+    # e^lse_b / (e^lse + e^lse_b): half the rounding of e^(lse_b - lse'), whose lse' is rounded
+    share = (lse_block - lse).sigmoid_().nan_to_num_(0)  # nan: -inf - -inf, nothing seen by either
+    out.lerp_(out_block, share[..., None])
+    torch.logaddexp(lse, lse_block, out=lse)
 
 
 def attention_block(q, k, v, causal=False, bias=None):
@@ -323,6 +322,8 @@ def masked_blocks(q, chunk, blocks):
         bias = hide(keep[0][:, 0], torch.promote_types(q.dtype, torch.float32))
     if not fused(q, k, v, True, bias):
         blocks = squares(blocks)
+    elif q.is_cuda:  # its kernels add up all keys one tile after another: that rounds
+        blocks = squares(blocks, side=32768)
     for rows, cols, diagonal in blocks:
         yield rows, cols, (diagonal, None if bias is None else bias[..., cols])
 
