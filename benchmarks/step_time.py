@@ -1,8 +1,8 @@
 """Where a training step of pretrain.py spends its time: the loop itself, a clock in its parts.
 
     python benchmarks/step_time.py      listops-tiny at the sizes of settings/listops-*-small.json
-    python benchmarks/step_time.py --device cuda --precision bfloat16 --task listops \\
-        --batch-size 128
+    python benchmarks/step_time.py --device cuda --precision bfloat16 --task pathfinder32 \\
+        --batch-size 128 --settings settings/pathfinder32-s4-small.json --compile
 
 data        make_batch: gather, mask
 forward     loss_sums: model, head, loss
@@ -16,6 +16,7 @@ GPU the device is waited for around each part, so nothing overlaps. Writes resul
 
 import argparse
 import contextlib
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -116,7 +117,7 @@ def main():
     parser.add_argument("--steps", type=int, default=30, help="of each stage, at least 5")
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--compile", action="store_true", help="compiled too, after plain")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data-dir", default="data")
     out = ROOT / "results/step_time.json"
@@ -125,22 +126,23 @@ def main():
     if args.steps < WARM_UP + 2:
         parser.error(f"--steps {args.steps}: expected at least {WARM_UP + 2}")
     torch.set_num_threads(args.threads)
-    names = ("task", "batch_size", "precision", "device", "data_dir", "compile")
+    names = ("task", "batch_size", "precision", "device", "data_dir")
     given = {k: getattr(args, k) for k in names}
     given |= dict.fromkeys(("pretrain_steps", "finetune_steps", "eval_every"), args.steps)
     rows, origin = [], provenance()
-    print(f"ms a step{'':27}" + "".join(f"{part:>10}" for part in (*PARTS, "rest", "total")))
-    for path in args.settings:
+    print(f"ms a step{'':38}" + "".join(f"{part:>10}" for part in (*PARTS, "rest", "total")))
+    for path, compile in itertools.product(args.settings, (False, True)[: 1 + args.compile]):
         with tempfile.TemporaryDirectory() as out:
-            given |= {"settings": str(ROOT / path), "out": out}
+            given |= {"settings": str(ROOT / path), "out": out, "compile": compile}
             config, _ = resolve(given | {"pretrain_batch_size": args.batch_size})
             found, peak = measure(config)
         for stage, row in found.items():
-            rows.append({"settings": path, "stage": stage, "ms": row, "share": share(row)})
-            rows[-1]["peak_memory_gib"] = peak / 2**30
+            rows.append({"settings": path, "compile": compile, "stage": stage, "ms": row})
+            rows[-1] |= {"share": share(row), "peak_memory_gib": peak / 2**30}
             times = "".join(f"{row[part]:10.2f}" for part in (*PARTS, "rest", "total"))
-            print(f"{Path(path).stem:27}{stage:9}{times}   {share(row):.1f} % forward, backward, "
-                  "optimiser", flush=True)  # fmt: skip
+            name = Path(path).stem + " compiled" * compile
+            print(f"{name:38}{stage:9}{times}   {share(row):.1f} % forward, backward, optimiser",
+                  flush=True)  # fmt: skip
     options = {k: v for k, v in vars(args).items() if k != "out"}
     summary = origin | {"threads": torch.get_num_threads(), "options": options}
     save(args.out, summary | {"rows": rows})
