@@ -425,17 +425,6 @@ def fit(stage, model, head, train, val, config, run):
     return best["score"]
 
 
-def cuda_graphs(config):
-    """Options of torch.compile: record a step's kernels once and replay them.  None off a GPU.
-
-    Launching one takes longer than most of them run.  Not for gradients that add up over parts (a
-    replay writes where the last ones lie), nor for batches whose lengths vary (a graph has one).
-    """
-    if torch.device(config.device).type != "cuda" or config.accumulate > 1:
-        return None
-    return {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
-
-
 def initial_model(config, data):
     """The model as a run begins with it: weights from the seed or a file, on the device."""
     seeded(config, config.seed)
@@ -450,7 +439,7 @@ def initial_model(config, data):
         layout = parallel.token_layout(model, config.causal)
         parallel.spread(model, config.sequence_parallel, layout)
     if config.compile:
-        model.compile(options=cuda_graphs(config))
+        model.compile()
     return model.to(config.device, torch.float64 if config.precision == "float64" else None)
 
 

@@ -264,23 +264,20 @@ class Grid(nn.Module):
         if self.W is not None:
             raise ValueError("a guided layer cannot be merged: finish the guide first")
         with torch.no_grad():
-            self._merged, self._merged_from = self.dense_weight(), self._written()
+            self._merged = self.dense_weight()
+        self._merged_from = [(p.detach(), _writes(p)) for p in (self.U, self.V)]
         self.threshold = self._measure() if threshold is None else threshold
         if self.threshold <= 0:
             self._merged = None
         _count_fused_writes()
         return self.threshold
 
-    def _written(self):
-        """U and V as they are now, with torch's counters of writes to them."""
-        return [(p.detach(), 0 if p.is_inference() else p._version) for p in (self.U, self.V)]
-
     def _merged_serves(self, x):
         """Whether x goes through the merged form; frees it when it may be out of date."""
         if torch.compiler.is_compiling():
             return False
-        pairs = zip(self._merged_from, self._written(), strict=True)
-        same = all(p.data_ptr() == q.data_ptr() and i == j for (p, i), (q, j) in pairs)
+        pairs = zip((self.U, self.V), self._merged_from, strict=True)
+        same = all(p.data_ptr() == q.data_ptr() and _writes(p) == n for p, (q, n) in pairs)
         if self.training or torch.is_grad_enabled() or not same:
             self._merged = self._merged_from = None
             return False
@@ -310,6 +307,11 @@ class Grid(nn.Module):
 
 
 _THRESHOLDS: dict[tuple, int] = {}  # measured by Grid.merge: shape, type, device, threads -> tokens
+
+
+def _writes(p):
+    """torch's counter of writes to a tensor, which inference tensors lack."""
+    return 0 if p.is_inference() else p._version
 
 
 @cache  # once a process
