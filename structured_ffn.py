@@ -107,7 +107,7 @@ def grid_linear(x, V, U, bias=None):
     T tokens cost 2 T (|V| + |U|) FLOPs; the regrouping copies T n_out n_in c numbers, c at a time.
     """
     (n_in, _, P), (n_out, S, _), lead = V.shape, U.shape, x.shape[:-1]
-    if n_in == n_out == 1:
+    if n_in == n_out == 1:  # squeeze, not V[0]: its gradient would be written into zeros
         return F.linear(F.linear(x, V.squeeze(0)), U.squeeze(0), bias)
     x = x.reshape(-1, n_in, P)  # (T, n_in, P)
     z = torch.bmm(x.transpose(0, 1), V.mT).unflatten(2, (n_out, -1))  # (n_in, T, n_out, c)
