@@ -241,8 +241,10 @@ def merge(out, lse, out_block, lse_block):
 
     out, out_block: (B, H, Lq, E), lse, lse_block: (B, H, Lq).  lse -inf: nothing was seen there.
     """
-    share = (lse_block - lse).sigmoid().nan_to_num(0)  # nan: -inf - -inf, nothing seen by either
-    return torch.lerp(out, out_block, share[..., None]), torch.logaddexp(lse, lse_block)
+    # not e^(lse - total): total has seven digits, and both shares would carry its rounding
+    ahead = (lse_block - lse).masked_fill(lse_block == -torch.inf, -torch.inf)  # not -inf - -inf
+    old, new = (-ahead).sigmoid()[..., None], ahead.sigmoid()[..., None]
+    return out * old + out_block * new, torch.logaddexp(lse, lse_block)
 
 
 def attention(q, k, v, causal=False, keep=None, bias=None):

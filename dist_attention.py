@@ -1,7 +1,7 @@
 """Exact attention over many ranks: each holds a share of the tokens, none holds all the scores.
 
     out = softmax(Q K^T / sqrt(E)) V over keys that live on W ranks, merged by log-sum-exp:
-    lse' = log(e^lse + e^lse_b),  out' = out + (out_b - out) sigmoid(lse_b - lse)
+    lse' = log(e^lse + e^lse_b),  out' = out sigmoid(lse - lse_b) + out_b sigmoid(lse_b - lse)
 
 A view of attention at a million tokens: He and Kabic 2023, arXiv:2302.06218v3 (abstract).  Ring:
 Liu et al. 2023, arXiv:2310.01889v4.  All-to-all: Jacobs et al. 2023, arXiv:2309.14509v2 (Ulysses).
@@ -233,10 +233,11 @@ def nothing_seen(q):
 
 
 def merge_(out, lse, out_block, lse_block):
-    """Take a further block of keys into out (B, H, n, E) and lse (B, H, n), in place. Exact."""
-    # e^lse_b / (e^lse + e^lse_b): half the rounding of e^(lse_b - lse'), whose lse' is rounded
-    share = (lse_block - lse).sigmoid_().nan_to_num_(0)  # nan: -inf - -inf, nothing seen by either
-    out.lerp_(out_block, share[..., None])
+    """Take a further block of keys into out (B, H, n, E) and lse (B, H, n), in place."""
+    # not e^(lse - lse'): lse' has seven digits, and both shares would carry its rounding
+    ahead = (lse_block - lse).masked_fill_(lse_block == -torch.inf, -torch.inf)  # not -inf - -inf
+    out_block.mul_(ahead.sigmoid()[..., None])
+    out.mul_(ahead.neg_().sigmoid_()[..., None]).add_(out_block)
     torch.logaddexp(lse, lse_block, out=lse)
 
 
@@ -303,7 +304,7 @@ def runs(segments):
 
 
 def squares(blocks, side=1024):
-    """The same blocks in squares, so that scores which must be written out stay few."""
+    """The same blocks in squares of a side: few scores to write out, few keys to add up at once."""
     for rows, cols, diagonal in blocks:
         for i in range(rows.start, rows.stop, side):
             seen = cols.start + i - rows.start + 1 if diagonal else cols.stop
@@ -322,7 +323,7 @@ def masked_blocks(q, chunk, blocks):
         bias = hide(keep[0][:, 0], torch.promote_types(q.dtype, torch.float32))
     if not fused(q, k, v, True, bias):
         blocks = squares(blocks)
-    elif q.is_cuda:  # its kernels add up all keys one tile after another: that rounds
+    elif q.is_cuda:  # its kernels add up keys tile after tile: the more, the more they round
         blocks = squares(blocks, side=32768)
     for rows, cols, diagonal in blocks:
         yield rows, cols, (diagonal, None if bias is None else bias[..., cols])

@@ -105,18 +105,19 @@ def grid_linear(x, V, U, bias=None):
 
     x: (..., n_in P), V: (n_in, n_out c, P), U: (n_out, S, n_in c).  Returns (..., n_out S).
     T tokens cost 2 T (|V| + |U|) FLOPs; the regrouping copies T n_out n_in c numbers, c at a time.
+    Not for torch.vmap over U or the bias alone when n_out > 1.
     """
     (n_in, _, P), (n_out, S, _), lead = V.shape, U.shape, x.shape[:-1]
-    if n_in == n_out == 1:  # squeeze, not V[0]: its gradient would be written into zeros
+    if n_in == n_out == 1:  # squeeze: the backward of V[0] would fill a tensor with zeros first
         return F.linear(F.linear(x, V.squeeze(0)), U.squeeze(0), bias)
     x = x.reshape(-1, n_in, P)  # (T, n_in, P)
     z = torch.bmm(x.transpose(0, 1), V.mT).unflatten(2, (n_out, -1))  # (n_in, T, n_out, c)
     z = z.permute(2, 1, 0, 3).flatten(2)  # (n_out, T, n_in c)
     if n_out == 1:
         return F.linear(z.squeeze(0), U.squeeze(0), bias).reshape(*lead, S)
-    # (n_out, T, S) laid out as (T, n_out, S): the products land in y where the caller wants them
-    y = z.new_empty_strided((n_out, len(x), S), (S, n_out * S, 1))
-    U = U.to(z.dtype)  # autocast leaves what is written in place alone
+    # (n_out, T, S) in the memory of (T, n_out, S), so that the last line copies nothing
+    y = z.new_empty_strided((n_out, x.shape[0], S), (S, n_out * S, 1))
+    U = U if z.dtype == V.dtype else U.to(z.dtype)  # autocast does not cast for products in place
     if bias is None:
         y = y.baddbmm_(z, U.mT, beta=0)
     else:
@@ -186,7 +187,7 @@ class Grid(nn.Module):
         # Set by Guide: W and alpha of eq. 1; coin False leaves the guide out of a training step.
         self.register_parameter("W", None)
         self.alpha, self.coin = 0.0, True
-        self._merged, self._merged_from, self.threshold = None, None, 0  # see merge
+        self._merged, self.threshold = None, 0  # see merge
         if not self.V.is_meta:
             self.reset_parameters()
 
@@ -245,7 +246,7 @@ class Grid(nn.Module):
         if x.shape[-1] != self.d_in:
             raise ValueError(f"x {tuple(x.shape)}: the last size must be d_in {self.d_in}")
         if self._merged is not None and self._merged_serves(x):
-            return F.linear(x, self._merged, self.bias)
+            return F.linear(x, self._merged[0], self.bias)
         y = self.structured(x)
         if self.W is None or (self.training and not self.coin):
             return y  # eq. 2: unscaled when the coin leaves the guide out
@@ -257,18 +258,19 @@ class Grid(nn.Module):
 
         threshold None: measured here, once a shape and process; 0 frees it (d_out d_in numbers).
         Serves evaluation without gradients.  Dropped by train(), by a call with gradients enabled,
-        and by any change of U or V: optimiser step, load_state_dict, other device or type.  (Writes
-        through .data or numpy escape torch's counter: call merge() again.)
+        and by any change of U or V: optimiser step, load_state_dict, other device or type; copies
+        go without.  (Writes through .data, numpy or to what was made under inference_mode escape
+        torch's counter: call merge() again.)
         Returns the threshold.  Raises ValueError while the layer is guided.
         """
         if self.W is not None:
             raise ValueError("a guided layer cannot be merged: finish the guide first")
         with torch.no_grad():
-            self._merged = self.dense_weight()
-        self._merged_from = [(p.detach(), _writes(p)) for p in (self.U, self.V)]
-        self.threshold = self._measure() if threshold is None else threshold
-        if self.threshold <= 0:
-            self._merged = None
+            product = self.dense_weight()
+        self.threshold = self._measure(product) if threshold is None else threshold
+        # what it was made of; p.detach() keeps that memory, so that nothing else comes to lie there
+        factors = [(p, p.detach(), _writes(p)) for p in (self.U, self.V)]
+        self._merged = (product, factors) if self.threshold > 0 else None
         _count_fused_writes()
         return self.threshold
 
@@ -276,10 +278,12 @@ class Grid(nn.Module):
         """Whether x goes through the merged form; frees it when it may be out of date."""
         if torch.compiler.is_compiling():
             return False
-        pairs = zip((self.U, self.V), self._merged_from, strict=True)
-        same = all(p.data_ptr() == q.data_ptr() and _writes(p) == n for p, (q, n) in pairs)
+        same = all(
+            p is q and q.data_ptr() == kept.data_ptr() and _writes(q) == n
+            for p, (q, kept, n) in zip((self.U, self.V), self._merged[1], strict=True)
+        )
         if self.training or torch.is_grad_enabled() or not same:
-            self._merged = self._merged_from = None
+            self._merged = None
             return False
         return x.numel() <= self.threshold * self.d_in
 
@@ -288,10 +292,13 @@ class Grid(nn.Module):
             self._merged = None
         return super().train(mode)
 
+    def __getstate__(self):  # copies and files go without: a loaded tensor counts from new
+        return self.__dict__ | {"_merged": None}
+
     @torch.no_grad()
-    def _measure(self):
-        """Tokens, a power of two up to 4096, up to which the merged form is the faster one."""
-        W, best = self._merged, 0
+    def _measure(self, W):
+        """Tokens, a power of two up to 4096, up to which the merged form W is the faster one."""
+        best = 0
         key = (*self.V.shape, *self.U.shape, self.shuffle_out)
         key = (*key, W.dtype, W.device, torch.get_num_threads())
         if key not in _THRESHOLDS:
@@ -469,8 +476,8 @@ def _round_rank(rank):
 def match(d_model, d_ff, kind, ratio, n_blocks=4):
     """linear(d_in, d_out) of a kind ("dense", a key of KINDS) whose FFN has `ratio` of the weights.
 
-    n_blocks: of BlockDense.  A rank is a multiple of 8, 4 or 2 where that moves it by 2 % at most:
-    GPUs want it.  Raises ValueError when the nearest size is more than 15 % off.
+    n_blocks: of BlockDense.  The ranks c are multiples of 8, 4 or 2 where that moves them by 2 %
+    at most: GPUs want it.  Raises ValueError when the nearest size is more than 15 % off.
     """
     if kind == "dense":
         return nn.Linear
@@ -478,7 +485,7 @@ def match(d_model, d_ff, kind, ratio, n_blocks=4):
         raise ValueError(f"kind {kind!r}, ratio {ratio}: expected {[*KINDS]} and 0 < ratio <= 1")
     rank = ratio * (d_model * d_ff) / (d_model + d_ff)  # LowRank has 2 R (D + F) of 2 D F weights
     if kind == "lowrank":
-        plan = {"R": max(1, _round_rank(rank))}
+        plan = {"R": min(max(1, _round_rank(rank)), d_model, d_ff)}
     elif kind == "blockdense":
         _check_divides(n_blocks, "n_blocks", d_model=d_model, d_ff=d_ff)
         c = 2 * rank / (n_blocks + 1)  # BlockDense has R (D + F) (1 + 1/B) weights, c = R / B

@@ -759,6 +759,23 @@ def test_result_is_contiguous_and_training_costs_three_forwards(make):
 
 
 @kinds
+def test_exports_with_any_number_of_tokens(make):
+    layer, tokens = build(make).eval(), torch.export.Dim("tokens", min=2, max=64)
+    example = torch.randn(5, 16).double()
+    program = torch.export.export(layer, (example,), dynamic_shapes=({0: tokens},), strict=False)
+    x = torch.randn(9, 16).double()
+    assert rel_err(program.module()(x), layer(x)) < 1e-12
+
+
+@kinds
+def test_factors_of_two_types_are_an_error(make):
+    layer, x = build(make).float(), torch.randn(3, 16).bfloat16()
+    layer.V.data = layer.V.data.bfloat16()
+    with pytest.raises(RuntimeError, match="type"):
+        layer(x)
+
+
+@kinds
 def test_compiles_into_one_graph(make):
     """Guided too, and without a new graph for every alpha."""
     layer = build(make)
@@ -843,6 +860,31 @@ def test_a_merged_form_never_outlives_other_weights():
         for _ in range(2):
             layer.load_state_dict(BlockShuffle(64, 256, 4).state_dict(), assign=True)
         assert is_current(layer, 64)
+
+
+def test_a_merged_form_is_not_loaded_with_weights_that_count_their_writes_from_new(tmp_path):
+    layer = BlockShuffle(16, 24, 2).eval()
+    layer.merge(100)
+    torch.save(layer, tmp_path / "layer.pt")
+    loaded = torch.load(tmp_path / "layer.pt", weights_only=False)
+    loaded.load_state_dict(BlockShuffle(16, 24, 2).state_dict())
+    assert is_current(loaded, 16)
+    assert layer._merged is not None
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_torch_func_passes_by_the_merged_form():
+    layer, x = build(MAKERS["BlockShuffle"]).eval(), torch.randn(5, 16).double()
+    params = {k: p.detach() for k, p in layer.named_parameters()}
+    layer.merge(100)
+
+    def call(params):
+        return torch.func.functional_call(layer, params, (x,))
+
+    stacked = {k: torch.stack([p, 2 * p]) for k, p in params.items()}
+    with torch.no_grad():
+        assert rel_err(torch.vmap(call)(stacked)[0], layer.structured(x)) < 1e-12
+        assert rel_err(torch.func.jvp(call, (params,), (params,))[0], layer.structured(x)) < 1e-12
 
 
 def test_a_fused_step_drops_the_merged_form_of_whoever_shares_the_factors():
@@ -949,6 +991,10 @@ def test_a_layer_converted_from_zero_learns_and_keeps_what_is_frozen():
 def test_nonsense_is_refused_with_its_value(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_match_keeps_the_rank_below_the_width():
+    assert match(63, 18900, "lowrank", 1.0)(63, 18900).c == 63
 
 
 def test_match_comes_as_near_as_the_blocks_allow():
