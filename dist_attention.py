@@ -419,13 +419,17 @@ class Link:
                     ops.append((peer, op))
         traffic["messages"] += sum(x.numel() > 0 for x in outgoing.values())
         traffic["bytes"] += sum(x.numel() for x in outgoing.values())
-        peers = sorted({peer for peer, _ in ops})
-        with self.named(peers, what):
-            works = dist.batch_isend_irecv([op for _, op in ops]) if ops else []
+        # NCCL wants the messages of a step together; otherwise one by one, to know who is lost
+        batches, works = [[op] for op in ops] if self.staged == "cpu" else [ops], []
+        for batch in filter(None, batches):
+            peers = sorted({peer for peer, _ in batch})
+            with self.named(peers, what):
+                started = dist.batch_isend_irecv([op for _, op in batch])
+            works += [(peers, work) for work in started]
 
         def wait():
-            for n, work in enumerate(works):  # NCCL answers a batch with one handle
-                with self.named([ops[n][0]] if len(works) == len(ops) else peers, what):
+            for peers, work in works:
+                with self.named(peers, what):
                     work.wait()
             outgoing.clear()  # what is sent must live until here
             return {p: unpack(x.to(self.device), spec[p]) for p, x in incoming.items()}
