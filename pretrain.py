@@ -439,6 +439,10 @@ def initial_model(config, data):
         layout = parallel.token_layout(model, config.causal)
         parallel.spread(model, config.sequence_parallel, layout)
     if config.compile:
+        low, high = data.train.lengths.min(), data.train.lengths.max()
+        if config.model != "transformer" and low < high:  # whose kernels are of one length each
+            lengths = f"{config.task} has lengths {low} to {high}, each would be compiled anew"
+            raise ValueError(f"compile with model {config.model!r}: {lengths}; expected one length")
         model.compile()
     return model.to(config.device, torch.float64 if config.precision == "float64" else None)
 

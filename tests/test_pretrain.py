@@ -360,6 +360,16 @@ def test_a_compiled_model_trains_the_same(model, small_lattice, tmp_path, monkey
     assert names[0] == names[1]
 
 
+@pytest.mark.parametrize("model", ["s4", "s4d", "diagonal", "sgconv"])
+def test_a_convolution_is_not_compiled_for_every_length(model, monkeypatch, tmp_path):
+    data = lra_data.load("listops-tiny", n_train=64, n_val=8, n_test=8)
+    low, high = data.train.lengths.min(), data.train.lengths.max()
+    monkeypatch.setattr(lra_data, "load", lambda task, data_dir: data)
+    with pytest.raises(ValueError, match=f"'{model}'.*lengths {low} to {high}.*one length"):
+        run(tmp_path, "a", task="listops-tiny", model=model, compile=True)
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize("model", ["transformer", "s4"])
 def test_ten_step_trajectory_in_float64(model, tmp_path):
     """Golden losses: they move when the mathematics, the schedule or the optimiser does."""
