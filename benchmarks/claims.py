@@ -127,12 +127,12 @@ CLAIMS = [
     ),
     Claim(
         "share", "2310.02980", "a modest share of the compute suffices", "curves",
-        PRETRAINING + "share --seeds 0 1 2 --workers 2", "pretraining_share.json",
+        PRETRAINING + "share", "pretraining_share.json",
         judges.modest_share,
     ),
     Claim(
         "labels", "2310.02980", "it helps most when labels are few", "up to about 30 %",
-        PRETRAINING + "labels --seeds 0 1", "pretraining_labels.json", judges.few_labels,
+        PRETRAINING + "labels", "pretraining_labels.json", judges.few_labels,
         why="It helps, by about as much at 1,000 labels as at 100",
     ),
     Claim(

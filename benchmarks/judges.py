@@ -117,11 +117,11 @@ def modest_share(d):
     text = ", ".join(f"{name}: {arm(row)}" for name, row in a.items())
     best = max(row["mean"] for row in a.values()) - a["0 %"]["mean"]
     quarter = a["25 %"]["mean"] - a["0 %"]["mean"]
-    sure = differs(a["25 %"], a["0 %"]) > 0
-    if best <= 0 or any(row["spread"] is None for row in a.values()):
+    sure = differs(a["25 %"], a["0 %"])
+    if best <= 0 or sure == 0:
         return text, OPEN
     return text + f": a quarter gives {quarter / best:.0%} of the most", verdict(
-        sure and quarter > 0.75 * best, sure
+        sure > 0 and quarter > 0.75 * best, sure > 0
     )
 
 
