@@ -12,16 +12,18 @@ plus the dispatch.
 
 One layer (CPU alone): efficiency = share of the FLOPs / share of the time, of the fastest turn and
 of the median one.  The ceiling is the efficiency of the bare matrix products, on operands laid out
-as the product wants them, into memory that is there already.  "Memory kept": glibc hands results of
-32 MiB and more back to the system at once, and taking them anew costs page faults, the same for
-dense as for a faster layer; these cells tell glibc to keep them.  Writes results/ffn_latency.json
-cell by cell.
+as the product wants them, into memory that is there already.  "Huge pages": a result of 32 MiB is
+taken from the system anew in every call, page by page, the same for dense as for a faster layer;
+these cells run with THP_MEM_ALLOC_ENABLE=1, by which torch asks Linux for pages of 2 MiB.
+Writes results/ffn_latency.json cell by cell.
 """
 
 import argparse
-import ctypes
+import multiprocessing
+import os
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -80,13 +82,6 @@ def thresholds(width):
     return found
 
 
-def keep_memory():
-    """Tell glibc to keep freed memory from now on; AttributeError with another C library."""
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    for option in (trim_threshold, mmap_threshold):
-        ctypes.CDLL(None).mallopt(option, 2**30)
-
-
 def products(layer, tokens, backward):
     """Returns a function that runs the matrix products of a layer and nothing else."""
     jobs = []
@@ -100,10 +95,19 @@ def products(layer, tokens, backward):
     return lambda: [torch.bmm(a, b, out=out) for a, b, out in jobs]
 
 
-def efficiency(what, tokens, kept, d_in=1024, d_out=4096):
+def with_huge_pages(*job):
+    """Run a job in a process of its own, to whose torch Linux gives huge pages."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (1,)) as pool:
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # a process reads it once
+        try:
+            return pool.submit(*job).result()
+        finally:
+            del os.environ["THP_MEM_ALLOC_ENABLE"]
+
+
+def efficiency(what, tokens, d_in=1024, d_out=4096):
     """Returns {form: {"ms", "median_ms", "share" of the FLOPs, "efficiency", ..., "ceiling"}}."""
-    if kept:
-        keep_memory()
     layers = {"dense": nn.Linear(d_in, d_out)}
     for ratio in (0.625, 0.3125):
         for kind in KINDS:
@@ -143,13 +147,14 @@ def efficiency(what, tokens, kept, d_in=1024, d_out=4096):
 
 
 def cells(result, widths, tokens, layers):
-    """Yields (section, key, function) of what is missing, cheap ones first, memory kept last."""
-    found = [("layer", f"{what}, {n}", partial(efficiency, what, n, False)) for what, n in layers]
+    """Yields (section, key, function) of what is missing, cheap ones first."""
+    found = [("layer", f"{what}, {n}", partial(efficiency, what, n)) for what, n in layers]
+    for what, n in layers[1:]:
+        job = partial(with_huge_pages, efficiency, what, n)
+        found.append(("layer", f"{what}, {n}, huge pages", job))
     found += [("thresholds", str(width), partial(thresholds, width)) for width in widths]
     sizes = sorted(((w, n) for w in widths for n in tokens), key=lambda c: c[0] ** 2 * c[1])
     found += [("ffn", f"{w}, {n}", partial(latency, w, n)) for w, n in sizes]
-    for what, n in layers[1:]:
-        found.append(("layer", f"{what}, {n}, memory kept", partial(efficiency, what, n, True)))
     return [cell for cell in found if cell[1] not in result[cell[0]]]
 
 

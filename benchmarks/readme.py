@@ -390,16 +390,20 @@ def ffn_training():
 
 
 def ffn_layer():
-    columns = ("forward, 2048", "forward, 2048, memory kept", "forward + backward, 1024")
-    machines = {where(made_by(d)): d for d in map(load, ("ffn_latency", "ffn_latency_epyc"))}
-    what = ("forward, 2,048 tokens", "the same, memory kept", "forward + backward, 1,024 tokens")
-    head = ["share of an FFN's weights", "FLOPs / dense"]
-    head += [f"{w} ({m.split()[-1]})" for w in what for m in machines]
+    here, there = (load(name) for name in ("ffn_latency", "ffn_latency_epyc"))
+    a, b = (where(made_by(d)).split()[-1] for d in (here, there))
+    head, columns = ["share of an FFN's weights", "FLOPs / dense"], []
+    for key, text in {
+        "forward, 2048": "forward, 2,048 tokens",
+        "forward + backward, 1024": "forward + backward, 1,024 tokens",
+    }.items():
+        head += [f"{text} ({a})", f"the same, huge pages ({a})", f"the same ({b})"]
+        columns += [d["layer"][k] for d, k in ((here, key), (here, f"{key}, huge pages"), (there, key))]
     lines, ceiling = [], []
     for ratio in ("0.625", "0.3125"):
         for kind in KINDS:
             name = f"{kind} {ratio}"
-            cells = [d["layer"][column][name] for column in columns for d in machines.values()]
+            cells = [column[name] for column in columns]
             ceiling += [cell["ceiling"] for cell in cells]
             share = f"{100 * float(ratio):.0f} %"
             row = [f"{kind}, {share}", f"{cells[0]['share']:.2f}"]
@@ -412,9 +416,10 @@ def ffn_layer():
     yield from prose(
         f"The best of eight rounds. The matrix products alone reach {min(ceiling):.2f} to",
         f"{max(ceiling):.2f}; the rest is memory: the bias, the regrouping, and a result of 32 MiB,",
-        'which the C library hands back to the system, so that every call takes it anew ("memory',
-        'kept" tells it not to). That costs dense and structured alike, and weighs the more the',
-        f"faster the arithmetic is. A whole FFN of width 1024 serves one token {one} times as fast as",
+        "taken from the system anew in every call. That costs dense and structured alike, and weighs",
+        "the more the faster the arithmetic is; `THP_MEM_ALLOC_ENABLE=1`, by which torch asks Linux",
+        'for pages of 2 MiB ("huge pages"), saves most of it.',
+        f"A whole FFN of width 1024 serves one token {one} times as fast as",
         f"dense; the least of all widths and numbers of tokens is {least:.2f}.",
         claims.judges.merging(load("ffn_latency"))[0].capitalize() + ".",
         source("ffn_latency", "ffn_latency_epyc"),
