@@ -398,7 +398,9 @@ def ffn_layer():
         "forward + backward, 1024": "forward + backward, 1,024 tokens",
     }.items():
         head += [f"{text} ({a})", f"the same, huge pages ({a})", f"the same ({b})"]
-        columns += [d["layer"][k] for d, k in ((here, key), (here, f"{key}, huge pages"), (there, key))]
+        columns += [
+            d["layer"][k] for d, k in ((here, key), (here, f"{key}, huge pages"), (there, key))
+        ]
     lines, ceiling = [], []
     for ratio in ("0.625", "0.3125"):
         for kind in KINDS:
