@@ -17,9 +17,10 @@ def verdict(full, part=False):
     return HOLDS if full else PART if part else NOT
 
 
-def arm(row):
+def arm(row, digits=1):
     """Mean and, of several seeds, standard deviation."""
-    return f"{row['mean']:.1f}" + (f" ± {row['spread']:.1f}" if row["spread"] is not None else "")
+    numbers = [row["mean"]] if row["spread"] is None else [row["mean"], row["spread"]]
+    return " ± ".join(f"{number:.{digits}f}" for number in numbers)
 
 
 def values(row):
@@ -282,10 +283,7 @@ def guided_language(d):
             values([r["loss"] for r in d["runs"] if r["arm"] == f"{kind}, {way}"])
             for way in ("longer", "self-guided")
         )
-        text.append(
-            f"{kind} {plain['mean']:.3f} ± {plain['spread']:.3f} plain for longer, "
-            f"{guided['mean']:.3f} ± {guided['spread']:.3f} guided"
-        )
+        text.append(f"{kind} {arm(plain, 3)} plain for longer, {arm(guided, 3)} guided")
         sure.append(differs(plain, guided))
     text = "; ".join(text) + " nats a byte"
     return text, OPEN if not any(sure) else verdict(min(sure) > 0, max(sure) > 0)
@@ -302,20 +300,20 @@ def steeper(d):
             flops, loss = np.log(points).T
             slopes.append(-float(np.polyfit(flops, loss, 1)[0]))
         power[kind] = values(slopes)
-    text = ", ".join(f"{k} {p['mean']:.3f} ± {p['spread']:.3f}" for k, p in power.items())
+    text = ", ".join(f"{k} {arm(p, 3)}" for k, p in power.items())
     sure = [differs(power[k], power["dense"]) for k in ("lowrank", "blockshuffle")]
     text = "loss falls with FLOPs to the power " + text
     return text, OPEN if not any(sure) else verdict(min(sure) > 0, max(sure) > 0)
 
 
 def wide_structured(d):
-    arms = {}
-    for r in d["runs"]:
-        arms.setdefault(r["arm"], []).append(r["loss"])
-    arms = {name: values(losses) for name, losses in arms.items()}
     names = ("dense", "wide LowRank", "wide BlockShuffle")
-    text = ", ".join(f"{n} {arms[n]['mean']:.4f} ± {arms[n]['spread']:.4f}" for n in names)
-    better = [differs(arms["dense"], arms[n]) > 0 for n in names[1:]]
+    losses = {n: [r["loss"] for r in d["runs"] if r["arm"] == n] for n in names}
+    if min(map(len, losses.values())) < 2:
+        return "fewer than two seeds", OPEN
+    dense, *wide = arms = [values(losses[n]) for n in names]
+    text = ", ".join(f"{n} {arm(row, 4)}" for n, row in zip(names, arms, strict=True))
+    better = [differs(dense, row) > 0 for row in wide]
     return text + " nats a byte, equal FLOPs", verdict(all(better), any(better))
 
 
