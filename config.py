@@ -107,7 +107,7 @@ class Config:
     eval_every: int = flag(500, "steps from validation to validation")
     resume: bool = flag(False, "continue the run in the folder where it was stopped")
     precision: str = flag("float32", "arithmetic", "float32", "float64", "bfloat16")
-    compile: bool = flag(False, "torch.compile the model (takes a minute, pays on a GPU)")
+    compile: bool = flag(False, "torch.compile the model (pays for a transformer on a GPU)")
     sequence_parallel: str = flag(
         None, "split each sequence over the processes", "ring", "ulysses", kind=str
     )

@@ -440,7 +440,7 @@ def initial_model(config, data):
         parallel.spread(model, config.sequence_parallel, layout)
     if config.compile:
         low, high = data.train.lengths.min(), data.train.lengths.max()
-        if config.model != "transformer" and low < high:  # whose kernels are of one length each
+        if config.model != "transformer" and low < high:  # their kernels compile for one length
             lengths = f"{config.task} has lengths {low} to {high}, each would be compiled anew"
             raise ValueError(f"compile with model {config.model!r}: {lengths}; expected one length")
         model.compile()
