@@ -758,6 +758,19 @@ def test_result_is_contiguous_and_training_costs_three_forwards(make):
     assert cost == 3 * 2 * 14 * (layer.V.numel() + layer.U.numel())
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_block_shuffle_never_copies_its_result(recorded):
+    layer, x = build(MAKERS["BlockShuffle"]), torch.randn(7, 16).double()
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with (
+        torch.set_grad_enabled(recorded),
+        torch.profiler.profile(activities=[cpu], record_shapes=True) as profile,
+    ):
+        layer(x)
+    copied = [e.input_shapes[0] for e in profile.events() if e.name == "aten::clone"]
+    assert copied and 7 * 24 not in map(math.prod, copied)  # the regrouping copies, (7, 16)
+
+
 @kinds
 def test_exports_with_any_number_of_tokens(make):
     layer, tokens = build(make).eval(), torch.export.Dim("tokens", min=2, max=64)
