@@ -1026,6 +1026,8 @@ def main(argv=None):
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--timeout", type=float, default=60, help="seconds till a rank is lost")
     args = parser.parse_args(argv)
+    if args.tokens < 1:
+        parser.error(f"--tokens {args.tokens}: expected at least 1")
     with process_group(args.device, args.timeout) as (rank, world, device):
         if rank == 0:
             print(f"dist_attention.py  torch {torch.__version__}  {device}  {world} ranks  seed 0")

@@ -354,3 +354,9 @@ def test_command_line_alone():
     command = [sys.executable, "dist_attention.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.count("   ok") >= 28
+
+
+def test_command_line_wants_tokens():
+    command = [sys.executable, "dist_attention.py", "--tokens", "-3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "--tokens -3: expected at least 1" in done.stderr
