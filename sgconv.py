@@ -143,12 +143,10 @@ def multi_scale_kernel(w, L, h, decay=constant_decay, first_factor=1):
 def fft_length(n):  # same as s4.py:fft_length
     """Return a small even length >= n with factors 2, 3 and 5 only: other FFTs are slow."""
     lengths = []
-    for three in (1, 3, 9, 27, 81):
-        for five in (1, 5, 25, 125):
-            length = 2 * three * five
-            while length < n:
-                length *= 2
-            lengths.append(length)
+    for length in (2, 6, 10, 18, 30, 50, 54, 90, 150, 162, 250, 270, 450):
+        while length < n:
+            length *= 2
+        lengths.append(length)
     return min(lengths)
 
 
@@ -211,8 +209,8 @@ class SGConv(nn.Module):
 
     kernel_dim: numbers per sub-kernel, at most max_len / first_factor (a larger one is reduced).
     decay, init, first_factor: the published variants.
-    Kernel and FFT are computed in float32 or better. `norm` keeps the precision of construction:
-    a float32 layer converted to float64 has a relative error of 5e-8 in its gain.
+    Kernel and FFT are computed in float32 or better. `norm` is rounded when the layer is built: one
+    built in float32 and then converted to float64 keeps a float32 gain (relative error 5e-8).
     """
 
     channel_axes = {"w": -2, "norm": -2}  # noqa: RUF012 (the axis of channels where it is not 0)
@@ -266,7 +264,7 @@ class SGConv(nn.Module):
         return multi_scale_kernel(w, L, h, self.decay, self.first_factor)
 
     def forward(self, x, keep=None):
-        """x (B, L, D); keep (B, L) bool, False at padding, which counts as zeros. Returns as x."""
+        """x (B, L, D); keep (B, L) bool, False at padding. Returns (B, L, D) in the dtype of x."""
         check_input(x, keep, self.d_model)
         if keep is not None:
             x = x.masked_fill(~keep[..., None], 0)
@@ -367,21 +365,26 @@ class SGConvModel(nn.Module):
 
     initial_state = SGConv.initial_state  # raises: no recurrent mode
 
-    def param_groups(self, lr, weight_decay):
-        """Return AdamW groups. Kernels learn at min(lr, 1e-3); only matrices have weight decay."""
-        in_kernels = set()
+    def param_groups(self, lr, weight_decay):  # as s4.py:S4Model.param_groups
+        """Return AdamW groups; kernels use a learning rate of at most 1e-3 and no weight decay."""
+        in_mixers = set()
         for module in self.modules():
             if hasattr(module, "kernel"):
-                in_kernels |= {p for name, p in module.named_parameters() if name != "D_skip"}
-        kernels = [p for p in self.parameters() if p in in_kernels]
-        others = [p for p in self.parameters() if p not in in_kernels]
-        vectors = [p for p in others if p.ndim < 2]  # skips, biases, norms
-        matrices = [p for p in others if p.ndim >= 2]  # linear maps, embeddings
-        return [
-            {"params": kernels, "lr": min(lr, 1e-3), "weight_decay": 0.0},
-            {"params": vectors, "lr": lr, "weight_decay": 0.0},
-            {"params": matrices, "lr": lr, "weight_decay": weight_decay},
+                in_mixers.update(module.parameters())
+        groups = [
+            {"params": [], "lr": min(lr, 1e-3), "weight_decay": 0.0},  # kernels
+            {"params": [], "lr": lr, "weight_decay": 0.0},  # skips, biases, norms
+            {"params": [], "lr": lr, "weight_decay": weight_decay},  # linear maps, embeddings
         ]
+        for name, p in self.named_parameters():
+            if p in in_mixers and not name.endswith((".C", ".D_skip")):
+                group = 0
+            elif p in in_mixers or p.ndim < 2:
+                group = 1
+            else:
+                group = 2
+            groups[group]["params"].append(p)
+        return groups
 
 
 # ---------------------------------------------------------------- self-check

@@ -212,6 +212,7 @@ def test_checkpoint_carries_the_normalizer():
     assert rel_err(b(x), a(x)) > 0.1
     b.load_state_dict(a.state_dict())
     assert torch.equal(a(x), b(x))
+    assert set(a.blocks[0].mixer.state_dict()) == {"w", "D_skip", "norm"}
 
 
 def test_float32_and_bfloat16_autocast():
@@ -340,6 +341,7 @@ def test_token_mixer_of_a_transformer():
 def test_sgconv2d_reads_row_by_row_both_ways():
     torch.manual_seed(0)
     layer = sgconv.SGConv2d(2, 3, 5, 4).double()
+    assert layer.conv.kernel(15).shape == (2, 2, 15)  # (2, D, H W): both ways
     x = torch.randn(2, 2, 3, 5, dtype=torch.float64)
     for image, y in zip(x, layer(x), strict=True):
         rows = image.reshape(2, 15).T  # (H W, D)
