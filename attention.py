@@ -35,17 +35,20 @@ def attention_ref(q, k, v, causal=False, keep=None, bias=None):
     q: (..., Lq, E); k: (..., Lk, E); v: (..., Lk, Ev); keep: (..., Lk) bool, True at real tokens;
     bias: (..., Lq, Lk), added to the scores.  causal: query i sees keys 0 .. i.
     """
-    scores = q @ np.swapaxes(k, -1, -2) / math.sqrt(q.shape[-1])  # (..., Lq, Lk)
+    E = q.shape[-1]
+    scores = q @ k.swapaxes(-1, -2) / math.sqrt(E)  # (..., Lq, Lk)
     if bias is not None:
         scores = scores + bias
     if causal:
-        scores = np.where(np.tri(*scores.shape[-2:], dtype=bool), scores, -np.inf)
+        past = np.tri(*scores.shape[-2:], dtype=bool)
+        scores = np.where(past, scores, -np.inf)
     if keep is not None:
         scores = np.where(keep[..., None, :], scores, -np.inf)
     largest = scores.max(-1, keepdims=True)
     weights = np.exp(scores - largest)  # at most 1: no overflow
     total = weights.sum(-1, keepdims=True)
-    return weights @ v / total, (largest + np.log(total))[..., 0]
+    lse = largest + np.log(total)
+    return weights @ v / total, lse[..., 0]
 
 
 def rope_ref(x, positions):
@@ -102,7 +105,9 @@ def attention_online(q, k, v, causal=False, keep=None, tile=128):
         out = out * decay[..., None] + weights @ v[:, :, key]
         total = total * decay + weights.sum(-1)
         largest = new_largest
-    return out / total.masked_fill(total == 0, 1)[..., None], largest + total.log()
+    lse = largest + total.log()
+    total = total.masked_fill(total == 0, 1)
+    return out / total[..., None], lse
 
 
 def merge(out, lse, out_block, lse_block):
@@ -114,7 +119,8 @@ def merge(out, lse, out_block, lse_block):
     difference = (lse_block - lse).masked_fill(lse_block == -torch.inf, -torch.inf)
     weight = torch.sigmoid(-difference)[..., None]
     weight_block = torch.sigmoid(difference)[..., None]
-    return out * weight + out_block * weight_block, torch.logaddexp(lse, lse_block)
+    out = out * weight + out_block * weight_block
+    return out, torch.logaddexp(lse, lse_block)
 
 
 def attention(q, k, v, causal=False, keep=None, bias=None):
@@ -136,13 +142,12 @@ def attention(q, k, v, causal=False, keep=None, bias=None):
 
 
 def score_bias(q, k, causal, keep, bias):
-    """What is added to the scores, -inf where a key is hidden: broadcasts to (B, H, Lq, Lk)."""
+    """Combine all masks into one bias that broadcasts to (B, H, Lq, Lk); -inf hides a key."""
     shape = (q.shape[0], k.shape[2])
     if keep is not None and (keep.shape != shape or keep.dtype != torch.bool):
         raise ValueError(f"expected keep {shape} bool, got {tuple(keep.shape)} {keep.dtype}")
     if bias is not None and (bias.ndim != 4 or not bias.is_floating_point()):
-        got = f"{tuple(bias.shape)} {bias.dtype}"
-        raise ValueError(f"expected bias (B, H, Lq, Lk) floating, sizes 1 allowed, got {got}")
+        raise ValueError(f"expected a floating 4-D bias, got {tuple(bias.shape)} {bias.dtype}")
     if bias is None:
         bias = q.new_zeros(1, 1, 1, 1)
     if keep is not None:
@@ -158,23 +163,26 @@ def hide(keep, dtype):
     return bias.masked_fill(~keep, -torch.inf)[:, None, None, :]
 
 
-def sinusoids(x, positions):
+def sinusoids(x, positions=None):
     """sin and cos of pos / 10000^(2i/D), interleaved (arXiv:1706.03762v7, 3.5).
 
-    x: (..., L, D); positions: (L,) int64.  Returns (L, D) in x's dtype.
+    x: (..., L, D); positions: (L,) int64, 0 .. L-1 by default.  Returns (L, D) in x's dtype.
     """
     L, D = x.shape[-2:]
+    if positions is None:
+        positions = torch.arange(L, device=x.device)
     if positions.shape != (L,):
         raise ValueError(f"expected positions of shape ({L},), got {tuple(positions.shape)}")
     # float64: in float32 the angles of positions near 10^6 would keep one digit
-    exponent = torch.arange(0, D, 2, dtype=torch.float64, device=x.device) / D
-    angle = torch.outer(positions.double(), 10000.0**-exponent)  # (L, D/2)
+    i = torch.arange(0, D, 2, dtype=torch.float64, device=x.device)
+    frequency = 10000.0 ** (-i / D)  # (D/2,)
+    angle = torch.outer(positions.double(), frequency)  # (L, D/2)
     table = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)  # (L, D), or D + 1 if D is odd
     return table[:, :D].to(x.dtype)
 
 
-def rope(x, positions):
-    """Rotate queries or keys as `rope_ref`. x: (B, H, L, E), E even; positions: (L,) int64."""
+def rope(x, positions=None):
+    """Rotate queries or keys, as `rope_ref`. x: (B, H, L, E), E even; positions: (L,) int64."""
     sin, cos = sinusoids(x, positions).unflatten(-1, (-1, 2)).unbind(-1)  # (L, E/2)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, H, L, E/2)
     rotated = [even * cos - odd * sin, even * sin + odd * cos]
@@ -238,7 +246,8 @@ class Attention(nn.Module):
 
     def project(self, x, positions):
         """(B, L, D) -> q (B, H, L, E), k and v (B, G, L, E), with RoPE."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.d_head)).transpose(1, 2)  # (B, H + 2G, L, E)
+        heads = self.qkv(x).unflatten(-1, (-1, self.d_head))  # (B, L, H + 2G, E)
+        heads = heads.transpose(1, 2)
         q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
         if self.rope:
             q = rope(q, positions)
@@ -247,8 +256,6 @@ class Attention(nn.Module):
 
     def forward(self, x, keep=None, positions=None):
         """x: (B, L, D); keep: (B, L) bool; positions: (L,) int64, 0 .. L-1 by default."""
-        if positions is None:
-            positions = torch.arange(x.shape[1], device=x.device)
         q, k, v = self.project(x, positions)
         out = self.attend(q, k, v, self.causal, keep)  # (B, H, L, E)
         return self.out(out.transpose(1, 2).flatten(2))  # (B, H, L, E) -> (B, L, D)
@@ -273,14 +280,15 @@ class Attention(nn.Module):
             rows = min(chunk, L)
             # its last row hides no key, the row above the last key, and so on
             mask = q.new_full((rows, past + L), -torch.inf).triu(past + L - rows + 1)
-            out = torch.empty_like(q)
-            for start in range(0, L, chunk):
-                stop = min(start + chunk, L)
-                seen = past + stop
-                bias = mask[start - stop :, -seen:][None, None]
+            outs = []
+            seen = past
+            for queries in q.split(chunk, dim=2):
+                seen += queries.shape[2]
+                bias = mask[-queries.shape[2] :, -seen:][None, None]
                 keys = state.k[:, :, :seen]
                 values = state.v[:, :, :seen]
-                out[:, :, start:stop] = attention(q[:, :, start:stop], keys, values, bias=bias)
+                outs.append(attention(queries, keys, values, bias=bias))
+            out = torch.cat(outs, dim=2)
         return self.out(out.transpose(1, 2).flatten(2)), state  # (B, H, L, E) -> (B, L, D)
 
     def step(self, x_t, state):
@@ -292,8 +300,8 @@ class Attention(nn.Module):
 @torch.no_grad()
 def from_multihead(mha, causal=False):
     """Build an `Attention` with the weights of an nn.MultiheadAttention; x is (B, L, D)."""
-    odd = not mha._qkv_same_embed_dim or mha.bias_k is not None or mha.add_zero_attn
-    if odd or mha.dropout > 0:
+    more_keys = mha.bias_k is not None or mha.add_zero_attn
+    if more_keys or not mha._qkv_same_embed_dim or mha.dropout > 0:
         raise ValueError("Attention has no kdim, vdim, add_bias_kv, add_zero_attn or dropout")
     layer = Attention(mha.embed_dim, mha.num_heads, causal).to(mha.in_proj_weight)
     layer.qkv.weight.copy_(mha.in_proj_weight)  # both stack q, k, v
@@ -362,7 +370,7 @@ class Block(nn.Module):
         return x + self.dropout(self.ffn(self.norm_ffn(x)))
 
     def prefill(self, x, state):
-        """The same for further tokens x (B, L, D), without dropout. Returns (y, state)."""
+        """Append x (B, L, D) to the mixer's state, without dropout. Returns (y, state)."""
         mixed, state = self.mixer.prefill(self.norm_mixer(x), state)
         x = x + mixed
         return x + self.ffn(self.norm_ffn(x)), state
@@ -378,7 +386,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config, ffn=None, mixer=None, attend=attention):
         super().__init__()
-        c = self.config = config
+        self.config = config
+        c = config
         if c.vocab_size is not None:
             self.embed = nn.Embedding(c.vocab_size, c.d_model)
         else:
@@ -405,8 +414,6 @@ class Transformer(nn.Module):
 
     def forward(self, x, keep=None, positions=None):
         """keep: (B, L) bool, False at padding; positions: (L,) int64, 0 .. L-1 by default."""
-        if positions is None:
-            positions = torch.arange(x.shape[1], device=x.device)
         x = self.dropout(self.embed_at(x, positions))
         for block in self.blocks:
             x = block(x, keep, positions)
@@ -422,7 +429,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def prefill(self, x, state):
-        """Further tokens x (B, L) or (B, L, C), without dropout. Returns (features, state).
+        """Append tokens x (B, L) or values (B, L, C), no dropout. Returns (features, state).
 
         KV caches are written in place: a state that was continued raises ValueError when it is
         used again, so deepcopy it to branch.
@@ -436,7 +443,7 @@ class Transformer(nn.Module):
         return self.norm(h), (new_states, past + x.shape[1])
 
     def step(self, x_t, state):
-        """One token x_t (B,) or (B, C). Returns (features (B, D), state)."""
+        """Append one token x_t (B,) or (B, C). Returns (features (B, D), state)."""
         y, state = self.prefill(x_t[:, None], state)
         return y[:, 0], state
 
@@ -574,7 +581,8 @@ def demo(device, L=64, steps=200):
     config = TransformerConfig(d_model=32, n_heads=2, vocab_size=16, causal=True, rope=True)
     model = Transformer(config).to(device)
     head = nn.Linear(32, 16).to(device)
-    groups = model.param_groups(3e-3, 0.01) + [{"params": head.parameters(), "lr": 3e-3}]
+    groups = model.param_groups(lr=3e-3, weight_decay=0.01)
+    groups.append({"params": head.parameters(), "lr": 3e-3})
     optimizer = torch.optim.AdamW(groups)
     for _ in range(steps):
         word = torch.randint(16, (32, L // 2), device=device)
@@ -584,7 +592,7 @@ def demo(device, L=64, steps=200):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    right = (logits.argmax(-1) == word).float().mean().item()
+    right = (logits.argmax(-1) == word).double().mean().item()
     print(f"demo: repeats {L // 2} symbols seen once: {right:.1%} right after {steps} steps")
     return right >= 0.99
 

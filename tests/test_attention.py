@@ -128,6 +128,11 @@ def gradient_off(*args, **kwargs):
     return out + 0.01 * (out - out.detach())
 
 
+def numbered(wrong):
+    """A fault in the positions, also where they are 0 .. L-1 by default."""
+    return lambda x, at=None: wrong(x, torch.arange(x.shape[-2]) if at is None else at)
+
+
 HIDE, ROPE, SINUSOIDS = at.hide, at.rope, at.sinusoids
 FAULTS = {
     "zeros": ("attention", lambda *a, **k: 0 * attention_slow(*a, **k), "fused kernel =="),
@@ -137,8 +142,8 @@ FAULTS = {
     "gradient one per cent": ("attention", gradient_off, "dq of the fused kernel"),
     "merge without rescaling": ("merge", unscaled_merge, "merged blocks"),
     "padding not hidden": ("hide", lambda keep, dtype: HIDE(keep | True, dtype), "online"),
-    "RoPE the other way": ("rope", lambda x, positions: ROPE(x, -positions), "RoPE == definition"),
-    "positions from 1": ("sinusoids", lambda x, positions: SINUSOIDS(x, positions + 1), "RoPE =="),
+    "RoPE the other way": ("rope", numbered(lambda x, at: ROPE(x, -at)), "RoPE == definition"),
+    "positions from 1": ("sinusoids", numbered(lambda x, at: SINUSOIDS(x, at + 1)), "RoPE =="),
 }
 
 
@@ -216,7 +221,7 @@ def test_masks_that_would_broadcast_by_accident_are_refused(attend):
     with pytest.raises(ValueError, match=r"expected keep \(2, 6\) bool, got \(2, 6\) torch.int64"):
         attend(q, q, q, True, torch.ones(2, 6, dtype=torch.int64))
     for bias in (draw(2, 6, 6), draw(6, 6), draw(1, 1, 6, 6) > 0):
-        with pytest.raises(ValueError, match="expected bias"):
+        with pytest.raises(ValueError, match="expected a floating 4-D bias"):
             attend(q, q, q, bias=bias)
 
 
@@ -498,7 +503,7 @@ def test_command_line(capsys):
 
 
 def test_a_failed_check_is_exit_status_1(monkeypatch):
-    monkeypatch.setattr(at, "rope", lambda x, positions: x)
+    monkeypatch.setattr(at, "rope", lambda x, positions=None: x)
     assert at.main(["--check"]) == 1
 
 
