@@ -141,6 +141,31 @@ def attention(q, k, v, causal=False, keep=None, bias=None):
     return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, enable_gqa=grouped)
 
 
+def attention_newest(q, k, v, chunk=128):
+    """Causal attention of the newest queries to all keys: O(Lk chunk) memory.
+
+    q: (B, H, Lq, E); k, v: (B, G, Lk, E); query i sees keys 0 .. Lk - Lq + i.  (B, H, Lq, E).
+    """
+    Lq = q.shape[2]
+    Lk = k.shape[2]
+    if Lq == Lk:
+        return attention(q, k, v, causal=True)
+    rows = min(chunk, Lq)
+    future = q.new_full((rows, rows), -torch.inf).triu(1)
+    mask = q.new_zeros(rows, Lk)  # one for all chunks: only the triangle moves
+    outs = []
+    seen = Lk - Lq
+    for queries in q.split(chunk, dim=2):
+        n = queries.shape[2]
+        diagonal = mask[:n, seen : seen + n]
+        diagonal.copy_(future[:n, :n])
+        seen += n
+        bias = mask[None, None, :n, :seen]
+        outs.append(attention(queries, k[:, :, :seen], v[:, :, :seen], bias=bias))
+        diagonal.zero_()
+    return torch.cat(outs, dim=2)
+
+
 def score_bias(q, k, causal, keep, bias):
     """Combine all masks into one bias that broadcasts to (B, H, Lq, Lk); -inf hides a key."""
     shape = (q.shape[0], k.shape[2])
@@ -268,27 +293,14 @@ class Attention(nn.Module):
         return Cache(k, k.clone())
 
     @torch.no_grad()
-    def prefill(self, x, state, chunk=128):
-        """Append x (B, L, D): returns (y, state). Memory is linear in the number of tokens."""
-        past = state.length
-        L = x.shape[1]
-        q, k, v = self.project(x, past + torch.arange(L, device=x.device))
+    def prefill(self, x, state):
+        """Append x (B, L, D). Returns (y (B, L, D), state). Memory is linear in all tokens."""
+        positions = state.length + torch.arange(x.shape[1], device=x.device)
+        q, k, v = self.project(x, positions)
         state = state.append(k, v)
-        if past == 0:
-            out = attention(q, k, v, causal=True)
-        else:
-            rows = min(chunk, L)
-            # its last row hides no key, the row above the last key, and so on
-            mask = q.new_full((rows, past + L), -torch.inf).triu(past + L - rows + 1)
-            outs = []
-            seen = past
-            for queries in q.split(chunk, dim=2):
-                seen += queries.shape[2]
-                bias = mask[-queries.shape[2] :, -seen:][None, None]
-                keys = state.k[:, :, :seen]
-                values = state.v[:, :, :seen]
-                outs.append(attention(queries, keys, values, bias=bias))
-            out = torch.cat(outs, dim=2)
+        keys = state.k[:, :, : state.length]
+        values = state.v[:, :, : state.length]
+        out = attention_newest(q, keys, values)
         return self.out(out.transpose(1, 2).flatten(2)), state  # (B, H, L, E) -> (B, L, D)
 
     def step(self, x_t, state):
@@ -507,8 +519,8 @@ def check_attention(q, k, v, causal, keep):
     ]
 
 
-def check_merge(q, k, v, keep):
-    """Attention over two blocks of keys; one sequence sees nothing in the second."""
+def check_blocks(q, k, v, keep):
+    """Two blocks of keys (one sequence sees nothing in the second); blocks of queries."""
     ks = k.split([25, 8], dim=2)
     vs = v.split([25, 8], dim=2)
     keeps = keep.split([25, 8], dim=1)
@@ -516,9 +528,12 @@ def check_merge(q, k, v, keep):
     other = attention_online(q, ks[1], vs[1], keep=keeps[1])
     out, lse = merge(*block, *other)
     whole, whole_lse = attention_online(q, k, v, keep=keep)
+    newest = attention_newest(q[:, :, 9:], k, v, chunk=5)
+    causal = attention_slow(q, k, v, causal=True)
     return [
         ("merged blocks of keys == all keys", out, whole),
         ("merged log-sum-exp", lse, whole_lse),
+        ("newest queries in chunks == causal", newest, causal[:, :, 9:]),
     ]
 
 
@@ -532,7 +547,7 @@ def check_layer(u):
     u1, u2, u3 = u.split([9, 23, 1], dim=1)
     state = layer.initial_state(len(u), capacity=4)
     y1, state = layer.prefill(u1, state)
-    y2, state = layer.prefill(u2, state, chunk=5)
+    y2, state = layer.prefill(u2, state)
     y3, state = layer.step(u3[:, 0], state)
     y = torch.cat([y1, y2, y3[:, None]], 1)
 
@@ -557,7 +572,7 @@ def self_check(dtype=torch.float64, device="cpu"):
     keep[1, 20:] = False
     pairs = check_attention(q, k, v, False, keep)
     pairs += check_attention(q, k, v, True, keep)
-    pairs += check_merge(q, k, v, keep)
+    pairs += check_blocks(q, k, v, keep)
     pairs += check_layer(u)
     return [(name, rel_err(a, b), limit) for name, a, b in pairs]
 
