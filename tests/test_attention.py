@@ -507,14 +507,6 @@ def test_a_failed_check_is_exit_status_1(monkeypatch):
     assert at.main(["--check"]) == 1
 
 
-@pytest.mark.parametrize("device", ["nonsense", "mps"])
-def test_a_device_that_does_not_work_is_one_clear_line(device, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        at.main(["--device", device])
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 2 and "does not work here" in last
-
-
 def test_demo_reaches_its_target(capsys):
     assert at.demo("cpu", L=16, steps=80)
     assert "after 80 steps" in capsys.readouterr().out
