@@ -177,7 +177,7 @@ def test_listops_above_one_is_accepted(tmp_path):
     ],
 )
 def test_bad_options_are_refused_with_their_numbers(task, options, tmp_path):
-    with pytest.raises(ValueError, match=r"\d.*(expected|must be)"):
+    with pytest.raises(ValueError, match=r"^\w+ \[?-?\d.*(expected|must be)"):
         lra_data.load(task, tmp_path, **options)
 
 
