@@ -760,10 +760,12 @@ def unfilter(lines):
     lines = lines.transpose(1, 2, 0)  # every step below decodes one pixel of all pictures
     out = np.zeros((side + 1, side + 1, n), np.int16)  # a row and a column of zeros come first
     for y, x in np.ndindex(side, side):
-        sides = np.stack([out[y + 1, x], out[y, x + 1], out[y, x]])
-        left, above, corner = sides
-        nearest = np.abs(left + above - corner - sides).argmin(0)
-        paeth = np.choose(nearest, sides)
+        left, above, corner = out[y + 1, x], out[y, x + 1], out[y, x]
+        to_left = abs(above - corner)  # distances from left + above - corner
+        to_above = abs(left - corner)
+        to_corner = abs(left + above - 2 * corner)
+        paeth = np.where(to_above <= to_corner, above, corner)
+        paeth = np.where(to_left <= np.minimum(to_above, to_corner), left, paeth)
         guess = np.choose(lines[y, 0], [0, left, above, (left + above) // 2, paeth])
         out[y + 1, x + 1] = (lines[y, x + 1] + guess) & 255
     return out[1:, 1:].transpose(2, 0, 1).astype(np.uint8)
