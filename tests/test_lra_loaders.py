@@ -1,54 +1,56 @@
-"""lra_data.py: what is read from files. True formats, broken files, random bytes, downloads."""
+"""lra_data.py: what is read from files. Published formats, broken files, archives, downloads."""
 
 import hashlib
 import http.server
 import io
+import os
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import threading
 import wave
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import lra_data
 
-# ------------------------------------------------------------- files in the true formats, small
+BOM = b"\xef\xbb\xbf"
+
+# ------------------------------------------------------------- small files in the published formats
 
 
-def png(picture, kinds=None, head=None, **damage):
-    """A picture (side, side) as an 8-bit grey png; line y is filtered by kinds[y] (0 .. 4)."""
-    side = len(picture)
+def filtered(picture, kinds):
+    """The lines of a PNG file; line y of the picture (side, side) is filtered by kinds[y]."""
     padded = np.pad(picture.astype(int), [(1, 0), (1, 0)])
     lines = b""
-    for y in range(side):
-        here, left, above, corner = (
-            padded[y + 1, 1:],
-            padded[y + 1, :-1],
-            padded[y, 1:],
-            padded[y, :-1],
-        )
-        kind = kinds[y] if kinds is not None else 0
-        guess = [0 * here, left, above, (left + above) // 2, None][kind]
-        if kind == 4:
-            sides = np.stack([left, above, corner])
-            guess = np.take_along_axis(
-                sides, abs(left + above - corner - sides).argmin(0)[None], 0
-            )[0]
+    for y, kind in enumerate(kinds):
+        here = padded[y + 1, 1:]
+        left = padded[y + 1, :-1]
+        above = padded[y, 1:]
+        corner = padded[y, :-1]
+        sides = np.stack([left, above, corner])
+        nearest = abs(left + above - corner - sides).argmin(0)
+        paeth = np.take_along_axis(sides, nearest[None], 0)[0]
+        guess = [0, left, above, (left + above) // 2, paeth][kind]
         lines += bytes([kind]) + ((here - guess) % 256).astype(np.uint8).tobytes()
+    return lines
+
+
+def png(picture, lines=None, head=None, crc=0):
+    """A picture (side, side) as an 8-bit grayscale PNG file with all five filters."""
+    side = len(picture)
     head = struct.pack(">IIBBBBB", *(head or (side, side, 8, 0, 0, 0, 0)))
+    packed = zlib.compress(lines or filtered(picture, np.arange(side) % 5))
+    chunks = [(b"IHDR", head), (b"IDAT", packed[:9]), (b"IDAT", packed[9:]), (b"IEND", b"")]
     content = b"\x89PNG\r\n\x1a\n"
-    packed = zlib.compress(damage.get("lines", lines))
-    for kind, body in [
-        (b"IHDR", head),
-        (b"IDAT", packed[:9]),
-        (b"IDAT", packed[9:]),
-        (b"IEND", b""),
-    ]:
-        check = struct.pack(">I", zlib.crc32(kind + body) ^ damage.get("crc", 0))
-        content += struct.pack(">I", len(body)) + kind + body + check
+    for kind, body in chunks:
+        check = zlib.crc32(kind + body) ^ crc
+        content += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check)
     return content
 
 
@@ -68,16 +70,15 @@ def write(path, content):
     path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def pictures(n=30, side=32):
-    return np.random.RandomState(0).randint(0, 256, (n, side, side)).astype(np.uint8)
+PICTURES = np.random.RandomState(0).randint(0, 256, (30, 32, 32)).astype(np.uint8)
 
 
-def make_pathfinder(root, n=30):
+def make_pathfinder(root):
     folder = root / "pathfinder32/curv_contour_length_14"
     lines = ["", "", ""]
-    for i, picture in enumerate(pictures(n)):
+    for i, picture in enumerate(PICTURES):
         k = i % 3  # three folders of ten
-        write(folder / f"imgs/{k}/sample_{i}.png", png(picture, np.arange(32) % 5))
+        write(folder / f"imgs/{k}/sample_{i}.png", png(picture))
         lines[k] += f"imgs/{k} sample_{i}.png {i} {i % 2} 1.0 14 4 2 0.5 1 1\n"
     for k, text in enumerate(lines):
         write(folder / f"metadata/{k}.npy", text)
@@ -91,11 +92,9 @@ def make_listops(root):
 
 def make_cifar(root):
     rng = np.random.RandomState(0)
-    for i, name in enumerate(["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4"]):
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
         records = rng.randint(0, 256, (8, 3073)).astype(np.uint8)
-        records[:, 0] = np.arange(8) + i % 2
-        write(root / f"cifar-10-batches-bin/{name}.bin", records.tobytes())
-    for name in ("data_batch_5", "test_batch"):
+        records[:, 0] = np.arange(8)
         write(root / f"cifar-10-batches-bin/{name}.bin", records.tobytes())
 
 
@@ -113,9 +112,8 @@ def make_aan(root):
 
 
 def make_speech(root):
-    names = {"yes": 6, "no": 5, "_background_noise_": 1}
     root = root / "speech_commands_v0.02"
-    for word, n in names.items():
+    for word, n in {"yes": 6, "no": 5, "_background_noise_": 1}.items():
         for i in range(n):
             write(root / f"{word}/{i}_nohash_0.wav", wav(16_000 - 1000 * i, seed=i))
     write(root / "validation_list.txt", "yes/0_nohash_0.wav\nno/1_nohash_0.wav\n")
@@ -134,7 +132,7 @@ MAKERS = {
 
 @pytest.fixture(scope="module")
 def trees(tmp_path_factory):
-    """One directory a task with small files in the published layout."""
+    """One directory per task with small files in the published layout."""
     roots = {}
     for task, make in MAKERS.items():
         roots[task] = tmp_path_factory.mktemp(task)
@@ -142,15 +140,55 @@ def trees(tmp_path_factory):
     return roots
 
 
-# --------------------------------------------------------------------------------- what is read
+@pytest.fixture
+def copy(trees, tmp_path):
+    """copy(task) -> a directory with the task's files, to be changed."""
+
+    def make(task):
+        return shutil.copytree(trees[task], tmp_path / "files")
+
+    return make
 
 
-def test_listops_is_read_and_evaluated(trees, tmp_path):
-    data = lra_data.load("listops", tmp_path, source=trees["listops"])
-    assert data.train.labels.tolist() == [2, 3, 5]
-    assert data.train.lengths.tolist() == [4, 7, 1]
-    words = [data.symbols[token] for token in data.train.tokens[1]]
-    assert words == "[SM [MAX 1 9 ] 4 ]".split()
+# ------------------------------------------------------------------------------------ what is read
+
+PIXELS = (127.5,), (127.5,)
+SCIFAR = (125.307, 122.961, 113.8575), (62.985, 61.965, 66.555)
+PROPERTIES = {  # files, options, vocab_size, n_classes, (mean, std)
+    "lattice": (None, {}, 2, 2, None),
+    "listops": ("listops", {}, 15, 10, None),
+    "listops-small": ("listops", {}, 15, 10, None),
+    "listops-tiny": ("listops", {}, 15, 10, None),
+    "text": ("text", {}, 256, 2, None),
+    "text-characters": ("text", {"min_count": 1}, 14, 2, None),
+    "retrieval": ("retrieval", {}, 256, 2, None),
+    "retrieval-characters": ("retrieval", {"min_count": 1}, 18, 2, None),
+    "image": ("image", {}, 256, 10, None),
+    "image-real": ("image", {}, 256, 10, ((122.6,), (61.0,))),
+    "scifar": ("image", {}, 256, 10, SCIFAR),
+    "pathfinder32": ("pathfinder32", {}, 256, 2, PIXELS),
+    "pathfinder32-easy": (None, {"n": 10, "processes": 1}, 256, 2, PIXELS),
+    "pathfinder32-medium": (None, {"n": 10, "processes": 1}, 256, 2, PIXELS),
+}
+
+
+@pytest.mark.parametrize("task", PROPERTIES)
+def test_classes_vocabulary_mean_and_std_of_every_task(task, trees, tmp_path):
+    files, options, vocab_size, n_classes, normalization = PROPERTIES[task]
+    if files:
+        options = {"source": trees[files], **options}
+    data = lra_data.load(task, tmp_path, **options)
+    assert (data.name, data.vocab_size, data.n_classes) == (task, vocab_size, n_classes)
+    if normalization is None:
+        assert data.mean is None and data.std is None
+        assert max(s.tokens.max() for s in (data.train, data.val, data.test)) < vocab_size
+    else:
+        assert data.mean == pytest.approx(normalization[0], abs=1e-9)
+        assert data.std == pytest.approx(normalization[1], abs=1e-9)
+    if data.symbols:
+        assert len(data.symbols) == vocab_size
+    for split in (data.train, data.val, data.test):
+        assert split.labels.dtype == np.int64 and split.lengths.dtype == np.int32
 
 
 def test_listops_written_and_read_is_the_same(tmp_path):
@@ -167,24 +205,37 @@ def test_listops_written_and_read_is_the_same(tmp_path):
 
 
 def test_pathfinder_png_come_back_exactly(trees, tmp_path):
-    data = lra_data.load("pathfinder32", tmp_path, source=trees["pathfinder32"])
-    assert [len(split) for split in (data.train, data.val, data.test)] == [24, 3, 3]
-    read = {
-        row.tobytes(): label
-        for split in (data.train, data.val, data.test)
-        for row, label in zip(split.tokens, split.labels, strict=True)
-    }
-    assert read == {picture.tobytes(): i % 2 for i, picture in enumerate(pictures())}
-    assert data.train.tokens.shape == (24, 1024, 1) and data.mean == (127.5,)
+    data = lra_data.load("pathfinder32", tmp_path, source=trees["pathfinder32"], processes=1)
+    splits = (data.train, data.val, data.test)
+    assert [len(split) for split in splits] == [24, 3, 3]
+    assert data.train.tokens.shape == (24, 1024, 1)
+    read = {}
+    for split in splits:
+        for row, label in zip(split.tokens, split.labels, strict=True):
+            read[row.tobytes()] = label
+    assert read == {picture.tobytes(): i % 2 for i, picture in enumerate(PICTURES)}
+    other = lra_data.load("pathfinder32", tmp_path, 1, source=trees["pathfinder32"], processes=1)
+    assert (other.train.tokens != data.train.tokens).any(), "the order depends on the seed"
 
 
-def test_pathfinder_reports_the_one_empty_png(trees, tmp_path, capsys):
-    shutil.copytree(trees["pathfinder32"], tmp_path / "files")
-    empty = next((tmp_path / "files").rglob("sample_7.png"))
-    empty.write_bytes(b"")
-    data = lra_data.load("pathfinder32", tmp_path, source=tmp_path / "files")
-    assert sum(len(split) for split in (data.train, data.val, data.test)) == 29
-    assert f"{empty}: empty, left out" in capsys.readouterr().err
+def test_fewer_than_ten_pictures_are_refused(copy, tmp_path):
+    root = copy("pathfinder32")
+    for k in (0, 1):
+        next(root.rglob(f"metadata/{k}.npy")).unlink()
+    table = next(root.rglob("metadata/2.npy"))
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:9]))
+    with pytest.raises(ValueError, match="length_14: 9 pictures, expected 10 or more"):
+        lra_data.load("pathfinder32", tmp_path / "data", source=root, processes=1)
+
+
+def test_the_one_png_that_was_published_empty_is_left_out(copy, tmp_path):
+    root = copy("pathfinder32") / "pathfinder32"
+    (root / "curv_contour_length_14").rename(root / "curv_baseline")
+    table = root / "curv_baseline/metadata/0.npy"
+    table.write_text(table.read_text() + "imgs/0 sample_172.png 172 1 1.0 6 2 2 0.5 1 1\n")
+    (root / "curv_baseline/imgs/0/sample_172.png").touch()
+    data = lra_data.load("pathfinder32-easy", tmp_path, source=root.parent, processes=1)
+    assert sum(len(split) for split in (data.train, data.val, data.test)) == 30
 
 
 def test_the_inner_tree_of_the_release_is_preferred(tmp_path):
@@ -197,31 +248,28 @@ def test_the_inner_tree_of_the_release_is_preferred(tmp_path):
         assert data.val.labels.tolist() == [3]
 
 
-def test_image_grey_by_both_formulas(trees, tmp_path):
-    symbols = lra_data.load("image", tmp_path, source=trees["image"])
-    numbers = lra_data.load("image-real", tmp_path, source=trees["image"])
-    colour = lra_data.load("scifar", tmp_path, source=trees["image"])
-    assert symbols.train.tokens.shape == (36, 1024) and symbols.mean is None
-    assert numbers.train.tokens.shape == (36, 1024, 1) and numbers.mean == (122.6,)
-    assert colour.train.tokens.shape == (36, 1024, 3) and len(colour.std) == 3
-    assert [len(symbols.val), len(symbols.test)] == [4, 8]
-    content = (trees["image"] / "cifar-10-batches-bin/test_batch.bin").read_bytes()
-    assert colour.test.tokens[0, 5].tolist() == [content[1 + 1024 * c + 5] for c in range(3)]
-    red, green, blue = colour.test.tokens.astype(float).transpose(2, 0, 1)
-    for grey in (symbols.test.tokens, numbers.test.tokens[..., 0]):
-        assert np.abs(grey - (0.299 * red + 0.587 * green + 0.114 * blue)).max() <= 1.01
-    assert (symbols.test.tokens != numbers.test.tokens[..., 0]).any()
+def test_image_in_gray_by_both_formulas_and_in_color(trees, tmp_path):
+    source = trees["image"]
+    symbols = lra_data.load("image", tmp_path, source=source).test.tokens
+    numbers = lra_data.load("image-real", tmp_path, source=source).test.tokens
+    color = lra_data.load("scifar", tmp_path, source=source).test.tokens
+    assert (symbols.shape, numbers.shape, color.shape) == ((8, 1024), (8, 1024, 1), (8, 1024, 3))
+    content = (source / "cifar-10-batches-bin/test_batch.bin").read_bytes()
+    assert color[0, 5].tolist() == [content[1 + 1024 * c + 5] for c in range(3)]
+    red, green, blue = color.astype(int).transpose(2, 0, 1)
+    weighted = 0.2989 * red + 0.5870 * green + 0.1140 * blue
+    assert (symbols == np.floor(weighted / 255 * 255.5)).mean() > 0.999
+    assert (numbers[..., 0] == (19595 * red + 38470 * green + 7471 * blue + 2**15) // 2**16).all()
+    assert (symbols != numbers[..., 0]).any()
 
 
 def test_image_validation_is_held_out_of_train(trees, tmp_path):
-    first, other = (
-        lra_data.load("image", tmp_path, seed, source=trees["image"]) for seed in (0, 1)
-    )
+    first = lra_data.load("image", tmp_path, 0, source=trees["image"])
+    other = lra_data.load("image", tmp_path, 1, source=trees["image"])
+    assert [len(first.train), len(first.val), len(first.test)] == [36, 4, 8]
     rows = [row.tobytes() for split in (first.train, first.val) for row in split.tokens]
-    assert len(rows) == 40
-    assert sorted(rows) == sorted(
-        row.tobytes() for s in (other.train, other.val) for row in s.tokens
-    )
+    again = [row.tobytes() for split in (other.train, other.val) for row in split.tokens]
+    assert len(set(rows)) == 40 and sorted(rows) == sorted(again)
     assert first.val.tokens.tobytes() != other.val.tokens.tobytes()
     assert first.test.tokens.tobytes() == other.test.tokens.tobytes()
 
@@ -241,67 +289,120 @@ def test_text_by_bytes_and_by_characters(trees, tmp_path):
     assert characters.test.labels.tolist() == [0] * 12 + [1] * 12
 
 
-def test_the_vocabulary_is_built_on_train_alone(trees, tmp_path):
-    shutil.copytree(trees["text"], tmp_path / "files")
-    for path in (tmp_path / "files/aclImdb/test").rglob("*.txt"):
-        path.write_text("ßßßßßßßßßßßßßßßßßß")
-    data = lra_data.load("text-characters", tmp_path, source=tmp_path / "files")
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_the_vocabulary_is_built_on_train_alone(split, copy, tmp_path):
+    root = copy("text")
+    paths = sorted(root.glob("aclImdb/test/*/*.txt"))
+    if split == "val":
+        train = sorted(root.glob("aclImdb/train/*/*.txt"))
+        paths = [train[i] for i in np.random.RandomState([0, 5]).permutation(24)[-2:]]
+    for path in paths:
+        path.write_text("ß" * 20, encoding="utf-8")
+    data = lra_data.load("text-characters", tmp_path, source=root)
     assert "ß" not in data.symbols
-    assert (data.test.tokens == 0).all()
+    assert (getattr(data, split).tokens == 0).all()
 
 
 @pytest.mark.parametrize("task", ["retrieval", "retrieval-characters"])
 def test_retrieval_has_two_documents(task, trees, tmp_path):
-    data = lra_data.load(task, tmp_path, source=trees["retrieval"], max_len=20)
+    data = lra_data.load(task, tmp_path, source=trees["retrieval"], max_len=20, min_count=1)
     assert data.train.tokens.shape == (6, 2, 20)
     assert data.train.lengths.tolist()[1] == [6, 9]
     assert data.train.labels.tolist() == [0, 1, 0, 1, 0, 1]
-    if task == "retrieval":
-        assert bytes(data.train.tokens[1, 0, :6]) == b'say "1'
-        assert bytes(data.train.tokens[1, 1, :9]) == b'long "end'
+    symbols = data.symbols or [chr(i) for i in range(256)]
+    texts = ["".join(symbols[token] for token in row) for row in data.train.tokens[1]]
+    assert texts[0].startswith('say "1') and texts[1].startswith('long "end')
 
 
 @pytest.mark.parametrize(("task", "stride"), [("speech", 1), ("speech-8k", 2)])
 def test_speech_follows_the_official_lists(task, stride, trees, tmp_path):
     data = lra_data.load(task, tmp_path, source=trees["speech"])
-    assert data.n_classes == 2 and data.train.tokens.dtype == np.int16
+    assert (data.vocab_size, data.n_classes) == (None, 2)
+    assert data.train.tokens.dtype == np.int16
     assert (len(data.train), len(data.val), len(data.test)) == (7, 2, 2)
     assert data.val.labels.tolist() == [1, 0] and data.test.labels.tolist() == [1, 0]
     assert data.test.lengths.tolist() == [14_000 // stride, 13_000 // stride]
-    rng = np.random.RandomState(2)
-    assert (
-        data.test.tokens[0, :14_000, 0][:99] == rng.randint(-9999, 9999, 14_000)[::stride][:99]
-    ).all()
+    samples = np.random.RandomState(2).randint(-9999, 9999, 14_000)[::stride]
+    assert (data.test.tokens[0, : len(samples), 0] == samples).all()
     clips = [row[:n, 0] for row, n in zip(data.train.tokens, data.train.lengths, strict=True)]
     whole = np.concatenate(clips).astype(float)
     assert abs(data.mean[0] - whole.mean()) < 1e-6 and abs(data.std[0] / whole.std() - 1) < 1e-9
 
 
+def test_a_cache_beside_the_words_is_no_word(trees, tmp_path):
+    shutil.copytree(trees["speech"] / "speech_commands_v0.02", tmp_path, dirs_exist_ok=True)
+    first, again = [lra_data.load("speech", tmp_path, source=tmp_path) for _ in range(2)]
+    assert first.n_classes == again.n_classes == 2
+    assert lra_data.checksum(first) == lra_data.checksum(again)
+
+
 @pytest.mark.parametrize("task", MAKERS)
-def test_every_task_is_read_from_a_tar_archive_too(task, trees, tmp_path):
+def test_every_task_is_read_from_a_tar_archive_too(task, trees, tmp_path, monkeypatch):
     archive = tmp_path / "packed.gz"
     with tarfile.open(archive, "w:gz") as tar:
         for path in trees[task].iterdir():
             tar.add(path, path.name)
-    data = lra_data.load(task, tmp_path / "data", source=archive)
-    assert lra_data.checksum(data) == lra_data.checksum(
-        lra_data.load(task, tmp_path / "other", source=trees[task])
-    )
-    again = lra_data.load(task, tmp_path / "data", source=archive)  # the unpacked tree is reused
-    assert lra_data.checksum(again) == lra_data.checksum(data)
+    expected = lra_data.checksum(lra_data.load(task, tmp_path / "other", source=trees[task]))
+    assert lra_data.checksum(lra_data.load(task, tmp_path / "data", source=archive)) == expected
+    monkeypatch.setattr(tarfile, "open", None)  # the unpacked tree is used again
+    assert lra_data.checksum(lra_data.load(task, tmp_path / "data", source=archive)) == expected
 
 
 @pytest.mark.parametrize(("task", "left"), [("listops", 2), ("speech", 1)])
-def test_changed_files_are_read_again(task, left, trees, tmp_path):
-    shutil.copytree(trees[task], tmp_path / "files")
-    lra_data.load(task, tmp_path / "data", source=tmp_path / "files")
-    path = sorted((tmp_path / "files").rglob("*val*"))[0]
+def test_changed_files_are_read_again(task, left, copy, tmp_path):
+    root = copy(task)
+    lra_data.load(task, tmp_path / "data", source=root)
+    path = sorted(root.rglob("*val*"))[0]
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    data = lra_data.load(task, tmp_path / "data", source=tmp_path / "files")
-    assert len(data.val) == left
+    assert len(lra_data.load(task, tmp_path / "data", source=root).val) == left
 
 
-# --------------------------------------------------------------------------------- broken files
+# -------------------------------------------------------------- byte order marks, line ends, locale
+
+TEXTS = {
+    "listops": "listops-1000/*.tsv",
+    "pathfinder32": "*/*/metadata/*.npy",
+    "text": "aclImdb/*/*/*.txt",
+    "retrieval": "tsv_data/*.tsv",
+    "speech": "*/*_list.txt",
+}
+
+
+@pytest.mark.parametrize("change", ["byte order mark", "line ends"])
+@pytest.mark.parametrize("task", TEXTS)
+def test_byte_order_marks_and_windows_line_ends_change_nothing(task, change, trees, copy, tmp_path):
+    if (task, change) == ("text", "line ends"):
+        return  # here they are text
+    root = copy(task)
+    for path in root.glob(TEXTS[task]):
+        content = path.read_bytes()
+        changed = BOM + content if change == "byte order mark" else content.replace(b"\n", b"\r\n")
+        path.write_bytes(changed)
+    data = lra_data.load(task, tmp_path / "data", source=root)
+    plain = lra_data.load(task, tmp_path / "plain", source=trees[task])
+    assert lra_data.checksum(data) == lra_data.checksum(plain)
+
+
+def test_quotes_and_carriage_returns_inside_a_document_are_text(copy, tmp_path):
+    root = copy("retrieval")
+    write(root / PAIRS, b'1.0\tA\tB\t"a\rb\t"c"\r\n')
+    data = lra_data.load("retrieval", tmp_path, source=root)
+    documents = zip(data.train.tokens[0], data.train.lengths[0], strict=True)
+    assert [bytes(row[:n]) for row, n in documents] == [b'"a\rb', b'"c"']
+
+
+def test_the_locale_changes_nothing(trees):
+    """The text files are UTF-8, whatever Python would assume."""
+    code = "import lra_data as l, sys; print(l.checksum(l.load('text', source=sys.argv[1])))"
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    line = [sys.executable, "-X", "warn_default_encoding", "-W", "error::EncodingWarning"]
+    line += ["-c", code, str(trees["text"])]
+    root = Path(lra_data.__file__).parent
+    out = subprocess.run(line, capture_output=True, text=True, cwd=root, env=environment)
+    assert out.stdout.strip() == lra_data.checksum(lra_data.load("text", source=trees["text"]))
+
+
+# ------------------------------------------------------------------------------------ broken files
 
 TREE = "listops-1000/basic_train.tsv"
 PAIRS = "tsv_data/new_aan_pairs.train.tsv"
@@ -309,146 +410,194 @@ BATCH = "cifar-10-batches-bin/data_batch_3.bin"
 REVIEW = "aclImdb/train/pos/1_7.txt"
 CLIP = "speech_commands_v0.02/yes/1_nohash_0.wav"
 LISTS = "speech_commands_v0.02/validation_list.txt"
+TESTS = "speech_commands_v0.02/testing_list.txt"
 SAMPLE = "pathfinder32/curv_contour_length_14/imgs/2/sample_5.png"
 META = "pathfinder32/curv_contour_length_14/metadata/1.npy"
 HEAD = "Source\tTarget\n"
-GREY = np.arange(1024).reshape(32, 32) % 251
+GRAY = np.arange(1024).reshape(32, 32) % 251
 
 BROKEN = {
-    # listops: a header, a tab, a tree and its value
-    "listops-empty": (TREE, b"", "no examples"),
+    # listops: a header, then a tree, a tab and its value per line
+    "listops-empty": (TREE, b"", "no examples; expected Source, Target"),
     "listops-header-only": (TREE, HEAD, "no examples"),
-    "listops-no-header": (TREE, "5\t5\n", "expected .*Source"),
-    "listops-other-header": (TREE, "Source,Target\n5,5\n", "expected .*Source"),
-    "listops-missing-column": (TREE, HEAD + "5\n", ":2: 1 columns"),
-    "listops-extra-column": (TREE, HEAD + "5\t5\t5\n", ":2: 3 columns"),
+    "listops-no-header": (TREE, "5\t5\n", ":1: header .*expected Source"),
+    "listops-other-header": (TREE, "Source,Target\n5,5\n", ":1: header .*expected Source"),
+    "listops-missing-column": (TREE, HEAD + "5\n", ":2: .*got 1"),
+    "listops-extra-column": (TREE, HEAD + "5\t5\t5\n", ":2: .*expected 2"),
     "listops-unknown-token": (TREE, HEAD + "5\t5\n[AVG 1 ]\t1\n", ":3: unknown token"),
     "listops-glued-token": (TREE, HEAD + "[MIN1 2 ]\t1\n", ":2: unknown token"),
-    "listops-unclosed": (TREE, HEAD + "[MIN 1 2\t1\n", ":2: not a tree: 1 operators left open"),
-    "listops-closed-twice": (TREE, HEAD + "[MIN 1 ] ]\t1\n", ":2: not a tree: token 3"),
-    "listops-no-arguments": (TREE, HEAD + "[MIN ]\t1\n", ":2: not a tree: token 1"),
-    "listops-two-roots": (TREE, HEAD + "1 2\t1\n", ":2: not a tree: 0 operators.* 2 roots"),
-    "listops-no-tree": (TREE, HEAD + "\t1\n", ":2: not a tree: .* 0 roots"),
-    "listops-wrong-label": (TREE, HEAD + "[MIN 1 2 ]\t2\n", ":2: label '2', expected 1"),
-    "listops-label-range": (TREE, HEAD + "5\t15\n", ":2: label '15', expected 5"),
+    "listops-unclosed": (TREE, HEAD + "[MIN 1 2\t1\n", ":2: 1 operators left open"),
+    "listops-closed-twice": (TREE, HEAD + "[MIN 1 ] ]\t1\n", ":2: '\\]' closes no operator"),
+    "listops-no-arguments": (TREE, HEAD + "[SM ]\t0\n", ":2: '\\]' closes no operator"),
+    "listops-two-roots": (TREE, HEAD + "1 2\t1\n", ":2: 2 roots"),
+    "listops-no-tree": (TREE, HEAD + "\t1\n", ":2: 0 roots"),
+    "listops-wrong-label": (TREE, HEAD + "[MIN 1 2 ]\t2\n", ":2: label '2', but the tree is 1"),
     "listops-label-text": (TREE, HEAD + "5\tfive\n", ":2: label 'five'"),
     "listops-cut": (TREE, HEAD + "5\t5\n5\t5", ":3: no end of line"),
     "listops-not-utf8": (TREE, HEAD.encode() + b"\xff\t5\n", ":2: .*utf-8"),
     "listops-binary": (TREE, bytes(range(256)), ":1: "),
     # pathfinder: png and text metadata
-    "png-cut": (SAMPLE, png(GREY)[:200], "damaged at byte"),
-    "png-signature": (SAMPLE, b"GIF89a" + png(GREY)[6:], "expected a png file"),
-    "png-bit-flip": (SAMPLE, png(GREY, crc=1), "damaged at byte 8"),
-    "png-wrong-size": (SAMPLE, png(GREY[:31, :31]), "expected 32 x 32"),
-    "png-colour": (SAMPLE, png(GREY, head=(32, 32, 8, 2, 0, 0, 0)), "8 bit grey"),
-    "png-16-bit": (SAMPLE, png(GREY, head=(32, 32, 16, 0, 0, 0, 0)), "8 bit grey"),
-    "png-interlaced": (SAMPLE, png(GREY, head=(32, 32, 8, 0, 0, 0, 1)), "8 bit grey"),
-    "png-few-lines": (SAMPLE, png(GREY, lines=bytes(33 * 31)), "1023 bytes of pixels"),
-    "png-many-lines": (SAMPLE, png(GREY, lines=bytes(33 * 33)), "1057 bytes of pixels"),
-    "png-unknown-filter": (SAMPLE, png(GREY, lines=b"\5" + bytes(33 * 32 - 1)), "lines of 32"),
-    "png-no-header": (SAMPLE, png(GREY)[:8] + png(GREY)[33:], "expected one header"),
-    "png-is-text": (SAMPLE, "no picture", "expected a png file"),
+    "png-cut": (SAMPLE, png(GRAY)[:200], "unpack_from requires"),
+    "png-empty": (SAMPLE, b"", "expected an 8-bit grayscale PNG file"),
+    "png-signature": (SAMPLE, b"GIF89a" + png(GRAY)[6:], "starts with .*GIF"),
+    "png-bit-flip": (SAMPLE, png(GRAY, crc=1), "damaged at byte 8"),
+    "png-wrong-size": (SAMPLE, png(GRAY[:31, :31]), "expected .* of 32 x 32"),
+    "png-color": (SAMPLE, png(GRAY, head=(32, 32, 8, 2, 0, 0, 0)), "header .* 8-bit grayscale"),
+    "png-16-bit": (SAMPLE, png(GRAY, head=(32, 32, 16, 0, 0, 0, 0)), "header .* 8-bit"),
+    "png-interlaced": (SAMPLE, png(GRAY, head=(32, 32, 8, 0, 0, 0, 1)), "header .* 8-bit"),
+    "png-few-lines": (SAMPLE, png(GRAY, lines=bytes(33 * 31)), "size 1023"),
+    "png-many-lines": (SAMPLE, png(GRAY, lines=bytes(33 * 33)), "size 1089"),
+    "png-unknown-filter": (SAMPLE, png(GRAY, lines=b"\5" + bytes(33 * 32 - 1)), "filter 5"),
+    "png-no-header": (SAMPLE, png(GRAY)[:8] + png(GRAY)[33:], "IHDR"),
     "metadata-short-line": (META, "imgs/0 sample_0.png 0\n", "1.npy:1: .*expected folder"),
-    "metadata-label": (META, "imgs/0 sample_0.png 0 2 1.0\n", "1.npy:1: .*label 0 or 1"),
-    "metadata-numpy": (META, b"\x93NUMPY\1\0v\0", "expected UTF-8 text"),
+    "metadata-label": (META, "imgs/0 sample_0.png 0 2 1.0\n", "1.npy:1: '2'.*label 0 or 1"),
+    "metadata-numpy": (META, b"\x93NUMPY\1\0v\0", "1.npy:1: .*utf-8"),
+    "metadata-empty": (META, b"", "1.npy: no examples"),
     "metadata-missing-file": (META, "imgs/9 sample_0.png 0 1 1.0\n", "imgs/9/sample_0.png: "),
     # cifar: records of 3073 bytes
-    "cifar-empty": (BATCH, b"", "0 bytes, expected a multiple of 3073"),
-    "cifar-cut": (BATCH, bytes(3073 * 4 - 1), "12291 bytes, expected a multiple"),
-    "cifar-label": (BATCH, b"\x0a" + bytes(3072), "label 10, expected 0 .. 9"),
-    "cifar-pickle": (BATCH, b"\x80\x02}q\x01(U\x0bbatch_labelq", "expected a multiple"),
+    "cifar-empty": (BATCH, b"", "no records; expected CIFAR-10 records of 3073 bytes"),
+    "cifar-cut": (BATCH, bytes(3073 * 4 - 1), "size 12291 .*expected CIFAR-10"),
+    "cifar-label": (BATCH, b"\x0a" + bytes(3072), "label 10"),
+    "cifar-pickle": (BATCH, b"\x80\x02}q\x01(U\x0bbatch_labelq", "expected CIFAR-10 records"),
     # text
     "text-not-utf8": (REVIEW, b"a \xe9 b", "expected UTF-8"),
-    "text-empty": (REVIEW, b"", "empty, expected .txt files"),
+    "text-empty": (REVIEW, b"", "empty, expected a review"),
     # retrieval: five columns
-    "pairs-columns": (PAIRS, "1.0\tA\tB\ttext\n", ":1: 4 columns"),
-    "pairs-label": (PAIRS, "2.0\tA\tB\ta\tb\n", ":1: label '2.0'"),
+    "pairs-columns": (PAIRS, "1.0\tA\tB\ttext\n", ":1: .*got 4.* expected label"),
+    "pairs-label": (PAIRS, "2.0\tA\tB\ta\tb\n", ":1: '2.0'; expected label 0.0 or 1.0"),
     "pairs-empty": (PAIRS, b"", "no examples"),
     "pairs-empty-text": (PAIRS, "1.0\tA\tB\ta\t\n", ":1: an empty document"),
-    "pairs-cut": (PAIRS, "1.0\tA\tB\ta\tb", "no end of line"),
+    "pairs-cut": (PAIRS, "1.0\tA\tB\ta\tb\n1.0\tA\tB\ta\tb", ":2: no end of line"),
     "pairs-not-utf8": (PAIRS, b"1.0\tA\tB\ta\t\xc3\n", ":1: .*utf-8"),
     # speech: one channel, 16 bit, 16 kHz, at most a second
-    "wav-empty": (CLIP, b"", "expected a wav file"),
+    "wav-empty": (CLIP, b"", "EOFError; expected a wav file"),
     "wav-cut": (CLIP, wav()[:-1000], "in 31000 bytes"),
     "wav-cut-header": (CLIP, wav()[:20], "expected a wav file"),
-    "wav-stereo": (CLIP, wav(100, channels=2), "expected .1, 2, 16000"),
-    "wav-32-bit": (CLIP, wav(100, width=4), "expected .1, 2, 16000"),
-    "wav-44-kHz": (CLIP, wav(100, rate=44_100), "expected .1, 2, 16000"),
+    "wav-stereo": (CLIP, wav(100, channels=2), "rate .2, 2, 16000"),
+    "wav-32-bit": (CLIP, wav(100, width=4), "rate .1, 4, 16000"),
+    "wav-44-kHz": (CLIP, wav(100, rate=44_100), "rate .1, 2, 44100"),
     "wav-too-long": (CLIP, wav(16_001), "16001 samples"),
     "wav-no-samples": (CLIP, wav(0), "0 samples"),
     "wav-is-text": (CLIP, "RIFF nothing", "expected a wav file"),
-    "list-unknown-file": (LISTS, "yes/99.wav\n", "names ..yes/99.wav"),
+    "list-unknown-file": (LISTS, "yes/99.wav\n", "names ..yes/99.wav.*expected files below"),
     "list-empty": (LISTS, b"", "expected files below"),
     "list-not-utf8": (LISTS, b"\xff", "expected UTF-8"),
+    "list-twice": (TESTS, "yes/0_nohash_0.wav\n", "names a clip twice, or one of .*validation"),
 }
-OWNER = {
-    "listops": "listops",
-    "png": "pathfinder32",
-    "metadata": "pathfinder32",
-    "cifar": "image",
-    "text": "text",
-    "pairs": "retrieval",
-    "wav": "speech",
-    "list": "speech",
-}
+OWNER = {"png": "pathfinder32", "metadata": "pathfinder32", "cifar": "image", "pairs": "retrieval"}
+OWNER |= {"wav": "speech", "list": "speech", "listops": "listops", "text": "text"}
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_file_is_named_with_its_fault(case, trees, tmp_path):
+def test_a_broken_file_is_named_with_its_fault(case, copy, tmp_path):
     name, content, reason = BROKEN[case]
     task = OWNER[case.split("-")[0]]
-    shutil.copytree(trees[task], tmp_path / "files")
-    write(tmp_path / "files" / name, content)
-    with pytest.raises(ValueError, match=reason) as caught:
-        lra_data.load(task, tmp_path / "data", source=tmp_path / "files")
-    assert name.split("/")[-1] in str(caught.value) or case == "metadata-missing-file"
-    assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
+    root = copy(task)
+    write(root / name, content)
+    options = {"processes": 1} if task == "pathfinder32" else {}
+    with pytest.raises(ValueError, match=f"(?s){reason}") as caught:
+        lra_data.load(task, tmp_path / "data", source=root, **options)
+    if case != "metadata-missing-file":
+        assert str(caught.value).startswith(str(root / name))
+        assert str(caught.value).count(str(root / name)) == 1, "the file is named twice"
+    assert not list((tmp_path / "data").glob("*/*.npz")), "a part of the cache is left behind"
+
+
+def test_a_repaired_picture_is_read_the_next_time(copy, tmp_path):
+    root = copy("pathfinder32")
+    good = (root / SAMPLE).read_bytes()
+    (root / SAMPLE).write_bytes(b"")
+    options = dict(source=root, processes=1)
+    with pytest.raises(ValueError, match=r"sample_5\.png"):
+        lra_data.load("pathfinder32", tmp_path / "data", **options)
+    (root / SAMPLE).write_bytes(good)
+    data = lra_data.load("pathfinder32", tmp_path / "data", **options)
+    assert lra_data.checksum(data) == lra_data.checksum(
+        lra_data.load("pathfinder32", tmp_path / "other", **options)
+    )
 
 
 @pytest.mark.parametrize("task", MAKERS)
 def test_a_missing_tree_names_the_expected_layout(task, tmp_path):
-    with pytest.raises(ValueError, match=r"expected one of .*published as http"):
+    with pytest.raises(ValueError, match=r"expected .* in it; published as http"):
         lra_data.load(task, tmp_path, source=tmp_path)
-    with pytest.raises(ValueError, match=r"expected one of"):
+    with pytest.raises(ValueError, match=r"nowhere: expected "):
         lra_data.load(task, tmp_path, source=tmp_path / "nowhere")
 
 
-def test_a_missing_second_file_is_named(trees, tmp_path):
-    for task, name in [("listops", "basic_test.tsv"), ("image", "test_batch.bin")]:
-        shutil.copytree(trees[task], tmp_path / task)
-        next((tmp_path / task).rglob(name)).unlink()
-        with pytest.raises(ValueError, match=name):
-            lra_data.load(task, tmp_path / "data", source=tmp_path / task)
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("listops", "basic_test.tsv"),
+        ("image", "test_batch.bin"),
+        ("retrieval", "new_aan_pairs.eval.tsv"),
+        ("speech", "testing_list.txt"),
+        ("pathfinder32", "sample_7.png"),
+    ],
+)
+@pytest.mark.parametrize("replacement", ["nothing", "a folder"])
+def test_a_missing_second_file_is_named(task, name, replacement, copy, tmp_path):
+    path = next(copy(task).rglob(name))
+    path.unlink()
+    if replacement == "a folder":
+        path.mkdir()
+    with pytest.raises(ValueError, match=rf"{name}: .*(No such file|Is a directory)"):
+        lra_data.load(task, tmp_path / "data", source=tmp_path / "files")
 
 
-# ------------------------------------------------------------------- random bytes and mutations
+def test_a_folder_without_reviews_is_named(copy, tmp_path):
+    root = copy("text")
+    shutil.rmtree(root / "aclImdb/test/pos")
+    with pytest.raises(ValueError, match=r"test/pos: expected \.txt files with reviews"):
+        lra_data.load("text", tmp_path, source=root)
+
+
+def test_too_few_examples_to_hold_a_tenth_out_are_refused(copy, tmp_path):
+    root = copy("text")
+    for path in sorted(root.glob("aclImdb/train/*/*"))[2:-2]:
+        path.unlink()
+    with pytest.raises(ValueError, match="4 training examples: expected at least 10"):
+        lra_data.load("text", tmp_path, source=root)
+
+
+# -------------------------------------------------------------------------- random bytes and cuts
 
 
 def parse_png(path):
     return lra_data.unfilter(lra_data.read_png(path, 32)[None])
 
 
-def parse_table(path):
-    return list(lra_data.read_table(path, 5))
+def parse_cache(path):
+    return lra_data.cached(path.parent, None)
+
+
+def npz():
+    buffer = io.BytesIO()
+    np.savez(buffer, tokens=np.zeros((9, 5), np.uint8), labels=np.arange(9), lengths=np.arange(9))
+    return buffer.getvalue()
 
 
 VALID = {
-    parse_png: png(GREY, np.arange(32) % 5),
-    lra_data.read_wav: wav(400),
-    parse_table: "1.0\tA\tB\ta\tb\n" * 5,
-    lra_data.read_listops_file: HEAD + "[MIN 1 2 ]\t1\n5\t5\n",
-    lra_data.read_text: "text",
+    parse_png: ("file.png", png(GRAY)),
+    lra_data.read_wav: ("file.wav", wav(400)),
+    lra_data.read_listops: ("file.tsv", (HEAD + "[MIN 1 2 ]\t1\n5\t5\n").encode()),
+    lra_data.read_text: ("file.txt", b"text"),
+    parse_cache: ("val.npz", npz()),
 }
 
 
 @pytest.mark.parametrize("parse", VALID, ids=lambda parse: parse.__name__)
 def test_random_bytes_are_parsed_or_refused(parse, tmp_path):
-    """3 x 100 files: noise, a valid file with bytes changed, a valid file cut. Only ValueError."""
-    valid = VALID[parse].encode() if isinstance(VALID[parse], str) else VALID[parse]
-    path, rng, refused = tmp_path / "file", np.random.RandomState(0), 0
+    """3 x 50 files: noise, a valid file with bytes changed, a valid file cut. Only ValueError."""
+    name, valid = VALID[parse]
+    for split in lra_data.SPLITS:  # parse_cache reads three files
+        (tmp_path / f"{split}.npz").write_bytes(valid)
+    path = tmp_path / name
     path.write_bytes(valid)
     parse(path)
-    for trial in range(300):
+    rng = np.random.RandomState(0)
+    refused = 0
+    for trial in range(150):
         content = bytearray(valid)
         if trial % 3 == 0:
             content = rng.bytes(rng.randint(0, 300))
@@ -461,12 +610,12 @@ def test_random_bytes_are_parsed_or_refused(parse, tmp_path):
         try:
             parse(path)
         except ValueError as error:
-            assert str(path) in str(error)
+            assert str(error).startswith(str(path))
             refused += 1
-    assert refused > 100
+    assert refused > 50
 
 
-# --------------------------------------------------------------------------- archives, downloads
+# ----------------------------------------------------------------------------- archives, downloads
 
 
 def tar_of(**member):
@@ -482,11 +631,10 @@ def tar_of(**member):
 
 
 ARCHIVES = {
-    "absolute": tar_of(name="/tmp/evil.txt"),
     "above": tar_of(name="../evil.txt"),
     "hidden-above": tar_of(name="folder/../../evil.txt"),
     "link": tar_of(name="link", type=tarfile.SYMTYPE, linkname="/etc"),
-    "inner-link": tar_of(name="link", type=tarfile.SYMTYPE, linkname="good.txt"),
+    "link-above": tar_of(name="link", type=tarfile.SYMTYPE, linkname="../evil.txt"),
     "hard-link": tar_of(name="link", type=tarfile.LNKTYPE, linkname="../evil.txt"),
     "device": tar_of(name="device", type=tarfile.CHRTYPE),
     "pipe": tar_of(name="pipe", type=tarfile.FIFOTYPE),
@@ -510,9 +658,17 @@ def test_archives_stay_inside_their_folder(case, tmp_path):
     assert not left and not (tmp_path / "evil.txt").exists()
 
 
+def test_an_absolute_path_in_an_archive_lands_inside(tmp_path):
+    name = f"{tmp_path}/evil.txt"
+    write(tmp_path / "archive.tar.gz", tar_of(name=name))
+    folder = lra_data.unpack(tmp_path / "archive.tar.gz", tmp_path / "data")
+    assert not (tmp_path / "evil.txt").exists()
+    assert (folder / name.lstrip("/")).exists()
+
+
 @pytest.fixture
 def server():
-    """A loopback server: /whole, /cut (half of what it announces), /refused, /silent."""
+    """A loopback server: /whole, /cut (half of what it announces), /refused."""
     content = bytes(range(256)) * 5000
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -537,87 +693,37 @@ def server():
     serving.server_close()
 
 
-def test_a_whole_download_arrives(server, tmp_path):
+def test_a_whole_download_arrives(server, tmp_path, monkeypatch):
     url, sha256 = server
-    path = lra_data.download(lra_data.Remote(f"{url}/whole/a.tar.gz", sha256), tmp_path / "data")
+    monkeypatch.setitem(lra_data.SHA256, f"{url}/whole/a.tar.gz", sha256)
+    path = lra_data.download(f"{url}/whole/a.tar.gz", tmp_path / "data")
     assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256
     assert [each.name for each in path.parent.iterdir()] == ["a.tar.gz"]
-    other = lra_data.Remote(f"{url}/refused/a.tar.gz", sha256)
-    assert lra_data.download(other, tmp_path / "data") == path, "what is there is fetched again"
+    again = lra_data.download(f"{url}/refused/a.tar.gz", tmp_path / "data")
+    assert again == path, "what is there is fetched again"
 
 
 @pytest.mark.parametrize(
     ("name", "sha256", "reason"),
     [
-        ("cut", None, "640000 bytes came, expected 1280000"),
+        ("cut", None, "640000 bytes came, not 1280000"),
+        ("nowhere", None, "refused"),
         ("refused", None, "403"),
-        ("whole", "0" * 64, "sha256 .*expected 000"),
+        ("whole", "0" * 64, "sha256 is .*, not 000"),
     ],
 )
-def test_a_failed_download_leaves_nothing(name, sha256, reason, server, tmp_path):
-    url = f"{server[0]}/{name}/a.tar.gz"
-    with pytest.raises(ValueError, match=f"{reason}.*put it at .*--source"):
-        lra_data.download(lra_data.Remote(url, sha256), tmp_path / "data")
+def test_a_failed_download_leaves_nothing(name, sha256, reason, server, tmp_path, monkeypatch):
+    host = "http://127.0.0.1:9" if name == "nowhere" else server[0]
+    url = f"{host}/{name}/a.tar.gz"
+    if sha256:
+        monkeypatch.setitem(lra_data.SHA256, url, sha256)
+    with pytest.raises(ValueError, match=f"{url}: .*{reason}.*put it at .*--source"):
+        lra_data.download(url, tmp_path / "data")
     assert not list((tmp_path / "data").iterdir())
 
 
-def test_a_download_from_nowhere_leaves_nothing(tmp_path):
-    with pytest.raises(ValueError, match=r"127\.0\.0\.1:9/"):
-        lra_data.download(lra_data.Remote("http://127.0.0.1:9/a.gz", None), tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 def test_what_download_leaves_is_found(trees, tmp_path):
-    name = lra_data.CIFAR.url.split("/")[-1]
+    name = lra_data.CIFAR.split("/")[-1]
     with tarfile.open(tmp_path / name, "w:gz") as tar:
         tar.add(trees["image"] / "cifar-10-batches-bin", "cifar-10-batches-bin")
     assert len(lra_data.load("image", tmp_path).test) == 8
-
-
-# ---------------------------------------------------------------------- what users run into
-
-
-def test_words_that_lie_in_the_data_dir_stay_the_classes(tmp_path):
-    """What is cached beside them is no class of its own."""
-    make_speech(tmp_path)
-    for path in (tmp_path / "speech_commands_v0.02").iterdir():
-        path.rename(tmp_path / path.name)
-    first, again = (lra_data.load("speech", tmp_path, source=tmp_path) for _ in range(2))
-    assert first.n_classes == again.n_classes and lra_data.checksum(first) == lra_data.checksum(
-        again
-    )
-
-
-def test_a_clip_of_two_lists_is_refused(trees, tmp_path):
-    shutil.copytree(trees["speech"], tmp_path / "files")
-    root = tmp_path / "files/speech_commands_v0.02"
-    names = (root / "validation_list.txt").read_text()
-    (root / "testing_list.txt").write_text((root / "testing_list.txt").read_text() + names)
-    with pytest.raises(ValueError, match=r"testing_list.txt: names a clip twice, or one of"):
-        lra_data.load("speech", tmp_path / "data", source=tmp_path / "files")
-
-
-@pytest.mark.parametrize("options", [{"max_len": -5}, {"max_len": 0}, {"min_count": 0}])
-@pytest.mark.parametrize("task", ["text", "retrieval"])
-def test_lengths_below_one_are_refused(task, options, trees, tmp_path):
-    with pytest.raises(ValueError, match="expected 1 or more"):
-        lra_data.load(task, tmp_path, source=trees[task], **options)
-
-
-def test_a_cache_with_a_damaged_header_is_named(tmp_path):
-    """Readers of numpy raise many kinds; each becomes a ValueError with the file's name."""
-    good = tmp_path / "a.npy"
-    np.save(good, np.arange(9))
-    content = bytearray(good.read_bytes())
-    rng = np.random.RandomState(0)
-    for _ in range(200):
-        damaged = bytearray(content)
-        damaged[rng.randint(0, 128)] = rng.randint(0, 256)
-        good.write_bytes(damaged)
-        try:
-            lra_data.read_npy(good)
-        except ValueError as error:
-            assert "a.npy" in str(error)
-    np.savez(tmp_path / "b.npz", flat=np.zeros(9, np.uint8), labels=np.zeros(3), lengths=[9])
-    with pytest.raises(ValueError, match=r"b\.npz"):
-        lra_data.read_npz(tmp_path / "b.npz")
