@@ -196,7 +196,7 @@ def two_level_kernel(E, B_bar, C, L, dtype):
     for i in range(doublings):
         if i > 0:
             E = torch.baddbmm(E, E, E, beta=2)  # A_bar^2 - I = 2 E + E E
-        if i == 2:  # most of the rounding error would enter before this point
+        if i == 1:  # the first power, nearest to I, is where most rounding error would enter
             E = E.to(dtype)
             columns = columns.to(dtype)
             rows = rows.to(dtype)
@@ -257,8 +257,8 @@ class CircularConv(torch.autograd.Function):
         U, K_f = ctx.saved_tensors
         n, u_length, k_length = ctx.lengths
         G = torch.fft.rfft(grad, n)  # (B, D, n/2 + 1)
-        grad_u = torch.fft.irfft(G * K_f.conj(), n)[..., :u_length]
         grad_k = torch.fft.irfft((G * U.conj()).sum(0), n)[..., :k_length]
+        grad_u = torch.fft.irfft(G.mul_(K_f.conj()), n)[..., :u_length]  # in place: G is large
         return grad_u, grad_k, None
 
 
@@ -376,8 +376,11 @@ class StateSpace(nn.Module):
         u = x.to(self.C.dtype)
         if keep is not None:
             u = u.masked_fill(~keep[..., None], 0)
+        D = F.pad(self.D_skip[:, None], (0, x.shape[1] - 1))  # (D, L): one tap at lag 0
+        if self.bidirectional:
+            D = torch.stack([D, torch.zeros_like(D)])
         K = self.kernel(x.shape[1], rate)
-        y = fft_conv(u, K) + self.D_skip * u  # y = K * u + D u
+        y = fft_conv(u, K + D)  # y = K * u + D u, in one pass over the activations
         return y.to(x.dtype)
 
     def initial_state(self, batch, rate=1.0):
