@@ -44,8 +44,8 @@ from torch.nn import functional as F
 def hippo_legs(N):
     """Return HiPPO-LegS, A (N, N) and B (N,): the state holds Legendre coefficients of the past."""
     root = np.sqrt(2 * np.arange(N) + 1.0)  # (N,)
-    A = -np.tril(np.outer(root, root), -1) - np.diag(np.arange(N) + 1.0)
-    return A, root
+    below = np.tril(np.outer(root, root), -1)
+    return -below - np.diag(np.arange(N) + 1.0), root
 
 
 def nplr_legs(N):
@@ -101,7 +101,8 @@ def cauchy_ref(Lam, P, B, C, dt, L):
         (I - A_bar w)^-1 B_bar = 2 / (1 + w) (z - A)^-1 B,   z = (2 / dt) (1 - w) / (1 + w)
     where (z - A)^-1 is the diagonal (z - Lam)^-1, corrected for P P^* by Woodbury's identity.
     """
-    A_bar, _ = discretize_ref(np.diag(Lam) - np.outer(P, P.conj()), B, dt)
+    A = np.diag(Lam) - np.outer(P, P.conj())
+    A_bar, _ = discretize_ref(A, B, dt)
     C_cut = C - C @ np.linalg.matrix_power(A_bar, L)
     w = np.exp(-2j * np.pi * np.arange(L) / L)  # (L,); w = -1, for L even, is a pole of z
     z = 2 / dt * (1 - w) / (1 + w)
@@ -110,23 +111,28 @@ def cauchy_ref(Lam, P, B, C, dt, L):
     CP = (C_cut * P) @ cauchy
     PB = (P.conj() * B) @ cauchy
     PP = (P.conj() * P) @ cauchy
-    return np.fft.ifft(2 / (1 + w) * (CB - CP / (1 + PP) * PB)).real
+    K_f = 2 / (1 + w) * (CB - CP / (1 + PP) * PB)
+    return np.fft.ifft(K_f).real
 
 
 def diagonal_kernel_ref(Lam, B, C, dt, L):
     """Kernel of S4D with zero-order hold.  Lam, B, C: (N/2,).  Returns (L,)."""
     B_bar = (np.exp(dt * Lam) - 1) / Lam * B
-    return np.array([2 * (C * B_bar * np.exp(dt * Lam * l)).sum().real for l in range(L)])
+    powers = np.exp(dt * Lam * np.arange(L)[:, None])  # (L, N/2)
+    return 2 * (powers @ (C * B_bar)).real
 
 
 def s4d_lin(N):
     """Return S4D-Lin: Lam, B (N/2,) complex128."""
-    return -0.5 + 1j * np.pi * np.arange(N // 2), np.ones(N // 2, complex)
+    n = np.arange(N // 2)
+    return -0.5 + 1j * np.pi * n, np.ones(N // 2, complex)
 
 
 def s4d_inv(N):
     """Return S4D-Inv, whose frequencies are spread like those of HiPPO-LegS."""
-    return -0.5 + 1j * N / np.pi * (N / (2 * np.arange(N // 2) + 1) - 1), np.ones(N // 2, complex)
+    n = np.arange(N // 2)
+    frequency = N / np.pi * (N / (2 * n + 1) - 1)
+    return -0.5 + 1j * frequency, np.ones(N // 2, complex)
 
 
 def s4d_legs(N):
@@ -303,7 +309,7 @@ def log_uniform(low, high, *shape):
     if not 0 < low <= high < math.inf:
         raise ValueError(f"expected finite 0 < dt_min <= dt_max, got {low} and {high}")
     u = torch.rand(shape, dtype=torch.float32)
-    return nn.Parameter(math.log(low) + u * (math.log(high) - math.log(low)))
+    return nn.Parameter(math.log(low) + u * math.log(high / low))
 
 
 class State(NamedTuple):
@@ -395,7 +401,8 @@ class StateSpace(nn.Module):
         x, E, B_bar, C = state
         u = x_t.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            x = x + torch.einsum("dij,bdj->bdi", E, x) + B_bar[..., 0] * u[..., None]
+            change = torch.einsum("dij,bdj->bdi", E, x)  # (A_bar - I) x
+            x = x + change + B_bar[..., 0] * u[..., None]
             y = torch.einsum("dj,bdj->bd", C[:, 0], x) + self.D_skip * u
         return y.to(x_t.dtype), state._replace(x=x)
 
@@ -427,7 +434,8 @@ class StateSpace(nn.Module):
                 columns = torch.cat([columns, columns + E @ columns], -1)  # (D, N, size)
                 E = 2 * E + E @ E
         y = torch.cat(y, 1) + self.D_skip[:, None, None] * u
-        return y.permute(2, 1, 0).to(x.dtype), state._replace(x=h.permute(2, 0, 1))
+        y = y.permute(2, 1, 0).to(x.dtype)
+        return y, state._replace(x=h.permute(2, 0, 1))
 
 
 class S4(StateSpace):

@@ -488,14 +488,6 @@ def test_a_model_in_bfloat16_is_as_exact_as_its_activations(kind):
 
 
 @KINDS
-def test_conversions_other_than_to_half_work(kind):
-    layer = kind(3, 8)
-    assert layer.double().C.dtype == torch.float64
-    assert layer.float().C.dtype == torch.float32
-    assert layer.bfloat16().to("meta").C.device.type == "meta"
-
-
-@KINDS
 def test_autocast_rounds_no_kernel_and_no_state(kind):
     layer = kind(8, 16)
     x = torch.randn(2, 70, 8)
@@ -508,14 +500,6 @@ def test_autocast_rounds_no_kernel_and_no_state(kind):
         assert torch.equal(y_auto, y) and torch.equal(state_auto.x, state.x)
         assert torch.equal(layer.step(x[:, 0], state)[0], stepped)
         assert rel_err(layer(x.bfloat16()), layer(x)) < 2e-2
-
-
-@KINDS
-def test_half_precision_streams_as_it_convolves(kind):
-    layer = kind(3, 8).bfloat16()
-    x = torch.randn(2, 70, 3).bfloat16()
-    y, _ = layer.prefill(x, layer.initial_state(2))
-    assert rel_err(y, layer(x)) < 4e-3
 
 
 # ---------------------------------------------------------------- recurrent mode
