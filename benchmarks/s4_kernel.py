@@ -1,12 +1,12 @@
-"""What an S4 kernel costs: naive Cauchy, stable Cauchy, two-level, and a bare FFT convolution.
+"""Cost of an S4 kernel: naive Cauchy, stable Cauchy, two-level, and the FFT convolution alone.
 
     python benchmarks/s4_kernel.py                  width 16, L 1k to 64k, plus width 256 at L 16k
-    python benchmarks/s4_kernel.py --lengths 1024   quickly, one length
+    python benchmarks/s4_kernel.py --lengths 1024   quick: one length
 
-Forward and backward, float32, N = 64, one direction.  Every cell runs in a process of its own, so
-its peak memory is its own: the largest resident size above that of the process once torch is warm.
+Forward and backward, float32, N = 64, one direction.  Every cell runs in its own process, so its
+peak memory is its own: the largest resident size above that of the process once torch is warm.
 Error: relative L2, worst channel, against the two-level kernel in float64 of the same parameters
-(which tests/test_s4.py holds against the recurrence).  The naive form is Algorithm 1 of
+(which tests/test_s4.py compares with the recurrence).  The naive form is Algorithm 1 of
 arXiv:2111.00396v3 in complex64 (its C~ in float64): z = 2 (1 - w) / (1 + w), and an array of
 (D, N, L/2 + 1) quotients for each of four sums.  --clock cpu --threads 1 counts processor
 time, for a machine that is shared.  Writes results/s4_kernel.json and .png.
@@ -40,58 +40,96 @@ def alone(call, *args):
         return pool.submit(call, *args).result()
 
 
-def naive_cauchy(system, Lam, P, B, dt, L):
-    """Algorithm 1 as it stands, half pairs doubled, in the precision of C.  Returns (D, L)."""
-    C = system.C[0]
-    E, _, R = s4.real_form(*system[:4], system.C.to(torch.complex128))
-    row, power = R, L
+def halves(layer):
+    """Lam, P, B: (D, N/2) complex128, dt: (D, 1) float64."""
+    Lam = s4.eigenvalues(layer.log_decay, layer.frequency)
+    P = torch.view_as_complex(layer.P.double())
+    B = torch.view_as_complex(layer.B.double())
+    return Lam, P, B, layer.log_dt.double().exp()[:, None]
+
+
+def cut(layer, L):
+    """C~ = C (I - A_bar^L): (n, D, N/2) in the precision of C, by the binary digits of L."""
+    E, _, C = layer.system()
+    row = C  # (D, n, N): C A_bar^L in the end
+    power = L
     while power:
-        row = torch.baddbmm(row, row, E) if power % 2 else row
-        E, power = s4.square(E), power // 2
-    real, imag = (R - row)[:, 0].chunk(2, -1)  # (D, N/2)
-    C_cut = (torch.complex(real, -imag) / 2).to(C.dtype)
-    Lam, P, B = (s4_full(v.to(C.dtype)) for v in (Lam, P, B))  # (D, N)
+        if power % 2:
+            row = torch.baddbmm(row, row, E)
+        E = torch.baddbmm(E, E, E, beta=2)
+        power //= 2
+    real, imag = ((C - row) / 2).unflatten(-1, (-1, 2)).unbind(-1)  # a row is 2 (Re C, -Im C)
+    return torch.complex(real, -imag).to(layer.C.dtype.to_complex()).transpose(0, 1)
+
+
+def naive_cauchy(layer, L):
+    """Algorithm 1 as it stands, over all N eigenvalues.  Returns (n, D, L)."""
+    C = cut(layer, L)
+    Lam, P, B, dt = [v.to(C.dtype) for v in halves(layer)]
     w = torch.exp(-2j * torch.pi / L * torch.arange(L // 2 + 1, dtype=C.real.dtype))
     z = 2 * (1 - w) / (1 + w)  # (L/2 + 1,), rounding keeps it finite at w = -1
-    dt = dt.to(C.real.dtype)
+
+    def both(v):
+        return torch.cat([v, v.conj()], -1)
 
     def cauchy(b, c):
-        terms = (b * c * dt)[..., None] / (z - (dt * Lam)[..., None])  # (D, N, L/2 + 1)
-        return terms.sum(1)  # (D, L/2 + 1)
+        terms = (both(b * c * dt))[..., None] / (z - both(dt * Lam)[..., None])
+        return terms.sum(-2)  # ([n,] D, L/2 + 1)
 
-    C_cut = s4_full(C_cut)
-    K_f = cauchy(B, C_cut)
-    K_f = K_f - cauchy(B, P.conj()) * cauchy(P, C_cut) / (1 + cauchy(P, P.conj()))
+    K_f = cauchy(B, C) - cauchy(B, P.conj()) * cauchy(P, C) / (1 + cauchy(P, P.conj()))
     return torch.fft.irfft(2 / (1 + w) * K_f, L)
 
 
-def s4_full(v):
-    return torch.cat([v, v.conj()], -1)
+def stable_cauchy(layer, L):
+    """The Cauchy kernel without its pole, O(D N L) time and memory.  Returns (n, D, L).
+
+    At the root of unity exp(-2 i t), z = (2 / dt) i tan t is infinite at t = pi / 2 and large
+    around it, where float32 loses three digits.  Numerator and denominator times cos t are bounded:
+        sum over a pair of b c / (z - Lam) / cos t = (4 i Re(v) sin t - 2 Re(v a^*) cos t) / den,
+        den = |a|^2 cos^2 t - 4 sin^2 t - 4 i Re(a) sin t cos t,   a = dt Lam,  v = dt b c.
+    All sums (b: B, P; c: C~, P^*) are one real product with a table of 1 / den.  The factor before
+    them, 2 / (1 + w) = exp(i t) / cos t, takes the last cosine away.
+    """
+    C = cut(layer, L)  # (n, D, N/2)
+    Lam, P, B, dt = [v.to(C.dtype) for v in halves(layer)]
+    t = torch.arange(L // 2 + 1, dtype=torch.float64) * (torch.pi / L)  # (M,), M = L//2 + 1
+    cos = t.cos().to(C.real.dtype)
+    sin = t.sin().to(C.real.dtype)
+    a = (dt * Lam)[..., None]  # (D, N/2, 1)
+    size = a.abs()
+    den = torch.complex((size * cos - 2 * sin) * (size * cos + 2 * sin), -4 * a.real * sin * cos)
+    table = torch.view_as_real(1 / den).flatten(-2)  # (D, N/2, 2 M) real
+    b = torch.stack([B, P], 1)  # (D, 2, N/2)
+    c = torch.cat([C.transpose(0, 1), P.conj()[:, None]], 1)  # (D, n + 1, N/2)
+    v = (dt[:, None] * b)[:, :, None] * c[:, None]  # (D, 2, n + 1, N/2)
+    weights = torch.stack([v.real, (v * a.mT[:, None].conj()).real], 1)  # (D, 2, 2, n + 1, N/2)
+    sums = (weights.flatten(1, 3) @ table).unflatten(-1, (-1, 2))  # (D, 4 (n + 1), M, 2)
+    sums = torch.view_as_complex(sums).unflatten(1, (2, 2, -1))  # (D, 2, 2, n + 1, M)
+    sums = 4j * sin * sums[:, 0] - 2 * cos * sums[:, 1]  # (D, 2, n + 1, M)
+    BC, PC = sums[:, :, :-1].unbind(1)  # (D, n, M)
+    BP, PP = sums[:, :, -1:].unbind(1)  # (D, 1, M)
+    factor = torch.polar(torch.ones_like(t), t).to(C.dtype)
+    K_f = factor * (BC - cos * BP * PC / (1 + cos * PP))
+    return torch.fft.irfft(K_f, L).transpose(0, 1)
 
 
 def make(form, layer, L):
     """A function without arguments: the kernel (D, L), or the convolution (1, L, D)."""
-    if form == "bare FFT convolution":
-        u = torch.randn(1, L, layer.d_model, requires_grad=True)
-        K = torch.randn(layer.d_model, L, requires_grad=True)
-        n = s4.fft_length(2 * L - 1)
+    u = torch.randn(1, L, layer.d_model, requires_grad=True)
+    K = torch.randn(layer.d_model, L, requires_grad=True)
+    n = s4.fft_length(2 * L - 1)
 
-        def bare():
-            U, K_f = torch.fft.rfft(u.transpose(1, 2), n), torch.fft.rfft(K, n)
-            return torch.fft.irfft(U * K_f, n)[..., :L].transpose(1, 2)
+    def convolution():
+        K_f = torch.fft.rfft(K, n)
+        U = torch.fft.rfft(u.transpose(1, 2), n)
+        return torch.fft.irfft(U * K_f, n)[..., :L].transpose(1, 2)
 
-        return bare
-
-    def kernel():
-        if form == "two-level":
-            return layer.kernel(L)
-        Lam, B, _, dt = layer.continuous()
-        P = torch.view_as_complex(layer.P.double())
-        if form == "naive Cauchy":
-            return naive_cauchy(layer.system(), Lam, P, B, dt, L)
-        return s4.cauchy_kernel(layer.system(), Lam, P, B, dt, L)[0]
-
-    return kernel
+    return {
+        "naive Cauchy": lambda: naive_cauchy(layer, L)[0],
+        "stable Cauchy": lambda: stable_cauchy(layer, L)[0],
+        "two-level": lambda: layer.kernel(L),
+        "bare FFT convolution": convolution,
+    }[form]
 
 
 def cell(form, width, L, threads, clock, rounds):

@@ -1,12 +1,12 @@
-"""The S4 mixer (kernel, convolution, skip) against the convolution it cannot do without.
+"""The S4 mixer (kernel, convolution, skip) against the FFT convolution that it contains.
 
     python benchmarks/s4_mixer.py                             width 256, N 64, batch 4, two threads
     python benchmarks/s4_mixer.py --clock cpu --threads 1     on a machine that is shared
 
 Forward and backward, float32, (B, L, D) in and out.
-"bare": irfft(rfft(u) rfft(k)) with plain autograd, k a free (D, L) parameter, the FFT length the
-best of those made of 2, 3 and 5.  "own": s4.fft_conv of the same k, whose backward is written out;
-the mixer uses it too, so mixer / own is what the kernel adds.
+"bare": irfft(rfft(u) rfft(k)) with plain autograd, k a free (D, L) parameter, FFT lengths made of
+2, 3 and 5.  "own": s4.fft_conv of the same k, with its own backward; the mixer uses it too, so
+mixer / own is the share of the kernel and the skip.
 Times: the three take turns in one process, the least of all rounds.  Memory: one process each, the
 largest resident size above that of the warm process with its input, weights and output gradient.
 Writes results/s4_mixer.json.

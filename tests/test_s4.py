@@ -1,4 +1,4 @@
-"""s4.py: golden values, kernels, layers, streaming, optimiser groups, planted faults."""
+"""s4.py: golden values, kernels, layers, recurrent mode, states, the model, planted faults."""
 
 import copy
 import json
@@ -11,23 +11,38 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import s4
 import sgconv
-from s4 import DLR, S4, S4D, S4Config, S4Model, s4_mixer, s4d_inv, s4d_legs, s4d_lin, s4d_mixer
+from s4 import (
+    DLR,
+    S4,
+    S4D,
+    S4Config,
+    S4Model,
+    diagonal_mixer,
+    rel_err,
+    s4_mixer,
+    s4d_inv,
+    s4d_legs,
+    s4d_lin,
+    s4d_mixer,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = json.loads((ROOT / "tests/golden/s4.json").read_text())
 SLOW = pytest.mark.slow
 KINDS = pytest.mark.parametrize("kind", [S4, S4D, DLR])
-TIMED = pytest.mark.parametrize("kind", [S4, S4D])
+MIXERS = pytest.mark.parametrize("mixer", [s4_mixer, s4d_mixer, diagonal_mixer])
 INITS = {"lin": s4d_lin, "inv": s4d_inv, "legs": s4d_legs}
 
 
-def rel_err(a, b):
-    a, b = (v.detach().double().numpy() if torch.is_tensor(v) else np.array(v) for v in (a, b))
-    assert a.shape == b.shape and abs(b).max() > 0
-    return float(abs(a - b).max() / abs(b).max())
+def SGConv(d_model):
+    return sgconv.SGConv(d_model, 16, 4)
+
+
+ALL = pytest.mark.parametrize("kind", [S4, S4D, DLR, SGConv])
 
 
 @pytest.fixture(autouse=True)
@@ -35,34 +50,53 @@ def seed():
     torch.manual_seed(0)
 
 
-def one_channel(N, C, dt, dtype=torch.complex128):
-    """The arguments of the fast kernels for HiPPO-LegS with C real, in the basis of the states."""
+def real_coordinates(v):
+    """Complex numpy (N/2,) -> (1, N) float64."""
+    return torch.view_as_real(torch.from_numpy(v)).flatten()[None]
+
+
+def legs(N, dt):
+    """E and B_bar of HiPPO-LegS, and what turns C in its basis into C (1, 1, N/2, 2)."""
     Lam, P, B, V = s4.nplr_legs(N)
-    Lam, P, B = (torch.from_numpy(v)[None] for v in (Lam, P, B))
-    C = torch.from_numpy((C @ V)[None, None]).to(dtype)
     dt = torch.tensor([[dt]], dtype=torch.float64)
-    return s4.discretize(Lam, P, B, C, dt), Lam, P, B, dt
+    P = real_coordinates(P)
+    B = real_coordinates(B)
+    system = s4.bilinear(torch.from_numpy(Lam)[None], P, B, dt)
+    return system, lambda C: torch.view_as_real(torch.from_numpy(C @ V))[None, None]
 
 
-def random_systems(D, N, n=1):
+def legs_kernel(N, C, dt, L, dtype=torch.float64):
+    """The kernel of HiPPO-LegS with C (N,): (L,)."""
+    (E, B_bar), convert = legs(N, dt)
+    return s4.two_level_kernel(E, B_bar, s4.output_rows(convert(C)), L, dtype)[0, 0]
+
+
+def random_system(D, N, n=1):
     """Lam, P, B, C, dt of D random stable systems, with gradients."""
-    draw = lambda *shape: torch.randn(*shape, dtype=torch.complex128)  # noqa: E731
-    Lam = torch.complex(-torch.rand(D, N // 2).double() - 0.1, 3 * torch.randn(D, N // 2).double())
-    dt = 0.05 + 0.2 * torch.rand(D, 1, dtype=torch.float64)
-    parts = (Lam, draw(D, N // 2), draw(D, N // 2), draw(n, D, N // 2), dt)
-    return tuple(part.requires_grad_() for part in parts)
+    half = N // 2
+    decay = torch.rand(D, half).double() + 0.1
+    Lam = torch.complex(-decay, 3 * torch.randn(D, half).double())
+    P = torch.randn(D, N).double()
+    B = torch.randn(D, N).double()
+    C = torch.randn(n, D, half, 2).double()
+    dt = 0.05 + 0.2 * torch.rand(D, 1).double()
+    return [part.requires_grad_() for part in (Lam, P, B, C, dt)]
 
 
 def two_level(Lam, P, B, C, dt, L):
-    return s4.two_level_kernel(s4.discretize(Lam, P, B, C, dt), L)
+    E, B_bar = s4.bilinear(Lam, P, B, dt)
+    return s4.two_level_kernel(E, B_bar, s4.output_rows(C), L, torch.float64)
 
 
-def cauchy(Lam, P, B, C, dt, L):
-    return s4.cauchy_kernel(s4.discretize(Lam, P, B, C, dt), Lam, P, B, dt, L)
-
-
-def diagonal(Lam, P, B, C, dt, L):
-    return s4.diagonal_kernel(Lam, s4.hold(Lam, B, C, dt).B_bar, C, dt, L)
+def recurrence(layer, L):
+    """The kernel of a float64 layer one step at a time: (D, L)."""
+    E, x, C = layer.system()
+    out = []
+    for _ in range(L):
+        out.append((C @ x)[:, 0, 0])
+        x = torch.baddbmm(x, E, x)
+        x = torch.where(x.abs() < 1e-200, 0.0, x)  # numbers below 1e-308 are slow
+    return torch.stack(out, -1)
 
 
 # ---------------------------------------------------------------- HiPPO
@@ -85,21 +119,26 @@ FREQUENCIES = {
 
 
 @pytest.mark.parametrize("N", FREQUENCIES)
-def test_normal_form(N):
+def test_frequencies_of_the_normal_form(N):
+    """Up to N = 8 all, above that the lowest and the highest."""
+    want = np.array(FREQUENCIES[N])
+    got = np.sort(s4.nplr_legs(N)[0].imag)
+    got = np.append(got[: len(want) - 1], got[-1])
+    assert np.allclose(got, want, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("N", FREQUENCIES)
+def test_normal_form_rebuilds_hippo(N):
     A, B = s4.hippo_legs(N)
     Lam, P, B_half, V = s4.nplr_legs(N)
     assert (B_half.real > 0).all() and abs(B_half.imag).max() < 1e-12  # no solver's own phases
-    want = np.array(FREQUENCIES[N])
-    got = np.sort(Lam.imag)
-    got = got if N <= 8 else np.concatenate([got[: len(want) - 1], got[-1:]])
-    assert np.allclose(got, want, rtol=1e-9, atol=0)
-    full = np.concatenate([V, V.conj()], 1)  # (N, N)
-    assert rel_err((full.conj().T @ full).real, np.eye(N)) < 1e-12
-    Lam, P = s4.both(Lam), s4.both(P)
-    back = full @ (np.diag(Lam) - np.outer(P, P.conj())) @ full.conj().T
+    U = np.concatenate([V, V.conj()], 1)  # (N, N)
+    q = s4.both(P)
+    back = U @ (np.diag(s4.both(Lam)) - np.outer(q, q.conj())) @ U.conj().T
+    assert rel_err((U.conj().T @ U).real, np.eye(N)) < 1e-12
     assert np.abs(back.imag).max() < 1e-10
     assert rel_err(back.real, A) < 1e-11
-    assert rel_err((full @ s4.both(B_half)).real, B) < 1e-12
+    assert rel_err((U @ s4.both(B_half)).real, B) < 1e-12
 
 
 @pytest.mark.parametrize("t", [0.01, 0.3, 2.0])
@@ -113,13 +152,12 @@ def test_memory_is_made_of_legendre_polynomials(t):
 
 @pytest.mark.parametrize("dt", [1e-4, 1e-2, 1.0, 10.0])
 def test_no_system_grows(dt):
-    """||A_bar|| <= 1 for LegS and for any tied P with Re Lam < 0."""
-    hippo = one_channel(64, np.ones(64), dt)[0]
-    Lam, P, B, C, _ = random_systems(5, 8)
-    step = torch.full((5, 1), dt, dtype=torch.float64)
-    for system in (hippo, s4.discretize(Lam, P, B, C, step)):
-        E = s4.real_form(*system)[0]
-        norms = torch.linalg.matrix_norm(torch.eye(E.shape[-1], dtype=E.dtype) + E, 2)
+    """||A_bar|| <= 1 for LegS and for any P = Q with Re Lam < 0."""
+    Lam, P, B, _, _ = random_system(5, 8)
+    E_random, _ = s4.bilinear(Lam, P, B, torch.full((5, 1), dt, dtype=torch.float64))
+    (E_legs, _), _ = legs(64, dt)
+    for E in (E_random, E_legs):
+        norms = torch.linalg.matrix_norm(torch.eye(E.shape[-1]).double() + E, 2)
         assert 0.1 < norms.min() and norms.max() <= 1 + 1e-12
 
 
@@ -130,47 +168,35 @@ def test_golden_kernels_of_others():
     """First values of two kernels, computed elsewhere."""
     bilinear = [0.547052197739, 0.223439367527, 0.063993929101]
     bilinear += [-0.004599418612, -0.025621550246, -0.023929160707]
-    assert (
-        rel_err(s4.two_level_kernel(one_channel(4, np.ones(4), 0.1)[0], 6)[0, 0], bilinear) < 1e-11
-    )
+    assert rel_err(legs_kernel(4, np.ones(4), 0.1, 6), np.array(bilinear)) < 1e-11
     hold = [0.387011208635, 0.350341187798, 0.300984952682]
     hold += [0.244020162256, 0.184808923753, 0.128456683586]
-    Lam, B = (torch.from_numpy(v)[None] for v in s4d_lin(4))
-    dt = torch.tensor([[0.1]], dtype=torch.float64)
-    assert rel_err(diagonal(Lam, None, B, torch.ones_like(B)[None], dt, 6)[0, 0], hold) < 1e-11
+    layer = S4D(1, 4).double()
+    layer.log_dt.data.fill_(np.log(0.1))
+    layer.frequency.data.copy_(torch.tensor([0, np.pi], dtype=torch.float64))
+    layer.log_decay.data.fill_(np.log(0.5))
+    layer.C.data.copy_(torch.tensor([1.0, 0.0]))
+    assert rel_err(layer.kernel(6)[0], np.array(hold)) < 1e-11
 
 
 def test_golden_kernels():
     C = np.cos(np.arange(8))
-    system, Lam, P, B, dt = one_channel(8, C, 0.05)
-    for K in (s4.two_level_kernel(system, 24), s4.cauchy_kernel(system, Lam, P, B, dt, 24)):
-        assert rel_err(K[0, 0], GOLDEN["kernel"]) < 1e-11
+    assert rel_err(legs_kernel(8, C, 0.05, 24), np.array(GOLDEN["kernel"])) < 1e-11
     for name, init in INITS.items():
-        Lam, B = (torch.from_numpy(v)[None] for v in init(8))
-        C_half = torch.from_numpy(C[None, None, :4]).to(torch.complex128)
-        K = diagonal(Lam, None, B, C_half, dt, 24)
-        assert rel_err(K[0, 0], GOLDEN[f"s4d_{name}"]) < 1e-11
+        Lam, B = [torch.from_numpy(v)[None] for v in init(8)]
+        a = 0.05 * Lam
+        v = torch.expm1(a) / Lam * B * torch.from_numpy(C[:4])
+        K = s4.diagonal_kernel(a, v[None], 24, torch.float64)
+        assert rel_err(K[0, 0], np.array(GOLDEN[f"s4d_{name}"])) < 1e-11
 
 
 @pytest.mark.parametrize("L", [1, 2, 3, 5, 255, 256, 1000, 1024])
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.complex128, 1e-11), (torch.complex64, 5e-6)])
-def test_kernels_equal_powers(L, dtype, limit):
-    C, dt = np.cos(np.arange(16)), 0.02
-    want = s4.kernel_ref(*s4.discretize_ref(*s4.hippo_legs(16), dt), C, L)
-    system, Lam, P, B, dt = one_channel(16, C, dt, dtype)
-    assert rel_err(s4.two_level_kernel(system, L)[0, 0], want) < limit
-    assert rel_err(s4.cauchy_kernel(system, Lam, P, B, dt, L)[0, 0], want) < limit
-
-
-def recurrence(layer, L):
-    """The kernel of a float64 layer one step at a time: (D, L)."""
-    E, x, C = s4.real_form(*layer.system())
-    out = []
-    for _ in range(L):
-        out.append((C @ x)[:, 0, 0])
-        x = torch.baddbmm(x, E, x)
-        x = torch.where(x.abs() < 1e-200, 0.0, x)  # numbers below 1e-308 are slow
-    return torch.stack(out, -1)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-11), (torch.float32, 5e-6)])
+def test_two_level_kernel_equals_powers(L, dtype, limit):
+    C = np.cos(np.arange(16))
+    want = s4.kernel_ref(*s4.discretize_ref(*s4.hippo_legs(16), 0.02), C, L)
+    K = legs_kernel(16, C, 0.02, L, dtype)
+    assert K.dtype == dtype and rel_err(K, want) < limit
 
 
 @torch.no_grad()
@@ -179,74 +205,130 @@ def recurrence(layer, L):
 )
 def test_float32_at_length_16384(dt, L=16384):
     """Relative L2 error; the form of the paper loses three digits here, A_bar without - I two."""
-    for kind, limit in ((S4, 6e-6), (S4D, 6e-6)):
+    for kind in (S4, S4D):
         layer = kind(2, 64, dt_min=dt, dt_max=dt)
-        exact = recurrence(copy.deepcopy(layer).double(), L)
-        error = lambda K: ((K - exact).norm(dim=-1) / exact.norm(dim=-1)).max()  # noqa: B023, E731
-        assert error(layer.kernel(L)) < limit
-        assert error(copy.deepcopy(layer).double().kernel(L)) < 1e-11
-        if kind is S4:
-            Lam, B, C, step = layer.continuous()
-            P = torch.view_as_complex(layer.P.double())
-            assert error(cauchy(Lam, P, B, C, step, L)[0]) < 2e-5
+        double = copy.deepcopy(layer).double()
+        exact = recurrence(double, L)
+        for K, limit in ((layer.kernel(L), 6e-6), (double.kernel(L), 1e-11)):
+            error = (K - exact).norm(dim=-1) / exact.norm(dim=-1)
+            assert error.max() < limit
 
 
 @pytest.mark.parametrize("L", [9, 10])
-@pytest.mark.parametrize("kernel", [two_level, cauchy, diagonal])
-def test_gradcheck_kernels(kernel, L):
-    parts = random_systems(2, 6, n=2)
-    if kernel is diagonal:
-        parts = (parts[0], None, *parts[2:])
-    assert gradcheck(lambda *p: kernel(*p, L), parts)
+def test_gradcheck_two_level_kernel(L):
+    assert gradcheck(lambda *parts: two_level(*parts, L), random_system(2, 6, n=2))
 
 
 @pytest.mark.parametrize("L", [9, 10])
-def test_gradcheck_convolution(L):
+@pytest.mark.parametrize("kind", [S4D, DLR])
+def test_gradcheck_diagonal_kernel(kind, L):
+    layer = kind(2, 6, bidirectional=True).double()
+    names = [name for name, _ in layer.named_parameters() if name != "D_skip"]
+
+    def kernel(*values):
+        for name, value in zip(names, values, strict=True):
+            delattr(layer, name)
+            setattr(layer, name, value)
+        return layer.kernel(L)
+
+    assert gradcheck(kernel, [getattr(layer, n).detach().clone().requires_grad_() for n in names])
+
+
+@pytest.mark.parametrize("L", [9, 10])
+@pytest.mark.parametrize("shape", [(3,), (2, 3)])
+def test_gradcheck_convolution(L, shape):
     u = torch.randn(2, L, 3, dtype=torch.float64, requires_grad=True)
-    for shape in ((3, L), (2, 3, L)):
-        assert gradcheck(s4.fft_conv, (u, torch.randn(*shape).double().requires_grad_()))
+    K = torch.randn(*shape, L, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(s4.fft_conv, (u, K))
 
 
 def test_kernel_does_not_depend_on_the_basis():
     """Phases of the eigenvectors, the choice within a pair, the order, a rotation of the states."""
-    Lam, P, B, C, dt = (part.detach() for part in random_systems(3, 8))
+    Lam, P, B, C, dt = [part.detach() for part in random_system(3, 8)]
+    K = two_level(Lam, P, B, C, dt, 50)
+    P, B = [torch.view_as_complex(v.view(3, 4, 2)) for v in (P, B)]
+    C = torch.view_as_complex(C)
     phase = torch.polar(torch.ones(4).double(), torch.arange(4).double())
-    swap = torch.tensor([True, False, True, False])
-    swapped = [torch.where(swap, v.conj(), v) for v in (Lam, P, B, C)]
-    for kernel in (two_level, cauchy):
-        K = kernel(Lam, P, B, C, dt, 50)
-        assert rel_err(kernel(Lam, phase * P, phase * B, C / phase, dt, 50), K) < 1e-12
-        assert rel_err(kernel(*swapped, dt, 50), K) < 1e-12
-        assert rel_err(kernel(*(v.flip(-1) for v in (Lam, P, B, C)), dt, 50), K) < 1e-12
+    other = torch.tensor([True, False, True, False])
+
+    def kernel(Lam, P, B, C):
+        P, B = [torch.view_as_real(v.resolve_conj()).flatten(-2) for v in (P, B)]
+        return two_level(Lam, P, B, torch.view_as_real(C.resolve_conj()), dt, 50)
+
+    assert rel_err(kernel(Lam, phase * P, phase * B, C / phase), K) < 1e-12
+    assert rel_err(kernel(*[torch.where(other, v.conj(), v) for v in (Lam, P, B, C)]), K) < 1e-12
+    assert rel_err(kernel(*[v.flip(-1) for v in (Lam, P, B, C)]), K) < 1e-12
     Q = np.linalg.qr(np.random.RandomState(0).randn(64, 64))[0]
-    (A, B), C = s4.hippo_legs(64), np.cos(np.arange(64))
+    A, B = s4.hippo_legs(64)
+    C = np.cos(np.arange(64))
     rotated = s4.kernel_ref(*s4.discretize_ref(Q @ A @ Q.T, Q @ B, 0.01), Q @ C, 50)
-    assert rel_err(s4.two_level_kernel(one_channel(64, C, 0.01)[0], 50)[0, 0], rotated) < 1e-11
+    assert rel_err(legs_kernel(64, C, 0.01, 50), rotated) < 1e-11
 
 
-def test_gradient_of_a_layer_reaches_every_parameter():
-    for kind in (S4, S4D, DLR):
-        layer = kind(3, 8, bidirectional=True).double()
-        layer(torch.randn(2, 20, 3, dtype=torch.float64)).square().sum().backward()
-        assert all(p.grad.abs().max() > 0 for p in layer.parameters())
+@pytest.mark.parametrize("kind", [S4, S4D])
+@pytest.mark.parametrize("extreme", [-800.0, 800.0])
+def test_extreme_decays_leave_kernel_and_gradient_finite(kind, extreme):
+    layer = kind(2, 8).double()
+    layer.log_decay.data[0] = extreme
+    K = layer.kernel(20)
+    K.sum().backward()
+    assert K.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
+    assert (s4.eigenvalues(layer.log_decay, layer.frequency).real < 0).all()
+
+
+def test_a_vanishing_eigenvalue_has_the_limit_dt_b():
+    layer = S4D(1, 2).double()  # S4D-Lin with one pair: frequency 0
+    layer.log_decay.data.fill_(-800)
+    want = 2 * layer.C[0, :, 0, :1] * layer.log_dt.exp()  # (1, 1)
+    assert rel_err(layer.kernel(5), want.expand(1, 5)) < 1e-12
+
+
+@pytest.mark.parametrize("L", [64, 101])
+def test_cauchy_kernels_of_the_benchmark(monkeypatch, L):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from s4_kernel import naive_cauchy, stable_cauchy
+
+    layer = S4(3, 16, bidirectional=True).double()
+    assert rel_err(stable_cauchy(layer, L), layer.kernel(L)) < 1e-10
+    assert rel_err(naive_cauchy(layer, 101), layer.kernel(101)) < 1e-8
 
 
 # ---------------------------------------------------------------- layers
 
 
 @KINDS
-def test_prefix_and_untouched_parameters(kind):
+def test_gradient_reaches_every_parameter(kind):
+    layer = kind(3, 8, bidirectional=True).double()
+    layer(torch.randn(2, 20, 3, dtype=torch.float64)).square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in layer.parameters())
+
+
+@KINDS
+def test_a_shorter_kernel_is_a_prefix(kind):
     layer = kind(3, 8).double()
+    assert rel_err(layer.kernel(100)[:, :37], layer.kernel(37)) < 1e-13
+
+
+@KINDS
+def test_forward_changes_no_parameter(kind):
+    layer = kind(3, 8)
     before = copy.deepcopy(layer.state_dict())
-    long, short = layer.kernel(100), layer.kernel(37)
-    assert rel_err(long[:, :37], short) < 1e-13
-    layer(torch.randn(1, 500, 3).double()), layer(torch.randn(1, 5, 3).double())
+    layer(torch.randn(1, 500, 3))
+    layer(torch.randn(1, 5, 3))
     after = layer.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
-    twin = kind(3, 8).double()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    twin = kind(3, 8)
     twin.load_state_dict(after)
     assert torch.equal(twin.kernel(61), layer.kernel(61))
-    assert torch.equal(copy.deepcopy(layer).kernel(61), layer.kernel(61))
+
+
+@KINDS
+def test_every_parameter_has_a_channel_axis(kind):
+    layer = kind(5, 8, bidirectional=True)
+    for name, p in layer.named_parameters():
+        assert p.shape[layer.channel_axes.get(name, 0)] == 5
 
 
 @KINDS
@@ -262,12 +344,165 @@ def test_lags_of_a_bidirectional_layer(kind):
 
 
 @KINDS
-def test_causality(kind):
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_causality(kind, bidirectional):
+    layer = kind(3, 8, bidirectional).double()
     x = torch.randn(1, 30, 3, dtype=torch.float64, requires_grad=True)
-    for bidirectional in (False, True):
-        (grad,) = torch.autograd.grad(kind(3, 8, bidirectional).double()(x)[0, 17].sum(), x)
-        future = grad[0, 18:].abs().max() / grad.abs().max()
-        assert (future > 1e-6) == bidirectional and (bidirectional or future < 1e-12)
+    (grad,) = torch.autograd.grad(layer(x)[0, 17].sum(), x)
+    future = grad[0, 18:].abs().max() / grad.abs().max()
+    assert future > 1e-6 if bidirectional else future < 1e-12
+
+
+@pytest.mark.parametrize("kind", [S4, S4D])
+@pytest.mark.parametrize("rate", [0.5, 2.0])
+def test_rate_scales_the_step(kind, rate):
+    layer = kind(4, 16, dt_min=0.05, dt_max=0.1).double()
+    shifted = copy.deepcopy(layer)
+    shifted.log_dt.data += np.log(rate)
+    x = torch.randn(1, 50, 4, dtype=torch.float64)
+    y, _ = layer.prefill(x, layer.initial_state(1, rate))
+    assert rel_err(layer.kernel(50, rate), shifted.kernel(50)) < 1e-12
+    assert rel_err(layer(x, rate=rate), shifted(x)) < 1e-12
+    assert rel_err(y, shifted(x)) < 1e-10
+    integral = layer.kernel(2000).sum(-1)
+    assert rel_err(layer.kernel(2000, rate).sum(-1), integral) < 1e-6
+
+
+def test_half_rate_gives_half_the_samples():
+    """A slow input at twice the step: the output is that at every second sample."""
+    layer = S4D(
+        2, 2, dt_min=1e-3, dt_max=1e-3, init=lambda N: (np.array([-2 + 1j]), np.ones(1) + 0j)
+    )
+    layer = layer.double()
+    layer.D_skip.data.zero_()
+    x = torch.sin(torch.arange(4000).double() * 2e-3)[None, :, None].expand(1, -1, 2)
+    assert rel_err(layer(x[:, 1::2], rate=2.0), layer(x)[:, 1::2]) < 2e-3
+
+
+def test_a_plain_recurrence_is_what_its_name_says():
+    """x_l = a x_{l-1} + u_l with a = exp(Lam), y_l = 2 Re(C x_l), as a loop."""
+    layer = DLR(3, 8).double()
+    parts = {name: p.detach().numpy() for name, p in layer.named_parameters()}
+    a = np.exp(-np.exp(parts["log_decay"]) + 1j * parts["frequency"])
+    C = parts["C"][0] @ np.array([1, 1j])
+    u = np.random.RandomState(0).randn(50, 3)
+    x = np.zeros((3, 4), complex)
+    y = []
+    for u_l in u:
+        x = a * x + u_l[:, None]
+        y.append(2 * (C * x).sum(-1).real + parts["D_skip"] * u_l)
+    assert rel_err(layer(torch.from_numpy(u)[None])[0], np.array(y)) < 1e-12
+
+
+def test_a_plain_recurrence_starts_as_its_docstring_says():
+    layer = DLR(200, 8, dt_min=0.01, dt_max=0.5)
+    decay = layer.log_decay.exp()
+    want = 2 * torch.pi * torch.arange(4) / 8
+    assert rel_err(layer.frequency, want.expand(200, 4)) < 1e-6
+    assert decay.min() >= 0.01 * 0.9999 and decay.max() <= 0.5 * 1.0001
+    assert decay.min() < 0.02 and decay.max() > 0.4 and len(decay.unique()) > 700
+    assert abs(layer.log_decay.mean() - np.log(0.01 * 0.5) / 2) < 0.15  # log-uniform
+
+
+@SLOW
+@pytest.mark.parametrize("mixer", [s4_mixer, s4d_mixer])
+@pytest.mark.filterwarnings("ignore")
+def test_compile_forward_and_backward(mixer):
+    model = S4Model(S4Config(d_model=4, n_layers=1, d_state=4, vocab_size=5), mixer)
+    tokens = torch.randint(0, 5, (2, 9))
+    weight = torch.randn(2, 9, 4)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    assert rel_err(compiled(tokens), model(tokens)) < 1e-5
+    (compiled(tokens) * weight).sum().backward()
+    got = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    (model(tokens) * weight).sum().backward()
+    assert max(rel_err(a, p.grad) for a, p in zip(got, model.parameters(), strict=True)) < 1e-4
+
+
+@SLOW
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+def test_compile_with_the_default_backend():
+    layer = S4(2, 4)
+    x = torch.randn(2, 9, 2)
+    torch.compiler.reset()
+    assert rel_err(torch.compile(layer)(x), layer(x)) < 1e-5
+
+
+class NoRead(TorchDispatchMode):
+    """Refuses .item(), bool(tensor) and the like, which stop a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert "_local_scalar_dense" not in func.__name__
+        return func(*args, **(kwargs or {}))
+
+
+@KINDS
+def test_forward_reads_no_value_back(kind):
+    layer = kind(3, 8, bidirectional=True)
+    keep = torch.arange(40).expand(2, 40) < 30
+    with NoRead():
+        layer(torch.randn(2, 40, 3), keep).sum().backward()
+        with pytest.raises(AssertionError):
+            layer.D_skip[0].item()
+
+
+def test_a_layer_is_made_on_one_device():
+    with torch.device("meta"):
+        assert all(p.is_meta for p in S4(3, 4).parameters())
+
+
+def test_a_diverged_dt_gives_nan_as_every_other_layer_does():
+    layer = S4(4, 8)
+    layer.log_dt.data[2] = torch.nan
+    bad = layer(torch.randn(1, 5, 4)).isnan()[0, 0]
+    assert bad.tolist() == [False, False, True, False]
+
+
+# ---------------------------------------------------------------- precision
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_does_not_round_the_dynamics(kind, dtype):
+    """L = 1024, where a rounded dt or frequency turns the phases."""
+    layer = kind(16) if kind is not SGConv else sgconv.SGConv(16, 1024)
+    half = copy.deepcopy(layer).to(dtype)
+    x = torch.randn(2, 1024, 16).to(dtype)
+    y = half(x)
+    assert y.dtype == dtype
+    assert rel_err(y, layer(x.float())) < 1e-2
+
+
+@KINDS
+def test_a_model_in_bfloat16_is_as_exact_as_its_activations(kind):
+    config = S4Config(d_model=16, n_layers=2, vocab_size=5)
+    model = S4Model(config, lambda config, i: kind(16)).eval()
+    half = copy.deepcopy(model).bfloat16()
+    tokens = torch.randint(0, 5, (2, 512))
+    assert half.embed.weight.dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in half.blocks[0].mixer.parameters())
+    assert rel_err(half(tokens), model(tokens)) < 5e-2
+
+
+@KINDS
+def test_autocast_rounds_no_kernel_and_no_state(kind):
+    layer = kind(8, 16)
+    x = torch.randn(2, 70, 8)
+    K = layer.kernel(70)
+    y, state = layer.prefill(x, layer.initial_state(2))
+    stepped, _ = layer.step(x[:, 0], state)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.kernel(70), K)
+        y_auto, state_auto = layer.prefill(x, layer.initial_state(2))
+        assert torch.equal(y_auto, y) and torch.equal(state_auto.x, state.x)
+        assert torch.equal(layer.step(x[:, 0], state)[0], stepped)
+        assert rel_err(layer(x.bfloat16()), layer(x)) < 2e-2
+
+
+# ---------------------------------------------------------------- recurrent mode
 
 
 @KINDS
@@ -278,15 +513,16 @@ def test_any_chunking_is_the_convolution(kind, dtype, limit, sizes):
     x = torch.randn(2, 300, 4, dtype=dtype)
     y, state = s4.stream(layer, x, sizes)
     assert rel_err(y, layer(x)) < limit
-    assert state.x.shape == (2, 4, 64)  # N numbers a channel
+    assert state.x.shape == (2, 4, 64)  # N numbers per channel
 
 
 @KINDS
-def test_step_of_a_large_batch(kind):
-    """From a batch of 8 on another way of the same sum."""
+def test_chunks_and_steps_end_in_the_same_state(kind):
     layer = kind(4, 16).double()
-    x = torch.randn(9, 30, 4, dtype=torch.float64)
-    assert rel_err(s4.stream(layer, x, 1)[0], layer(x)) < 1e-12
+    x = torch.randn(9, 150, 4, dtype=torch.float64)
+    _, chunked = s4.stream(layer, x, [2, 69, 64, 15])
+    _, stepped = s4.stream(layer, x, 1)
+    assert rel_err(chunked.x, stepped.x) < 1e-12
 
 
 @KINDS
@@ -299,78 +535,33 @@ def test_gradients_pass_through_the_recurrent_mode(kind):
     assert max(map(rel_err, got, want)) < 1e-10
 
 
-@TIMED
-@pytest.mark.parametrize("rate", [0.5, 2.0])
-def test_rate_keeps_the_integral(kind, rate):
-    layer = kind(4, 16, dt_min=0.05, dt_max=0.1).double()
-    assert rel_err(layer.kernel(2000, rate).sum(-1), layer.kernel(2000).sum(-1)) < 1e-6
-    shifted = copy.deepcopy(layer)
-    shifted.log_dt.data += np.log(rate)
-    assert rel_err(layer.kernel(50, rate), shifted.kernel(50)) < 1e-12
-    x = torch.randn(1, 50, 4, dtype=torch.float64)
-    y, _ = layer.prefill(x, layer.initial_state(1, rate))
-    assert rel_err(layer(x, rate=rate), shifted(x)) < 1e-12
-    assert rel_err(y, shifted(x)) < 1e-10
-
-
-def test_a_plain_recurrence_is_what_its_name_says():
-    """x_l = a x_{l-1} + u_l with a = exp(Lam), y_l = 2 Re(C x_l), as a loop."""
-    layer = DLR(3, 8).double()
-    a = np.exp(-np.exp(layer.log_decay.detach().numpy()) + 1j * layer.frequency.detach().numpy())
-    C, u = layer.C[0].detach().numpy() @ np.array([1, 1j]), np.random.RandomState(0).randn(50, 3)
-    x, y = np.zeros((3, 4), complex), []
-    for u_l in u:
-        x = a * x + u_l[:, None]
-        y.append(2 * (C * x).sum(-1).real + layer.D_skip.detach().numpy() * u_l)
-    assert rel_err(layer(torch.from_numpy(u)[None])[0], np.array(y)) < 1e-12
-    assert (abs(a) < 1).all() and (0.9 < abs(a)).all()
-    with pytest.raises(ValueError, match=r"rate 2.0: expected 1"):
-        layer.kernel(5, 2.0)
-
-
-def test_half_rate_gives_half_the_samples():
-    """A slow input at twice the step: the output is that at every second sample."""
-    layer = S4D(2, 2, dt_min=1e-3, dt_max=1e-3, init=lambda N: (np.array([-2 + 1j]), np.ones(1)))
-    layer = layer.double()
-    layer.D_skip.data.zero_()
-    x = torch.sin(torch.arange(4000).double() * 2e-3)[None, :, None].expand(1, -1, 2)
-    assert rel_err(layer(x[:, 1::2], rate=2.0), layer(x)[:, 1::2]) < 2e-3
+@MIXERS
+@pytest.mark.parametrize("mode", ["step", "prefill"])
+def test_a_state_can_be_continued_twice(mixer, mode):
+    model = S4Model(S4Config(d_model=16, d_state=8, vocab_size=11, causal=True), mixer)
+    tokens = torch.randint(0, 11, (2, 7))
+    _, state = model.prefill(tokens, model.initial_state(2))
+    before = list(state)
+    values = copy.deepcopy(state)
+    x = tokens if mode == "prefill" else tokens[:, 0]
+    first, after = getattr(model, mode)(x, state)
+    second, _ = getattr(model, mode)(x, state)
+    assert torch.equal(first, second)
+    assert all(a is b for a, b in zip(state, before, strict=True))
+    assert all(torch.equal(a.x, b.x) for a, b in zip(state, values, strict=True))
+    assert not any(torch.equal(a.x, b.x) for a, b in zip(state, after, strict=True))
 
 
 @KINDS
-def test_bfloat16(kind):
-    layer = kind(8, 16)
-    x = torch.randn(2, 40, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(layer.kernel(40), layer.kernel(40).float())
-        K = layer.kernel(40)
-        y = layer(x.bfloat16())
-        y_prefill, _ = layer.prefill(x.bfloat16(), layer.initial_state(2))
-    assert K.dtype == torch.float32 and torch.equal(K, layer.kernel(40))
-    assert y.dtype == torch.bfloat16
-    assert rel_err(y, layer(x)) < 2e-2
-    assert rel_err(y_prefill, layer(x)) < 2e-2
-    half = copy.deepcopy(layer).bfloat16()
-    assert half(x.bfloat16()).dtype == torch.bfloat16 and half.kernel(9).dtype == torch.float32
-
-
-@SLOW
-@pytest.mark.parametrize(
-    ("mixer", "backend"),
-    [(s4_mixer, "aot_eager"), (s4d_mixer, "aot_eager"), (s4_mixer, "inductor")],
-)
-@pytest.mark.filterwarnings("ignore")
-def test_compile(mixer, backend):
-    model = S4Model(S4Config(d_model=4, n_layers=1, d_state=8, vocab_size=5), mixer)
-    tokens = torch.randint(0, 5, (2, 30))
-    torch.compiler.reset()
-    compiled, weight = torch.compile(model, backend=backend), torch.randn(2, 30, 4)
-    assert rel_err(compiled(tokens), model(tokens)) < 1e-5
-    (compiled(tokens) * weight).sum().backward()
-    got = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    (model(tokens) * weight).sum().backward()
-    assert max(rel_err(a, p.grad) for a, p in zip(got, model.parameters(), strict=True)) < 1e-4
+def test_a_state_with_gradients_can_be_copied(kind):
+    layer = kind(3, 8)
+    x = torch.randn(2, 9, 3)
+    _, state = layer.prefill(x, layer.initial_state(2))
+    twin = copy.deepcopy([state])[0]
+    y, _ = layer.step(x[:, 0], state)
+    y_twin, _ = layer.step(x[:, 0], twin)
+    assert torch.equal(y, y_twin) and twin.x.data_ptr() != state.x.data_ptr()
+    assert y_twin.requires_grad
 
 
 # ---------------------------------------------------------------- model
@@ -391,7 +582,7 @@ def test_a_batch_mate_changes_nothing(mixer, causal):
         assert rel_err(noisy[b, :n], y[b, :n]) < 1e-11
 
 
-@pytest.mark.parametrize("mixer", [s4_mixer, s4d_mixer])
+@MIXERS
 def test_generation_is_the_argmax_of_the_whole(mixer):
     model = S4Model(S4Config(d_model=8, d_state=8, vocab_size=7, causal=True), mixer).double()
     head = nn.Linear(8, 7).double()
@@ -400,7 +591,7 @@ def test_generation_is_the_argmax_of_the_whole(mixer):
     for _ in range(12):
         best = head(model(tokens))[:, -1].argmax(-1)
         tokens = torch.cat([tokens, best[:, None]], 1)
-    assert torch.equal(got, tokens[:, 10:]) and len(got.unique()) > 1
+    assert torch.equal(got, tokens[:, 10:])
     assert model.generate(tokens, 0, head).shape == (3, 0)
     warm = model.generate(tokens, 40, head, temperature=5.0)
     assert warm.shape == (3, 40) and len(warm.unique()) > 4
@@ -416,14 +607,14 @@ def test_values_stream_too():
 def test_param_groups(mixer):
     model = S4Model(S4Config(d_model=8, d_state=8, vocab_size=7), mixer)
     slow, plain, decayed = model.param_groups(0.01, 0.1)
-    groups = [{id(p) for p in g["params"]} for g in (slow, plain, decayed)]
-    assert sum(map(len, groups)) == len(set.union(*groups)) == len(list(model.parameters()))
     assert (slow["lr"], slow["weight_decay"]) == (1e-3, 0.0)
     assert (plain["lr"], plain["weight_decay"]) == (0.01, 0.0)
     assert (decayed["lr"], decayed["weight_decay"]) == (0.01, 0.1)
     assert model.param_groups(1e-4, 0.1)[0]["lr"] == 1e-4
-    names = {id(p): name.split(".")[-1] for name, p in model.named_parameters()}
-    names = [{names[i] for i in g} for g in groups]
+    count = sum(len(group["params"]) for group in (slow, plain, decayed))
+    assert count == len(list(model.parameters()))
+    leaf = {p: name.split(".")[-1] for name, p in model.named_parameters()}
+    names = [{leaf[p] for p in group["params"]} for group in (slow, plain, decayed)]
     P = {"P"} if mixer is s4_mixer else set()
     assert names[0] == {"log_dt", "log_decay", "frequency", "B"} | P
     assert names[1:] == [{"C", "D_skip", "bias", "weight"}, {"weight"}]
@@ -431,12 +622,23 @@ def test_param_groups(mixer):
     torch.optim.AdamW(model.param_groups(0.01, 0.1))
 
 
+@pytest.mark.parametrize(("kind", "name"), [(S4, "P"), (SGConv, "w")])
+def test_shared_kernels_of_any_file_learn_once_and_slowly(kind, name):
+    model = S4Model(S4Config(d_model=4, vocab_size=5), lambda config, i: kind(4))
+    first, second = [block.mixer for block in model.blocks]
+    setattr(second, name, getattr(first, name))
+    slow, plain, decayed = [set(group["params"]) for group in model.param_groups(1e-2, 0.1)]
+    assert len(slow) + len(plain) + len(decayed) == len(list(model.parameters()))
+    assert getattr(first, name) in slow
+    assert not decayed & set(first.parameters())
+
+
 def test_loss_trajectory():
     """Ten steps of gradient descent in float64 on a tiny model, as recorded."""
     sys.path.insert(0, str(ROOT / "tests"))
     from make_golden import s4_losses
 
-    assert rel_err(s4_losses(), GOLDEN["losses"]) < 1e-9
+    assert rel_err(np.array(s4_losses()), np.array(GOLDEN["losses"])) < 1e-9
 
 
 # ---------------------------------------------------------------- bad input
@@ -451,98 +653,30 @@ def test_loss_trajectory():
         (lambda: S4(4, dt_max=float("nan")), "nan"),
         (lambda: S4(4, 8)(torch.zeros(2, 5, 3)), r"\(2, 5, 3\)"),
         (lambda: S4(4, 8)(torch.zeros(2, 4)), r"\(2, 4\)"),
-        (lambda: S4(4, 8)(torch.zeros(2, 0, 4)), r"\(2, 0, 4\)"),
         (lambda: S4(4, 8)(torch.zeros(2, 5, 4), torch.ones(2, 4).bool()), r"\(2, 4\)"),
-        (lambda: S4(4, 8)(torch.zeros(2, 5, 4), torch.ones(2, 5)), "float32"),
         (lambda: S4(4, 8, True).initial_state(1), "bidirectional=False"),
-        (lambda: S4(4, 8).kernel(9, rate=0.0), "positive and finite"),
-        (lambda: S4(4, 8).step(torch.zeros(3, 4), S4(4, 8).initial_state(2)), r"\(3, 4\)"),
+        (lambda: DLR(4, 8).kernel(5, 2.0), "rate 2.0"),
         (lambda: S4Model(S4Config()), "None and None"),
         (lambda: S4Model(S4Config(vocab_size=3, n_channels=2)), "3 and 2"),
         (lambda: S4Model(S4Config(vocab_size=3)).initial_state(1), "bidirectional=False"),
+        (lambda: S4Model(S4Config(vocab_size=3), lambda c, i: SGConv(64)).initial_state(1),
+         "SGConv has no recurrent mode"),
+        (lambda: S4Model(S4Config(vocab_size=3, causal=True)).generate(
+            torch.zeros(1, 2, dtype=torch.long), 1, nn.Linear(64, 3), temperature=-1), "got -1"),
     ],
-)
+)  # fmt: skip
 def test_bad_input(call, words):
     with pytest.raises(ValueError, match=words):
         call()
 
 
-def test_a_dt_that_is_not_finite():
-    layer = S4(4, 8)
-    layer.log_dt.data[2] = float("nan")
-    with pytest.raises(ValueError, match=r"\[nan\] in 1 channels"):
-        layer.kernel(5)
-
-
-# ---------------------------------------------------------------- checks and planted faults
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_self_check(dtype):
-    for name, error, limit in s4.self_check(dtype):
-        assert error <= limit, f"{name}: {error} > {limit}"
-
-
-def first(value, change):
-    """The change to what a function returns: to a tensor, or to the first of several."""
-    return change(value) if torch.is_tensor(value) else (change(value[0]), *value[1:])
-
-
-FAULTS = {
-    "nearly zero": lambda f: lambda *a: first(f(*a), lambda y: 1e-9 * y),
-    "1 %": lambda f: lambda *a: first(f(*a), lambda y: 1.01 * y),
-    "one step late": lambda f: lambda *a: first(f(*a), lambda y: y.roll(1, -1)),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize(
-    "name", ["two_level_kernel", "cauchy_kernel", "diagonal_kernel", "S4.step", "S4.prefill"]
-)
-def test_a_fault_is_found(monkeypatch, name, fault):
-    owner = s4.S4 if name.startswith("S4.") else s4
-    name = name.split(".")[-1]
-    monkeypatch.setattr(owner, name, FAULTS[fault](getattr(owner, name)))
-    torch.manual_seed(0)
-    rows = list(s4.check_kernels(torch.float64, "cpu", 1e-10))
-    rows += list(s4.check_layers(torch.float64, "cpu", 1e-10))
-    assert any(not error <= limit for _, error, limit in rows)
-
-
-@pytest.mark.parametrize("fault", ["nearly zero", "1 %"])
-def test_a_fault_of_the_convolution_is_found(monkeypatch, fault):
-    monkeypatch.setattr(s4, "fft_conv", FAULTS[fault](s4.fft_conv))
-    rows = list(s4.check_layers(torch.float64, "cpu", 1e-10))
-    assert any(not error <= limit for _, error, limit in rows)
-
-
-def test_a_dropped_skip_and_a_dropped_mask_are_found(monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(S4, "skip_at_zero", lambda self: 0.0)
-        assert any(e > limit for _, e, limit in s4.check_layers(torch.float64, "cpu", 1e-10))
-    forward = S4.forward
-    monkeypatch.setattr(S4, "forward", lambda self, x, keep=None: forward(self, x))
-    assert any(e > limit for _, e, limit in s4.check_model(torch.float64, "cpu", 1e-10))
-
-
-@SLOW
-def test_command_line():
-    run = subprocess.run(
-        [sys.executable, "s4.py"], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "FAILED" not in run.stdout and "MISSED" not in run.stdout and "two-level" in run.stdout
-
-
-# ------------------------------------------------------------------------- what users do to layers
-
-ALL = pytest.mark.parametrize("kind", [S4, S4D, DLR, lambda D: sgconv.SGConv(D, 16, 4)],
-                              ids=["S4", "S4D", "DLR", "SGConv"])  # fmt: skip
+# ---------------------------------------------------------------- what users do to layers
 
 
 @ALL
 def test_a_second_derivative_is_refused_not_wrong(kind):
-    layer, x = kind(2), torch.randn(1, 6, 2, requires_grad=True)
+    layer = kind(2)
+    x = torch.randn(1, 6, 2, requires_grad=True)
     (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.square().sum().backward()
@@ -559,74 +693,105 @@ def test_an_empty_batch_gives_an_empty_result_and_no_gradient(kind):
 
 @ALL
 def test_padding_may_hold_anything(kind):
-    layer, x, keep = kind(3), torch.randn(2, 9, 3), torch.arange(9).expand(2, 9) < 5
+    layer = kind(3)
+    x = torch.randn(2, 9, 3)
+    keep = torch.arange(9).expand(2, 9) < 5
     y = layer(x, keep)[:, :5]
     x[:, 5:] = torch.nan
     assert torch.equal(layer(x, keep)[:, :5], y)
 
 
 @ALL
-def test_integers_are_refused_and_half_precision_is_not(kind):
-    layer = kind(3)
+def test_integers_are_refused(kind):
     with pytest.raises(ValueError, match="int64"):
-        layer(torch.randint(-5, 5, (1, 6, 3)))
-    x = torch.randn(2, 9, 3)
-    y, half = layer(x), layer.bfloat16()(x.bfloat16())
-    assert half.dtype == torch.bfloat16 and rel_err(half.float(), y) < 0.05
-
-
-@KINDS
-def test_a_state_of_another_batch_is_refused(kind):
-    layer = kind(3, 4)
-    with pytest.raises(ValueError, match="batch 1"):
-        layer.prefill(torch.randn(4, 5, 3), layer.initial_state(1))
-
-
-@KINDS
-def test_half_precision_streams_as_it_convolves(kind):
-    layer, x = kind(3, 8).bfloat16(), torch.randn(2, 70, 3).bfloat16()
-    y = layer(x)
-    assert rel_err(layer.prefill(x, layer.initial_state(2))[0].float(), y.float()) < 2e-3
-
-
-def test_a_layer_is_made_on_one_device():
-    with torch.device("meta"):
-        assert all(p.is_meta for p in S4(3, 4).parameters())
-
-
-@pytest.mark.parametrize("call, message", [
-    (lambda: S4(0, 4), "d_model >= 1, got 0"),
-    (lambda: S4(3, 4).kernel(0), "length 0"),
-    (lambda: S4D(1, 4, init=lambda N: (np.array([0.5 + 1j, -1]), np.ones(2, complex))), "Re Lam"),
-    (lambda: S4D(1, 4, init=lambda N: (np.array([-1 + 0j]), np.ones(2, complex))), "N/2"),
-    (lambda: sgconv.SGConv(3, 16, 4, init=torch.zeros), "norm 0"),
-])  # fmt: skip
-def test_layers_that_could_not_work_are_refused(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
+        kind(3)(torch.randint(-5, 5, (1, 6, 3)))
 
 
 def test_a_kernel_longer_than_the_input_is_cut():
-    u, K = torch.randn(1, 4, 2), torch.randn(2, 7)
+    u = torch.randn(1, 4, 2)
+    K = torch.randn(2, 7)
     assert rel_err(s4.fft_conv(u, K), s4.fft_conv(u, K[:, :4])) < 1e-6
 
 
-@pytest.mark.parametrize("file", [s4, sgconv])
-def test_any_mixer_with_a_kernel_has_the_rates_of_one(file):
-    """Shared kernels once, mixers of another file too: no decay, at most 1e-3."""
-    config, model = {s4: (S4Config, S4Model), sgconv: (sgconv.SGConvConfig, sgconv.SGConvModel)}[
-        file
-    ]
-    config = config(d_model=4, vocab_size=5)
-    for make in (lambda c, i: S4(4, 4), lambda c, i: sgconv.SGConv(4, 16, 4)):
-        net = model(config, make)
-        first, second = (block.mixer for block in net.blocks)
-        name = "w" if hasattr(first, "w") else "P"
-        setattr(second, name, getattr(first, name))
-        groups = net.param_groups(1e-2, 0.1)
-        ids = [id(p) for group in groups for p in group["params"]]
-        assert sorted(ids) == sorted(id(p) for p in net.parameters())
-        slow = {id(p) for group in groups if group["lr"] == 1e-3 for p in group["params"]}
-        assert id(getattr(first, name)) in slow
-        decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
-        assert not decayed & {id(p) for p in first.parameters()}
+def test_fft_lengths_have_small_factors_and_little_padding():
+    for n in range(1, 5000):
+        length = s4.fft_length(n)
+        assert length % 2 == 0 and n <= length <= 1.13 * n + 2
+        assert 30**12 % length == 0
+
+
+# ---------------------------------------------------------------- checks and planted faults
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_self_check(dtype):
+    for name, error, limit in s4.self_check(dtype):
+        assert error <= limit, f"{name}: {error} > {limit}"
+
+
+def plant(change, function):
+    """The function with a change to what it returns: to a tensor, or to the first of several."""
+
+    def faulty(*args):
+        value = function(*args)
+        return change(value) if torch.is_tensor(value) else (change(value[0]), *value[1:])
+
+    return faulty
+
+
+FAULTS = {
+    "nearly zero": lambda y: 1e-9 * y,
+    "1 %": lambda y: 1.01 * y,
+    "one step late": lambda y: y.roll(1, -1),
+}
+PLACES = ["two_level_kernel", "diagonal_kernel", "bilinear", "step", "prefill", "fft_conv"]
+
+
+def failures(rows):
+    return [name for name, error, limit in rows if not error <= limit]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_fault_is_found(monkeypatch, place, fault):
+    owner = s4.StateSpace if place in ("step", "prefill") else s4
+    monkeypatch.setattr(owner, place, plant(FAULTS[fault], getattr(owner, place)))
+    rows = list(s4.check_layers(torch.float64, "cpu", 1e-10))
+    rows += s4.check_kernels(torch.float64, "cpu", 1e-10, N=8)
+    assert failures(rows)
+
+
+@torch.no_grad()
+def test_a_dropped_skip_and_a_dropped_mask_are_found(monkeypatch):
+    forward = s4.StateSpace.forward
+
+    def no_skip(self, x, keep=None):
+        return forward(self, x, keep) - self.D_skip * x
+
+    monkeypatch.setattr(s4.StateSpace, "forward", no_skip)
+    assert failures(s4.check_layers(torch.float64, "cpu", 1e-10))
+    monkeypatch.setattr(s4.StateSpace, "forward", lambda self, x, keep=None: forward(self, x))
+    found = failures(s4.check_layers(torch.float64, "cpu", 1e-10))
+    assert found and all("padded" in name for name in found)
+
+
+MISSING = ["nonsense", "mps"] + ["cuda"] * (not torch.cuda.is_available())
+
+
+@pytest.mark.parametrize("device", MISSING)
+def test_a_device_that_does_not_work_is_one_line(capsys, device):
+    with pytest.raises(SystemExit) as stop:
+        s4.main(["--check", "--device", device])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert f"device '{device}' does not work here" in message and "Traceback" not in message
+
+
+@SLOW
+def test_command_line():
+    command = [sys.executable, "s4.py"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "FAILED" not in run.stdout
+    assert "accuracy 1.00, as a recurrence 1.00, target 0.95" in run.stdout
