@@ -207,7 +207,8 @@ class Grid(nn.Module):
         """
         n_in, n_out, c, P = self.V.shape
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        blocks = weight.reshape(n_out, -1, n_in, P).transpose(1, 2)  # (n_out, n_in, S, P)
+        blocks = weight.unflatten(1, (n_in, P)).unflatten(0, (n_out, -1))  # (n_out, S, n_in, P)
+        blocks = blocks.transpose(1, 2)
         left, sigma, right = torch.linalg.svd(blocks, full_matrices=False)
         root = sigma[..., :c].sqrt()  # (n_out, n_in, c)
         U = left[..., :c] * root[..., None, :]

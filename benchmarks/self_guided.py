@@ -20,7 +20,7 @@ from byte_lm import complete
 from measured import ROOT, pyplot, save
 from torch import nn
 
-from structured_ffn import BlockShuffle, Guide, LowRank, StructuredFFN
+from structured_ffn import BlockShuffle, Grid, Guide, LowRank, StructuredFFN
 
 TEACHERS = {
     "LowRank R 16": partial(LowRank, R=16),
@@ -42,6 +42,17 @@ class Residual(nn.Module):
         return x + self.ffn(self.norm(x))
 
 
+def unit_gain(model):
+    """Draw every matrix so that a unit input leaves it as a unit output."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        if isinstance(layer, Grid):
+            n_in, _, c, P = layer.V.shape
+            nn.init.normal_(layer.V, std=P**-0.5)
+            nn.init.normal_(layer.U, std=(n_in * c) ** -0.5)
+
+
 def teacher_student(linear, teacher, guide, lr, steps, seed):
     """Fit a frozen random network of three FFNs; return the test error over the variance it adds.
 
@@ -51,9 +62,7 @@ def teacher_student(linear, teacher, guide, lr, steps, seed):
     torch.manual_seed(seed)
     target = nn.Sequential(*[Residual(64, teacher) for _ in range(3)])
     student = nn.Sequential(*[Residual(64, linear) for _ in range(3)])
-    for p in target.requires_grad_(False).parameters():
-        if p.dim() > 1:
-            p.normal_(std=p.shape[-1] ** -0.5)  # a unit input leaves as a unit output
+    unit_gain(target.requires_grad_(False))
     if guide is not None:
         guide = Guide(student, steps // 2, guide == "stochastic", seed)
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.0)
