@@ -18,7 +18,7 @@ from structured_ffn import BlockDense, BlockShuffle, LowRank, rel_err
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent / "benchmarks"))
 
-from byte_lm import LM, PUBLISHED, LMConfig, count, guided_fraction  # noqa: E402
+from byte_lm import LM, PUBLISHED, LMConfig, count, guided_fraction, rope  # noqa: E402
 
 
 def in_print(value, printed):
@@ -49,6 +49,13 @@ def test_a_change_shows_from_its_position_on_and_order_matters():
     assert torch.equal(model(changed)[:, :7], y[:, :7])
     assert rel_err(model(changed)[:, 7:], y[:, 7:]) > 1e-3
     assert rel_err(model(swapped)[:, 5:], y[:, 5:]) > 1e-6
+
+
+def test_rope_by_hand():
+    x = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64).expand(1, 1, 3, 4)
+    angle = torch.arange(3)[:, None] * torch.tensor([1.0, 0.01], dtype=torch.float64)
+    want = torch.cat([angle.cos(), angle.sin()], dim=1)
+    assert rel_err(rope(x)[0, 0], want) < 1e-12
 
 
 def test_sizes_of_the_default_model():
