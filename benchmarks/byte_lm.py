@@ -15,6 +15,8 @@ import json
 import math
 import sysconfig
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,20 +24,130 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from measured import ROOT, provenance, pyplot, save
+from torch import nn
 
-from structured_ffn import (
-    LM,
-    BlockShuffle,
-    Guide,
-    LMConfig,
-    LowRank,
-    count,
-    guided_fraction,
-)
+from structured_ffn import BlockShuffle, Guide, LowRank, StructuredFFN, ffn_weights
+
+# ---------------------------------------------------------------- the model and what it costs
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """linear(d_in, d_out) builds the FFN matrices of all blocks but the first (section 4.1)."""
+
+    d_model: int = 64
+    n_layers: int = 3
+    n_heads: int = 4
+    d_ff: int | None = None  # 4 d_model
+    d_head: int | None = None  # d_model / n_heads; smaller for "wide and structured"
+    n_kv_heads: int | None = None  # n_heads
+    vocab_size: int = 256
+    linear: Callable = nn.Linear
+
+    def sizes(self):
+        """Return (d_ff, d_head, n_kv_heads) with the defaults filled in."""
+        d_ff = self.d_ff or 4 * self.d_model
+        d_head = self.d_head or self.d_model // self.n_heads
+        return d_ff, d_head, self.n_kv_heads or self.n_heads
+
+
+def rope(x, base=10000.0):
+    """Rotate the pair (x[i], x[i + E/2]) at position l by l base^(-2i/E).  x: (B, H, L, E)."""
+    L, E = x.shape[-2:]
+    rate = base ** (-2 * torch.arange(E // 2, dtype=torch.float64) / E)
+    angle = torch.arange(L, dtype=torch.float64)[:, None] * rate  # (L, E/2)
+    cos = angle.cos().to(x)
+    sin = angle.sin().to(x)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class Block(nn.Module):
+    """norm, causal attention, residual, norm, FFN, residual.  (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, config, i):
+        super().__init__()
+        D = config.d_model
+        H = config.n_heads
+        d_ff, self.d_head, G = config.sizes()
+        self.heads = [H, G, G]
+        self.norm1 = nn.LayerNorm(D)
+        self.norm2 = nn.LayerNorm(D)
+        self.qkv = nn.Linear(D, (H + 2 * G) * self.d_head)
+        self.out = nn.Linear(H * self.d_head, D)
+        self.ffn = StructuredFFN(D, d_ff, config.linear if i else nn.Linear)
+
+    def forward(self, x):
+        heads = self.qkv(self.norm1(x)).unflatten(-1, (-1, self.d_head))  # (B, L, H + 2 G, E)
+        q, k, v = heads.transpose(1, 2).split(self.heads, dim=1)  # (B, H, L, E), (B, G, L, E)
+        y = F.scaled_dot_product_attention(rope(q), rope(k), v, is_causal=True, enable_gqa=True)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.ffn(self.norm2(x))
+
+
+class LM(nn.Module):
+    """Tokens (B, L) int64 -> logits (B, L, vocab_size); the head is the embedding (section 4.1)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
+        self.norm = nn.LayerNorm(config.d_model)
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(m.weight, std=0.02)
+            if isinstance(m, nn.Linear):
+                nn.init.zeros_(m.bias)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)  # (B, L) -> (B, L, D)
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.norm(x), self.embed.weight)  # (B, L, D) x (D, vocab)
+
+
+def count(config, L=1024):
+    """Count as the paper does: matrices only, attention in full, backward = 2 forward.
+
+    L: tokens per sequence.  Returns exact integers: weights of all FFNs ("ffn") and of the model
+    ("params"), training FLOPs per token ("flops").
+    """
+    d_ff, E, G = config.sizes()
+    D = config.d_model
+    H = config.n_heads
+    n = config.n_layers
+    ffn = ffn_weights(nn.Linear, D, d_ff) + (n - 1) * ffn_weights(config.linear, D, d_ff)
+    params = ffn + n * 2 * D * (H + G) * E + config.vocab_size * D  # q, out (D, H E), k, v (D, G E)
+    macs = params + n * 2 * L * H * E  # per token: the matrices, then scores and mixing over L
+    return {"ffn": ffn, "params": params, "flops": 3 * 2 * macs}
+
+
+def guided_fraction(structured, dense, L=1024):
+    """The share f of steps to guide and to repeat at the cost of training `dense` (section 4.4).
+
+    (1 + f) F_s + f G / 2 = F_d;  G: FLOPs of the guides, halved by the mean of alpha (stochastic).
+    """
+    F_s = count(structured, L)["flops"]
+    F_d = count(dense, L)["flops"]
+    d_ff, _, _ = structured.sizes()
+    G = 6 * (structured.n_layers - 1) * ffn_weights(nn.Linear, structured.d_model, d_ff)
+    return (F_d - F_s) / (F_s + 0.5 * G)
+
+
+# Sizes of the paper and their optimizer steps of 512 sequences of 1024 tokens (section 4.1)
+PUBLISHED = {
+    "s": (LMConfig(768, 12, 12, vocab_size=32000), 4196),
+    "m": (LMConfig(1024, 24, 16, vocab_size=32000), 12779),
+    "l": (LMConfig(1536, 24, 12, vocab_size=32000), 27809),
+    "xl": (LMConfig(2048, 24, 16, vocab_size=32000), 48637),
+}
+
+# ---------------------------------------------------------------- the experiment
 
 # The wide arms are 80 wide with attention left at 64 (the paper narrows its attention too), so that
 # their training FLOPs are those of dense to 0.2 %.
-L, BATCH = 64, 16  # bytes a sequence, sequences a step
+L, BATCH = 64, 16  # bytes per sequence, sequences per step
 DENSE = LMConfig(d_model=64, n_layers=3, n_heads=4)
 ARMS = {
     "dense": DENSE,
@@ -52,7 +164,7 @@ GUIDED = ["dense"] + [
 
 
 def corpus(text=None):
-    """Returns (train, held out), uint8 tensors. A file of its own is cut at 90 %."""
+    """Return (train, held out), uint8 tensors; a file given as text is cut at 90 %."""
     if text:
         data = Path(text).read_bytes()
         cut = len(data) * 9 // 10
@@ -67,13 +179,13 @@ def corpus(text=None):
 
 
 def windows(data, starts):
-    """Returns the L + 1 bytes from each start, (len(starts), L + 1) int64."""
+    """Return the L + 1 bytes from each start, (len(starts), L + 1) int64."""
     return data[starts[:, None] + torch.arange(L + 1)].long()
 
 
 @torch.no_grad()
 def held_out_loss(model, data, n=4096):
-    """Nats a byte over n windows spread evenly over the held-out files, the same for every run."""
+    """Nats per byte over n windows, spread evenly over the held-out files."""
     starts = torch.linspace(0, len(data) - L - 1, n).long()
     model.eval()
     losses = []
@@ -85,7 +197,7 @@ def held_out_loss(model, data, n=4096):
 
 
 def plan(arm, steps):
-    """Returns (config, optimiser steps, guided ones among them, training FLOPs a token).
+    """Return (config, optimizer steps, guided ones among them, training FLOPs per token).
 
     "longer" and "self-guided" spend what dense spends in `steps`: the first by more steps, the
     second by a guide in a share f of the steps, and f of them once more (section 4.4).
@@ -102,10 +214,10 @@ def plan(arm, steps):
 
 
 def train(config, data, seed, steps, lr, guided=0, warmup=0.05):
-    """AdamW (weight decay 0.1, clip 1), linear warm-up, cosine to a tenth.
+    """AdamW (weight decay 0.1, clip 1), linear warmup, cosine to a tenth.
 
-    guided: the first so many steps are under the stochastic guide.
-    Returns (held-out loss in nats a byte, CPU seconds).
+    guided: number of steps, from the first, with the stochastic guide.
+    Returns (held-out loss in nats per byte, CPU seconds).
     """
     torch.manual_seed(seed)
     model = LM(config)
@@ -139,7 +251,7 @@ def load(path):
 def complete(path, keys, measure, max_runs, settings):
     """Measure the runs that `path` lacks, at most max_runs; each is saved and printed.
 
-    keys: one dict a run, which names it; measure(**key): dict of what came out.  Returns all.
+    keys: one dict per run, which names it; measure(**key): dict of results.  Returns all runs.
     """
     origin, known = provenance(), load(path)["runs"]
     missing = [key for key in keys if not any(key.items() <= run.items() for run in known)]
@@ -154,7 +266,7 @@ def complete(path, keys, measure, max_runs, settings):
 
 
 def summary(result, arms):
-    """Returns {arm: mean and standard deviation of its seeds' losses, weights, training FLOPs}."""
+    """Return {arm: mean and standard deviation of its seeds' losses, weights, training FLOPs}."""
     rows = {}
     for arm in arms:
         runs = [r for r in result["runs"] if r["arm"] == arm]
@@ -176,7 +288,7 @@ def summary(result, arms):
 
 def table(rows):
     lines = [
-        "| arm | weights | steps | training FLOPs | / dense | held-out loss, nats a byte (± sd) |",
+        "| arm | weights | steps | training FLOPs | / dense | held-out nats per byte (± sd) |",
         "|---|---|---|---|---|---|",
     ]
     for arm, r in rows.items():
@@ -199,7 +311,7 @@ def plot(result, path, arms):
             ax.hlines(np.mean(loss), i - 0.25, i + 0.25, color="black", lw=1)
         labels.append(arm.replace(", ", "\n").replace("wide ", "wide\n"))
     ax.set_xticks(range(len(arms)), labels, fontsize=8)
-    ax.set_ylabel("held-out loss (nats a byte), mean and seeds")
+    ax.set_ylabel("held-out loss (nats per byte), mean and seeds")
     ax.grid(alpha=0.3)
     fig.tight_layout()
     fig.savefig(path, dpi=120)
@@ -207,12 +319,12 @@ def plot(result, path, arms):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--text", help="a file to learn instead of the standard library's source")
+    parser.add_argument("--text", help="train on this file instead of the standard library")
     parser.add_argument("--steps", type=int, default=2000, help="steps of 16 x 64 bytes (2000)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (3e-3)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds an arm (3)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds per arm (3)")
     parser.add_argument("--guided", action="store_true", help="the arms of self-guided training")
-    parser.add_argument("--max-runs", type=int, default=10**9, help="stop after so many runs")
+    parser.add_argument("--max-runs", type=int, default=10**9, help="stop after this many runs")
     parser.add_argument("--out", type=Path, help="result file (results/byte_lm[_guided].json)")
     args = parser.parse_args()
     out = args.out or ROOT / f"results/byte_lm{'_guided' if args.guided else ''}.json"

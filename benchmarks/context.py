@@ -18,10 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from byte_lm import complete, corpus
+from byte_lm import LM, LMConfig, complete, corpus, count
 from measured import ROOT, pyplot
-
-from structured_ffn import LM, LMConfig, count
 
 L, BATCH = 512, 4  # bytes a window, windows a step
 CONTEXTS = [2**k for k in range(10)]  # 1 ... 512

@@ -7,8 +7,8 @@
 
 On a CPU one thread and its CPU time, on a GPU wall time; the forms take turns.  FFN: two matrices
 (d_model, 4 d_model) with GELU, 31 % of the weights, nothing recorded, the fastest round counts.
-"merged" is LowRank after merge() with a threshold above the number of tokens: the dense product
-plus the dispatch.
+"merged" is merged(LowRank) with max_tokens above the number of tokens: the dense product plus the
+dispatch.  The thresholds are the numbers of tokens up to which the dense product is the faster one.
 
 One layer (CPU alone): efficiency = share of the FLOPs / share of the time, of the fastest turn and
 of the median one.  The ceiling is the efficiency of the bare matrix products, on operands laid out
@@ -19,6 +19,7 @@ Writes results/ffn_latency.json cell by cell.
 """
 
 import argparse
+import math
 import multiprocessing
 import os
 import statistics
@@ -32,15 +33,50 @@ from byte_lm import load
 from measured import ROOT, provenance, pyplot, save
 from torch import nn
 
-from structured_ffn import KINDS, Grid, StructuredFFN, ffn_weights, match, seconds
+from structured_ffn import KINDS, Grid, Merged, StructuredFFN, ffn_weights, match, merged
 
 WIDTHS, TOKENS = (256, 512, 1024, 2048), (1, 4, 16, 64, 256, 1024, 4096)
 LAYER = [("forward", 1), ("forward", 2048), ("forward + backward", 1024)]
-TURNS = 8  # of each form of a layer, two calls or more a turn
+TURNS = 8  # of each form of a layer, two calls or more per turn
 
 
 def clock():
     return time.perf_counter() if torch.cuda.is_available() else time.process_time()
+
+
+def seconds(calls, rounds=5, least=2e-4, clock=time.perf_counter):
+    """Seconds per call: calls take turns of at least `least` seconds, the fastest turn counts."""
+    best = [math.inf] * len(calls)
+    repeats = [1] * len(calls)
+    for _ in range(rounds):
+        for i, call in enumerate(calls):
+            synchronize()
+            start = clock()
+            for _ in range(repeats[i]):
+                call()
+            synchronize()
+            best[i] = min(best[i], (clock() - start) / repeats[i])
+            repeats[i] = max(repeats[i], min(1000, math.ceil(least / best[i])))
+    return best
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def crossover(layer, clock=clock):
+    """Return the most tokens, a power of two up to 4096, at which the dense product is faster."""
+    dense = Merged(layer, max_tokens=4096)
+    most = 0
+    for T in [2**k for k in range(13)]:
+        x = dense.weight.new_zeros(T, layer.d_in)
+        dense_s, factors_s = seconds([partial(dense, x), partial(layer, x)], clock=clock)
+        if dense_s > factors_s:
+            break
+        most = T
+    return most
 
 
 def random_(module):
@@ -57,13 +93,11 @@ def build(linear, d_model):
 
 
 def latency(width, tokens):
-    """Returns {form: milliseconds a call, "form speed": times as fast as dense} of one FFN."""
+    """Return {form: milliseconds per call, "form speed": times as fast as dense} of one FFN."""
     forms = {
         kind: build(match(width, 4 * width, kind, 0.3125), width) for kind in ("dense", *KINDS)
     }
-    forms["merged"] = build(match(width, 4 * width, "lowrank", 0.3125), width)
-    for layer in (forms["merged"].fc1, forms["merged"].fc2):
-        layer.merge(threshold=10**9)
+    forms["merged"] = merged(forms["lowrank"], max_tokens=10**9)
     x = torch.randn(tokens, width)
     rounds = 25 if x.is_cuda else max(2, min(25, 2**31 // (width * width * tokens)))
     with torch.no_grad():
@@ -74,18 +108,22 @@ def latency(width, tokens):
 
 
 def thresholds(width):
-    """Returns {kind: [tokens for fc1, tokens for fc2]} that merge() measures."""
+    """Return {kind: [tokens for fc1, tokens for fc2]} up to which the dense product is faster."""
     found = {}
     for kind in KINDS:
         ffn = build(match(width, 4 * width, kind, 0.3125), width)
-        found[kind] = [layer.merge() for layer in ffn.modules() if isinstance(layer, Grid)]
+        found[kind] = [crossover(layer) for layer in ffn.modules() if isinstance(layer, Grid)]
     return found
 
 
 def products(layer, tokens, backward):
-    """Returns a function that runs the matrix products of a layer and nothing else."""
+    """Return a function that runs the matrix products of a layer and nothing else."""
     jobs = []
-    for M in [layer.weight[None]] if isinstance(layer, nn.Linear) else [layer.V, layer.U]:
+    if isinstance(layer, nn.Linear):
+        matrices = [layer.weight[None]]
+    else:
+        matrices = [layer.V.flatten(1, 2), layer.U.flatten(2)]
+    for M in matrices:
         M = M.detach()
         n, q, p = M.shape
         x, g = torch.randn(n, tokens, p), torch.randn(n, tokens, q)
@@ -107,7 +145,7 @@ def with_huge_pages(*job):
 
 
 def efficiency(what, tokens, d_in=1024, d_out=4096):
-    """Returns {form: {"ms", "median_ms", "share" of the FLOPs, "efficiency", ..., "ceiling"}}."""
+    """Return {form: {"ms", "median_ms", "share" of the FLOPs, "efficiency", ..., "ceiling"}}."""
     layers = {"dense": nn.Linear(d_in, d_out)}
     for ratio in (0.625, 0.3125):
         for kind in KINDS:
@@ -175,7 +213,7 @@ def tables(result):
         speed = [f"{cell[form + ' speed']:.2f}x" for form in (*KINDS, "merged")]
         width, tokens = key.split(", ")
         lines.append(f"| {width} | {tokens} | {cell['dense']:.3f} | {' | '.join(speed)} |")
-    lines += ["", "| width | merged form serves up to (tokens: fc1, fc2) |", "|---|---|"]
+    lines += ["", "| width | dense product faster up to (tokens: fc1, fc2) |", "|---|---|"]
     for width, found in result["thresholds"].items():
         text = "; ".join(f"{kind} {a}, {b}" for kind, (a, b) in found.items())
         lines.append(f"| {width} | {text} |")
@@ -210,7 +248,7 @@ def main():
     out = ROOT / "results" / "ffn_latency.json"
     parser.add_argument("--out", type=Path, default=out, help="result file")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="d_model of the FFNs")
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="tokens a call")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="tokens per call")
     parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     args = parser.parse_args()
@@ -228,7 +266,8 @@ def main():
         result |= origin | {"device": args.device, "dtype": args.dtype}
         save(args.out, result)
     print("\n".join(tables(result)))
-    plot(result, args.out.with_suffix(".png"))
+    if result["ffn"]:
+        plot(result, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python benchmarks/ffn_scaling.py                all missing runs, then table and plot (12 min)
     python benchmarks/ffn_scaling.py --max-runs 1   one run more, resumable
 
-Byte language model of byte_lm.py, three layers, 10 bytes a weight of the dense model of each width;
-the structured model of a width sees the same bytes.  loss = constant / FLOPs^power is fitted by
-least squares of the logarithms.  Writes results/ffn_scaling.json run by run, and a plot beside it.
+Byte language model of byte_lm.py, three layers, 10 bytes per weight of the dense model of each
+width; the structured model of a width sees the same bytes.  loss = constant / FLOPs^power is fitted
+by least squares of the logarithms.  Writes results/ffn_scaling.json run by run, and a plot.
 """
 
 import argparse
@@ -14,17 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from byte_lm import BATCH, L, complete, corpus, train
+from byte_lm import BATCH, L, LMConfig, complete, corpus, count, train
 from measured import ROOT, pyplot, save
 
-from structured_ffn import LMConfig, count, match
+from structured_ffn import match
 
 WIDTHS = (32, 48, 64, 80)
 KINDS = ("dense", "lowrank", "blockshuffle")
 
 
 def cell(width, kind, bytes_a_weight):
-    """Returns (config, optimiser steps, training FLOPs)."""
+    """Return (config, optimizer steps, training FLOPs)."""
     dense = LMConfig(width, n_layers=3, n_heads=4)
     config = replace(dense, linear=match(width, 4 * width, kind, 0.3125))
     steps = round(bytes_a_weight * count(dense, L)["params"] / (BATCH * L))
@@ -32,7 +32,7 @@ def cell(width, kind, bytes_a_weight):
 
 
 def fit(runs):
-    """Returns (power, constant): log loss = constant - power log FLOPs, by least squares."""
+    """Return (power, constant): log loss = constant - power log FLOPs, by least squares."""
     slope, constant = np.polyfit(
         np.log([r["flops"] for r in runs]), np.log([r["loss"] for r in runs]), 1
     )
@@ -40,7 +40,7 @@ def fit(runs):
 
 
 def powers(result):
-    """Returns {kind: power} of the kinds with two widths or more."""
+    """Return {kind: power} of the kinds with two widths or more."""
     runs = {kind: [r for r in result["runs"] if r["kind"] == kind] for kind in KINDS}
     return {k: fit(v)[0] for k, v in runs.items() if len({r["width"] for r in v}) > 1}
 
@@ -73,7 +73,7 @@ def plot(result, path):
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("{x:g}")
     ax.set_xlabel("training FLOPs")
-    ax.set_ylabel("held-out loss (nats a byte)")
+    ax.set_ylabel("held-out loss (nats per byte)")
     ax.grid(alpha=0.3, which="both")
     ax.legend()
     fig.tight_layout()
@@ -82,11 +82,11 @@ def plot(result, path):
 
 def main():
     parser = argparse.ArgumentParser(description="Loss against training FLOPs over four widths.")
-    parser.add_argument("--text", help="a file to learn instead of the standard library's source")
+    parser.add_argument("--text", help="train on this file instead of the standard library")
     parser.add_argument("--bytes-a-weight", type=float, default=10, help="length of training (10)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (3e-3)")
-    parser.add_argument("--seeds", type=int, default=1, help="seeds a cell (1)")
-    parser.add_argument("--max-runs", type=int, default=10**9, help="stop after so many runs")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds per cell (1)")
+    parser.add_argument("--max-runs", type=int, default=10**9, help="stop after this many runs")
     out = ROOT / "results" / "ffn_scaling.json"
     parser.add_argument("--out", type=Path, default=out, help="result file")
     args = parser.parse_args()

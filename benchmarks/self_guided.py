@@ -14,11 +14,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from byte_lm import complete
 from measured import ROOT, pyplot, save
 from torch import nn
 
-from structured_ffn import BlockShuffle, LowRank, teacher_student
+from structured_ffn import BlockShuffle, Grid, Guide, LowRank, StructuredFFN
 
 TEACHERS = {
     "LowRank R 16": partial(LowRank, R=16),
@@ -26,6 +28,59 @@ TEACHERS = {
 }
 ARMS = {"dense": None, "plain": None, "self-guided": "deterministic", "stochastic": "stochastic"}
 RATES = (2e-3, 4e-3, 8e-3, 16e-3)
+
+
+class Residual(nn.Module):
+    """x + FFN(norm(x)), shape (T, D)."""
+
+    def __init__(self, d_model, linear):
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model)
+        self.ffn = StructuredFFN(d_model, 4 * d_model, linear)
+
+    def forward(self, x):
+        return x + self.ffn(self.norm(x))
+
+
+def unit_gain(model):
+    """Draw every matrix so that a unit input leaves it as a unit output."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        if isinstance(layer, Grid):
+            n_in, _, c, P = layer.V.shape
+            nn.init.normal_(layer.V, std=P**-0.5)
+            nn.init.normal_(layer.U, std=(n_in * c) ** -0.5)
+
+
+def teacher_student(linear, teacher, guide, lr, steps, seed):
+    """Fit a frozen random network of three FFNs; return the test error over the variance it adds.
+
+    linear, teacher: builders of the student's and the teacher's matrices.  guide: None,
+    "deterministic" (eq. 1) or "stochastic" (eq. 2), during the first half of the steps.
+    """
+    torch.manual_seed(seed)
+    target = nn.Sequential(*[Residual(64, teacher) for _ in range(3)])
+    student = nn.Sequential(*[Residual(64, linear) for _ in range(3)])
+    unit_gain(target.requires_grad_(False))
+    if guide is not None:
+        guide = Guide(student, steps // 2, guide == "stochastic", seed)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        x = torch.randn(128, 64)
+        loss = F.mse_loss(student(x), target(x))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if guide is not None:
+            guide.step(optimizer)
+    with torch.no_grad():
+        x = torch.randn(8192, 64)
+        y = target(x)
+        return float(F.mse_loss(student.eval()(x), y) / (y - x).var())
 
 
 def cells(seeds):
@@ -43,18 +98,20 @@ def cells(seeds):
 
 
 def run(teacher, arm, lr, seed, steps):
-    """Returns the normalised test error, and the CPU seconds that it took."""
+    """Return the normalized test error and the CPU seconds."""
     start = time.process_time()
     if teacher.startswith("dense"):
-        linears = TEACHERS["LowRank R 16"], nn.Linear
+        target = nn.Linear
+        linear = TEACHERS["LowRank R 16"]
     else:
-        linears = nn.Linear if arm == "dense" else TEACHERS[teacher], TEACHERS[teacher]
-    error = teacher_student(*linears, ARMS[arm], lr, steps, seed)
+        target = TEACHERS[teacher]
+        linear = nn.Linear if arm == "dense" else target
+    error = teacher_student(linear, target, ARMS[arm], lr, steps, seed)
     return {"error": error, "cpu_s": round(time.process_time() - start, 1)}
 
 
 def means(result):
-    """Returns {teacher: {arm: {lr: mean error over the seeds, "best": the least of them}}}."""
+    """Return {teacher: {arm: {lr: mean error over the seeds, "best": the least of them}}}."""
     rows = {}
     for r in result["runs"]:
         errors = rows.setdefault(r["teacher"], {}).setdefault(r["arm"], {})
@@ -106,9 +163,9 @@ def plot(result, path):
 
 def main():
     parser = argparse.ArgumentParser(description="Self-guided against plain training of factors.")
-    parser.add_argument("--steps", type=int, default=1500, help="optimiser steps a run (1500)")
+    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps per run (1500)")
     parser.add_argument("--seeds", type=int, default=2, help="seeds (2)")
-    parser.add_argument("--max-runs", type=int, default=10**9, help="stop after so many runs")
+    parser.add_argument("--max-runs", type=int, default=10**9, help="stop after this many runs")
     out = ROOT / "results" / "self_guided.json"
     parser.add_argument("--out", type=Path, default=out, help="result file")
     args = parser.parse_args()

@@ -12,6 +12,7 @@ import numpy as np
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
+sys.path.insert(0, str(FOLDER.parent / "benchmarks"))
 
 
 def sgconv_losses(steps=10):
@@ -148,8 +149,9 @@ def structured_ffn_losses(steps=10):
     from functools import partial
 
     import torch
+    from byte_lm import LM, LMConfig
 
-    from structured_ffn import LM, BlockShuffle, Guide, LMConfig
+    from structured_ffn import BlockShuffle, Guide
 
     linear = partial(BlockShuffle, n_blocks=2)
     model = LM(LMConfig(8, 2, n_heads=4, n_kv_heads=2, vocab_size=7, linear=linear)).double()
@@ -184,7 +186,7 @@ def structured_ffn():
         "block_dense (2, 2, 2), (6, 4); grid and block_shuffle (2, 2, 2), (2, 3, 2)",
         "low_rank": low_rank_ref(wave(3, 4), wave(6, 3, phase=1)).tolist(),
         "block_dense": block_dense_ref(wave(2, 2, 2), wave(6, 4, phase=1)).tolist(),
-        "grid": grid_matrix_ref(wave(2, 2, 2), wave(2, 3, 2, phase=1)).tolist(),
+        "grid": grid_matrix_ref(wave(2, 2, 1, 2), wave(2, 3, 2, 1, phase=1)).tolist(),
         "block_shuffle": block_shuffle_ref(wave(2, 2, 2), wave(2, 3, 2, phase=1)).tolist(),
         "losses": structured_ffn_losses(),
     }
