@@ -390,8 +390,8 @@ class SGConvModel(nn.Module):
 
 def rel_err(a, b):
     """max|a - b| / max|b|, the only error measure in this file."""
-    a = torch.as_tensor(a).detach().double().cpu()
-    b = torch.as_tensor(b).detach().double().cpu()
+    a = torch.as_tensor(a, dtype=torch.float64).detach().cpu()
+    b = torch.as_tensor(b, dtype=torch.float64).detach().cpu()
     assert a.shape == b.shape and b.abs().max() > 0, (a.shape, b.shape)
     return float((a - b).abs().max() / b.abs().max())
 
