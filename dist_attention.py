@@ -193,13 +193,16 @@ def attention_block(q, k, v, causal=False, bias=None):
     bias: (B, 1, 1, m), -inf hides a key.  Returns out (B, H, n, E) and lse (B, H, n) in float32
     (float64 for float64).
     """
-    if has_kernel(q, causal, bias):
-        return fused_block(ready(q), ready(k), ready(v), causal, bias)
-    dtype = at_least_float32(q)
-    scores = scores_of(q.to(dtype), k.to(dtype), causal, bias)
+    fused = has_kernel(q, causal, bias)
+    q = ready(q, fused)
+    k = ready(k, fused)
+    v = ready(v, fused)
+    if fused:
+        return fused_block(q, k, v, causal, bias)
+    scores = scores_of(q, k, causal, bias)
     lse = scores.logsumexp(-1)
     finite = lse.masked_fill(lse == -torch.inf, 0)  # -inf - -inf would be nan
-    return (scores - finite[..., None]).exp() @ v.to(dtype), lse
+    return (scores - finite[..., None]).exp() @ v, lse
 
 
 def attention_block_grad(grad, q, k, v, out, lse, causal=False, bias=None):
@@ -207,25 +210,30 @@ def attention_block_grad(grad, q, k, v, out, lse, causal=False, bias=None):
 
     The weights exp(scores - lse) are those of the whole softmax, so gradients of blocks add up.
     """
+    fused = has_kernel(q, causal, bias)
+    q = ready(q, fused)
+    k = ready(k, fused)
+    v = ready(v, fused)
+    out = ready(out, fused)
+    grad = ready(grad, fused)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a query that saw nothing has weights 0
-    if has_kernel(q, causal, bias):
-        return fused_block_grad(*map(ready, (grad, q, k, v, out)), lse, causal, bias)
-    grad, q, k, v, out = (x.to(at_least_float32(x)) for x in (grad, q, k, v, out))
+    if fused:
+        return fused_block_grad(grad, q, k, v, out, lse, causal, bias)
     weights = (scores_of(q, k, causal, bias) - lse[..., None]).exp()  # P (B, H, n, m)
     mean = (grad * out).sum(-1, keepdim=True)  # sum_j P_j dP_j, over the keys of all ranks
     dscores = weights * (grad @ v.mT - mean) / math.sqrt(q.shape[-1])
     return dscores @ k, dscores.mT @ q, weights.mT @ grad
 
 
-def at_least_float32(x):
-    return torch.promote_types(x.dtype, torch.float32)
+def at_least_float32(dtype):
+    return torch.promote_types(dtype, torch.float32)
 
 
-def ready(x):
-    """A tensor as the kernels take it: they silently assume that its last stride is 1."""
-    if x.is_cpu:  # bfloat16 is no faster on a CPU, and float32 rounds less
-        x = x.to(at_least_float32(x))
-    return x if x.stride(-1) == 1 else x.contiguous()
+def ready(x, fused):
+    """A tensor as a block computes with it: half precision in the fused kernels of a GPU only."""
+    if x.is_cpu or not fused:
+        x = x.to(at_least_float32(x.dtype))
+    return x if x.stride(-1) == 1 else x.contiguous()  # the kernels silently assume stride 1
 
 
 def has_kernel(q, causal, bias):
@@ -261,7 +269,6 @@ def fused_block_grad(grad, q, k, v, out, lse, causal, bias):
     if q.is_cpu:
         kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
         return kernel(grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias)
-    grad = grad.to(q.dtype)
     seed = torch.zeros(2, dtype=torch.int64, device=q.device)  # for dropout, which is 0
     if q.dtype == torch.float32:
         kernel = aten._scaled_dot_product_efficient_attention_backward
@@ -274,7 +281,7 @@ def fused_block_grad(grad, q, k, v, out, lse, causal, bias):
 
 
 def merge(out, lse, out_block, lse_block):  # same as attention.py:merge
-    """Combine attention over two disjoint sets of keys into attention over both: exact, associative.
+    """Combine attention over two disjoint sets of keys into attention over both. Exact.
 
     out, out_block: (B, H, Lq, E); lse, lse_block: (B, H, Lq), -inf where a query sees no key.
     """
@@ -309,7 +316,7 @@ class Plan:
         keep = self.keep[owner]
         bias = None
         if keep is not None and not keep.all():
-            bias = hide(keep, at_least_float32(q))
+            bias = hide(keep, at_least_float32(q.dtype))
         longest = sys.maxsize
         if not has_kernel(q, self.causal, bias):
             longest = 1024  # the scores of a block are all in memory
@@ -366,7 +373,7 @@ class RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, q, kv):
         """q (B, H, n, E), kv (2, B, G, m, E) -> out (B, H, n, E)."""
-        out = torch.zeros_like(q, dtype=at_least_float32(q))
+        out = torch.zeros_like(q, dtype=at_least_float32(q.dtype))
         lse = out.new_full(q.shape[:3], -torch.inf)  # nothing seen yet
         for owner, part in around_the_ring(plan, kv, "the ring"):
             accumulate(out, lse, q, part, plan, owner)
@@ -532,7 +539,7 @@ def mix(mixer, group, layout, x, keep=None):
     elif D < ranks.world:
         problem = f"{D} channels are fewer than {ranks.world} ranks"
     facts = {"batch B": len(x), "dtype": str(x.dtype), "keep": keep is not None}
-    facts["gradient"] = needs_grad(x)
+    facts["gradient of x"] = needs_grad(x)
     (chunks,) = agree(ranks, layout, problem, facts, [x.shape[1]])
     if keep is not None:
         keep = in_order(ranks.gather(keep, chunks, 1), chunks, 1)  # (B, L)
@@ -584,18 +591,19 @@ class SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        return sum_over_ranks(x)
+        return all_reduce(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return sum_over_ranks(grad)
+        return all_reduce(grad)
 
 
-def sum_over_ranks(x, group=None):
+def all_reduce(x, group=None, op=dist.ReduceOp.SUM):
+    """The sum of x over all ranks, or their maximum."""
     total = x.clone(memory_format=torch.contiguous_format)
     if dist.is_initialized():
-        with lost("no answer in a sum over ranks"):
-            dist.all_reduce(total, group=group)
+        with lost("no answer from another rank in a sum over all ranks"):
+            dist.all_reduce(total, op, group)
     return total
 
 
@@ -606,7 +614,7 @@ def sum_gradients(parameters, group=None):
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     flat = torch.cat([p.grad.flatten() for p in parameters])
-    totals = sum_over_ranks(flat, group).split([p.numel() for p in parameters])
+    totals = all_reduce(flat, group).split([p.numel() for p in parameters])
     for p, total in zip(parameters, totals, strict=True):
         p.grad.copy_(total.view_as(p))
 
@@ -742,37 +750,33 @@ def agree(ranks, layout, problem, facts, lengths):
     lengths: numbers of tokens.  Returns for each of them the chunks of all ranks.  Mismatched sizes
     would corrupt or crash the transport, so every call starts with this.
     """
+    chunks(0, 0, 1, layout)  # ValueError for an unknown layout
     text = json.dumps([problem, facts | {"layout": layout}, lengths]).encode()
     message = torch.frombuffer(bytearray(text.ljust(4096)), dtype=torch.uint8)
-    messages = [message] * ranks.world
-    came = ranks.swap(messages, [message.shape] * ranks.world, "the handshake")
-    stated = [json.loads(bytes(x.tolist())) for x in came]
-    problems = [f"rank {rank}: {other[0]}" for rank, other in enumerate(stated) if other[0]]
-    if problems:
-        raise ValueError("; ".join(problems))
-    for name in stated[0][1]:
-        compare(name, [other[1].get(name) for other in stated])
-    whole = []
-    for held in zip(*[other[2] for other in stated], strict=True):
-        whole.append([chunks(sum(held), rank, ranks.world, layout) for rank in range(ranks.world)])
-        given = [length(own) for own in whole[-1]]
+    shapes = [message.shape] * ranks.world
+    came = ranks.swap([message] * ranks.world, shapes, "the handshake")
+    problems, facts, lengths = zip(*[json.loads(bytes(x.tolist())) for x in came], strict=True)
+    found = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
+    if found:
+        raise ValueError("; ".join(found))
+    for name in facts[0]:
+        values = [str(stated.get(name)) for stated in facts]
+        usual = Counter(values).most_common(1)[0][0]  # of a tie, that of the lower rank
+        odd = [f"rank {rank} has {x}" for rank, x in enumerate(values) if x != usual]
+        if odd:
+            raise ValueError(f"{name}: {', '.join(odd)}, the others have {usual}")
+    agreed = []
+    for held in zip(*lengths, strict=True):
+        agreed.append([chunks(sum(held), rank, ranks.world, layout) for rank in range(ranks.world)])
+        given = [length(own) for own in agreed[-1]]
         if given != list(held):
             raise ValueError(f"ranks hold {list(held)} tokens; layout {layout} gives them {given}")
-    return whole
-
-
-def compare(name, values):
-    """ValueError unless all ranks have the same value."""
-    usual = Counter(map(str, values)).most_common(1)[0][0]  # of a tie, that of the lower rank
-    odd = [f"rank {rank} has {x}" for rank, x in enumerate(values) if str(x) != usual]
-    if odd:
-        raise ValueError(f"{name}: {', '.join(odd)}, the others have {usual}")
+    return agreed
 
 
 def agree_on_attention(schedule, q, k, v, causal, keep, group, layout):
-    """Check the arguments on all ranks; returns the Plan."""
+    """Check the arguments on all ranks; return the Plan."""
     ranks = ranks_of(group, q.device)
-    chunks(0, 0, 1, layout)  # ValueError for an unknown layout
     problem = find_problem(q, k, v, keep)
     facts = {}
     lengths = [0, 0]
@@ -785,7 +789,7 @@ def agree_on_attention(schedule, q, k, v, causal, keep, group, layout):
             "dtype": str(q.dtype),
             "batch B, query heads H, head size E": [q.shape[0], q.shape[1], q.shape[3]],
             "key heads G": k.shape[1],
-            "gradients of q, k, v": needs_grad(q, k, v),
+            "gradients of q, k, v": [needs_grad(x) for x in (q, k, v)],
         }
     q_chunks, k_chunks = agree(ranks, layout, problem, facts, lengths)
     if causal and q_chunks != k_chunks:
@@ -808,9 +812,9 @@ def find_problem(q, k, v, keep):
     return None
 
 
-def needs_grad(*tensors):
-    """Whether autograd will need gradients; ranks that differ would deadlock in backward."""
-    return [x.requires_grad and torch.is_grad_enabled() for x in tensors]
+def needs_grad(x):
+    """Whether backward will be called: ranks that differ would wait for each other there."""
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 # ---------------------------------------------------------------- processes
@@ -885,9 +889,7 @@ def worst(errors, device):
     """The largest error of any rank; nan counts as infinite."""
     largest = max(math.inf if math.isnan(error) else error for error in errors)
     error = torch.tensor(largest, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(error, op=dist.ReduceOp.MAX)
-    return error.item()
+    return all_reduce(error, op=dist.ReduceOp.MAX).item()
 
 
 def check_case(attend, layout, causal, dtype, device, lengths=(45, 45), heads=(4, 2), padded=False):
@@ -920,7 +922,8 @@ def check_case(attend, layout, causal, dtype, device, lengths=(45, 45), heads=(4
     for x, y in zip(got, expected, strict=True):
         assert x.dtype == dtype and y.abs().max() > 0
         if x.numel():
-            errors.append(((x.double() - mine(y)).abs().max() / y.abs().max()).item())
+            error = (x.detach() - mine(y)).abs().max() / y.detach().abs().max()
+            errors.append(error.item())
     return worst(errors, device)
 
 
@@ -972,20 +975,23 @@ def random_tokens(seed, start, stop, heads, d_head, block=4096):
 
 
 def sampled_error(q, out, at, rows, part=65536):
-    """Largest error of the causal attention of some rows, against float64.
+    """Largest error of some rows of causal attention, against float64.
 
-    Keys and values are drawn again, part by part.  at: the positions of q.
+    at: the positions of q.  Keys and values are drawn again, part by part.
     """
-    heads, E = q.shape[1], q.shape[3]
-    stop = int(at[rows].max()) + 1
-    parts = [(a, min(a + part, stop), heads, E) for a in range(0, stop, part)]
+    heads = q.shape[1]
+    E = q.shape[3]
+    starts = range(0, int(at[rows].max()) + 1, part)
     q_rows = q[0, :, rows].double().cpu() / math.sqrt(E)  # (H, R, E)
-    scores = [q_rows @ random_tokens(1, *size)[0].double().mT for size in parts]
-    future = torch.arange(stop) > at[rows][:, None]
-    weights = torch.cat(scores, -1).masked_fill(future, -torch.inf).softmax(-1)  # (H, R, stop)
+    scores = []
+    for start in starts:
+        k = random_tokens(1, start, start + part, heads, E)[0].double()
+        future = torch.arange(start, start + part) > at[rows][:, None]
+        scores.append((q_rows @ k.mT).masked_fill(future, -torch.inf))
+    weights = torch.cat(scores, -1).softmax(-1).split(part, -1)  # (H, R, part) each
     expected = torch.zeros_like(q_rows)
-    for (a, b, *_), w in zip(parts, weights.split(part, -1), strict=True):
-        expected += w @ random_tokens(2, a, b, heads, E)[0].double()
+    for start, weight in zip(starts, weights, strict=True):
+        expected += weight @ random_tokens(2, start, start + part, heads, E)[0].double()
     return max(rel_err(out[0, :, row], expected[:, i]) for i, row in enumerate(rows))
 
 
@@ -1047,8 +1053,8 @@ def main(argv=None):
     parser.add_argument("--device", type=device_of, default="cpu", help="torch device")
     parser.add_argument("--timeout", type=float, default=60, help="seconds until a rank is lost")
     args = parser.parse_args(argv)
-    if args.tokens < 1:
-        parser.error(f"--tokens {args.tokens}: expected at least 1")
+    if args.tokens < 2 * int(os.environ.get("WORLD_SIZE", 1)):
+        parser.error(f"--tokens {args.tokens}: expected at least 2 per rank")
     with process_group(args.device, args.timeout) as (rank, world, device):
         rows = self_check(device=device)
         ok = all(error <= limit for _, error, limit in rows)

@@ -408,7 +408,7 @@ def test_command_line_under_a_scheduler_with_one_process(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--tokens", "-3"], "--tokens -3: expected at least 1"),
+        (["--tokens", "-3"], "--tokens -3: expected at least 2 per rank"),
         (["--device", "mps"], "device 'mps' does not work here"),
         (["--device", "nonsense"], "device 'nonsense' does not work here"),
     ]
