@@ -341,19 +341,19 @@ def accumulate(out, lse, q, kv, plan, owner):
 
 def accumulate_grad(dq, grad, q, kv, out, lse, plan, owner):
     """Add what the keys of a rank contribute to dq, in place; return dkv, (2, B, G, m, E)."""
-    shape = kv.shape
+    G = kv.shape[2]
     kv = per_query_head(kv, q)
     dkv = torch.zeros_like(kv, dtype=dq.dtype)
     for rows, cols, diagonal, bias in plan.blocks(q, owner):
         k, v = kv[:, :, :, cols]
-        grads = attention_block_grad(
-            grad[:, :, rows], q[:, :, rows], k, v, out[:, :, rows], lse[:, :, rows], diagonal, bias
-        )
+        grad_rows = grad[:, :, rows]
+        q_rows = q[:, :, rows]
+        seen = out[:, :, rows], lse[:, :, rows]
+        grads = attention_block_grad(grad_rows, q_rows, k, v, *seen, diagonal, bias)
         dq[:, :, rows] += grads[0]
         dkv[0, :, :, cols] += grads[1]
         dkv[1, :, :, cols] += grads[2]
-    group = q.shape[1] // max(1, shape[2])
-    return dkv.unflatten(2, (shape[2], group)).sum(3)
+    return dkv.unflatten(2, (G, q.shape[1] // max(1, G))).sum(3)
 
 
 def around_the_ring(plan, kv, what):
@@ -494,8 +494,12 @@ def ulysses_attention(q, k, v, causal=False, keep=None, *, group=None, layout="c
     kv = to_channels(kv, ranks, plan.k_chunks, kv_shares)  # (L, G_r, 2, B, E)
     if keep is not None:
         keep = in_order(plan.keep, plan.k_chunks, 1)  # (B, L)
-    alone = Plan(Ranks(), causal, [[(0, len(q))]], [[(0, len(kv))]], [keep])
-    out = RingAttention.apply(alone, q.permute(2, 1, 0, 3), kv.permute(2, 3, 1, 0, 4))
+    q = q.permute(2, 1, 0, 3)  # (B, H_r, L, E)
+    kv = kv.permute(2, 3, 1, 0, 4)  # (2, B, G_r, L, E)
+    Lq = q.shape[2]
+    Lk = kv.shape[3]
+    alone = Plan(Ranks(), causal, [[(0, Lq)]], [[(0, Lk)]], [keep])
+    out = RingAttention.apply(alone, q, kv)
     out = to_tokens(out.permute(2, 1, 0, 3), ranks, plan.q_chunks, q_shares)  # (n, H, B, E)
     return out.permute(2, 1, 0, 3)
 
@@ -697,7 +701,8 @@ class Ranks:
             return lambda: None
         previous = (self.rank - 1) % self.world
         shape = (*x.shape[:3], tokens, x.shape[4])
-        wait = self.exchange({(self.rank + 1) % self.world: x}, {previous: shape}, what)
+        following = (self.rank + 1) % self.world
+        wait = self.exchange({following: x}, {previous: shape}, what)
         return lambda: wait()[previous]
 
     def swap(self, parts, shapes, what):
@@ -706,7 +711,8 @@ class Ranks:
         came = {self.rank: parts[self.rank]}
         if others:
             sends = {peer: parts[peer] for peer in others}
-            came |= self.exchange(sends, {peer: shapes[peer] for peer in others}, what)()
+            comes = {peer: shapes[peer] for peer in others}
+            came.update(self.exchange(sends, comes, what)())
         return [came[peer] for peer in range(self.world)]
 
     def gather(self, x, chunks, dim):
@@ -728,8 +734,9 @@ def ranks_of(group, device):
 
 def in_order(parts, chunks, dim):
     """The whole sequence, from each rank's tokens along dim."""
+    whole = torch.cat(parts, dim)
     order = tokens_of(chain(*chunks)).argsort()
-    return torch.cat(parts, dim).index_select(dim, order.to(parts[0].device))
+    return whole.index_select(dim, order.to(whole.device))
 
 
 def unshard(x, dim=1, group=None, layout="contiguous"):
