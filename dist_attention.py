@@ -289,7 +289,8 @@ def merge(out, lse, out_block, lse_block):  # same as attention.py:merge
     difference = (lse_block - lse).masked_fill(lse_block == -torch.inf, -torch.inf)
     weight = torch.sigmoid(-difference)[..., None]
     weight_block = torch.sigmoid(difference)[..., None]
-    return out * weight + out_block * weight_block, torch.logaddexp(lse, lse_block)
+    out = out * weight + out_block * weight_block
+    return out, torch.logaddexp(lse, lse_block)
 
 
 def hide(keep, dtype):  # same as attention.py:hide
@@ -317,11 +318,9 @@ class Plan:
         bias = None
         if keep is not None and not keep.all():
             bias = hide(keep, at_least_float32(q.dtype))
-        longest = sys.maxsize
+        longest = 32768  # kernels add up keys one after the other, and their rounding grows
         if not has_kernel(q, self.causal, bias):
             longest = 1024  # the scores of a block are all in memory
-        elif q.is_cuda:
-            longest = 32768  # these kernels add up keys one after the other: rounding grows
         mine = self.q_chunks[self.ranks.rank]
         theirs = self.k_chunks[owner]
         for rows, cols, diagonal in visible_blocks(mine, theirs, self.causal, longest):
@@ -374,9 +373,11 @@ class RingAttention(torch.autograd.Function):
     def forward(ctx, plan, q, kv):
         """q (B, H, n, E), kv (2, B, G, m, E) -> out (B, H, n, E)."""
         out = torch.zeros_like(q, dtype=at_least_float32(q.dtype))
-        lse = out.new_full(q.shape[:3], -torch.inf)  # nothing seen yet
+        # nothing seen yet; float64, or the rounding of many merges would show at 10^6 keys
+        lse = out.new_full(q.shape[:3], -torch.inf, dtype=torch.float64)
         for owner, part in around_the_ring(plan, kv, "the ring"):
             accumulate(out, lse, q, part, plan, owner)
+        lse = lse.to(out.dtype)
         out = out.to(q.dtype)
         ctx.plan = plan
         ctx.save_for_backward(q, kv, out, lse)
