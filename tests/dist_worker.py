@@ -1,7 +1,8 @@
-"""What one rank does in tests/test_dist_attention.py: torchrun ... dist_worker.py TASK FILE.
+"""What one rank does in tests/test_dist_attention.py: dist_worker.py TASK FOLDER PORT...
 
-TASK grid runs every case and writes what it saw to FILE.<rank> as JSON; the other tasks plant a
-fault in a live rank.
+Rank and number of ranks come from the environment, as schedulers set them.  TASK everything runs
+all cases in worlds of 4, 3 and 2 ranks, one port each; TASK faults loses a rank in several ways.
+What a rank saw goes to FOLDER/TASK<world>.<rank> as JSON.
 """
 
 import itertools
@@ -10,102 +11,200 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import attention
 import dist_attention as da
+from attention import Transformer, TransformerConfig
+from s4 import S4Config, S4Model
+from sgconv import SGConv, SGConvConfig, SGConvModel
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def grid(world):
+# ---------------------------------------------------------------- right results
+
+
+def grid():
     """Errors of all cases, by name."""
     errors = {}
-    product = itertools.product(
-        da.SCHEDULES, (da.contiguous, da.zigzag), (False, True), ((4, 4), (4, 2), (3, 1)), DTYPES
-    )
-    for attend, layout, causal, heads, dtype in product:
-        if dtype != "float64" and heads != (4, 2):
-            continue
-        for L in (45,) if dtype != "float64" else (45, 32, 7, 3):
-            name = f"{attend.__name__} {layout.__name__} causal={causal} {heads} L={L} {dtype}"
-            errors[name] = da.check_case(
-                attend, layout, causal, DTYPES[dtype], "cpu", (L, L), heads
-            )
-    for attend, causal in itertools.product(da.SCHEDULES, (False, True)):
-        for n, lengths in (("padded", (45, 45)), ("cross", (45, 18)), ("short keys", (9, 2))):
-            if n == "padded" or not causal:
-                name, padded = f"{attend.__name__} {n} causal={causal} float64", n == "padded"
-                errors[name] = da.check_case(
-                    attend, da.zigzag, causal, torch.float64, "cpu", lengths, padded=padded
-                )
-    errors["a mixer float64"] = check_mixer(da.zigzag, torch.float64, "cpu")
+
+    def case(*, schedule, layout, causal, dtype="float64", name="", **options):
+        name = f"{schedule} {layout} causal={causal} {name} {options} {dtype}"
+        attend = da.SCHEDULES[schedule]
+        errors[name] = da.check_case(attend, layout, causal, DTYPES[dtype], "cpu", **options)
+
+    for schedule, layout, causal in itertools.product(
+        da.SCHEDULES, ("contiguous", "zigzag"), (False, True)
+    ):
+        where = {"schedule": schedule, "layout": layout, "causal": causal}
+        for heads, L in (((4, 4), 45), ((4, 2), 32), ((3, 1), 45), ((4, 2), 7), ((3, 1), 3)):
+            case(**where, heads=heads, lengths=(L, L))
+        for dtype in ("float32", "bfloat16"):
+            case(**where, dtype=dtype)
+        if layout == "zigzag":
+            case(**where, padded=True)
+        if not causal:
+            case(**where, lengths=(45, 18))
+            case(**where, lengths=(9, 2))
     return errors
 
 
-class Decay(torch.nn.Module):
-    """The smallest channel-wise mixer: y[t] = a y[t-1] + x[t]."""
+def checkpointed():
+    """Error of gradients with activation checkpointing, by schedule and kind."""
+    errors = {}
+    x = torch.randn(1, 2, 8, 8, dtype=torch.float64, requires_grad=True)
+    for schedule, attend in da.SCHEDULES.items():
 
-    def __init__(self, d_model):
-        super().__init__()
-        self.d_model, self.a = d_model, torch.nn.Parameter(torch.linspace(0.5, 0.9, d_model))
+        def squared(z, attend=attend):
+            return attend(z, z, z, True).square().sum()
 
-    def forward(self, x, keep=None):
-        y = [torch.zeros_like(x[:, 0])]
-        for x_t in x.unbind(1):
-            y.append(self.a * y[-1] + x_t)
-        return torch.stack(y[1:], 1)
+        (expected,) = torch.autograd.grad(squared(x), x)
+        for reentrant in (False, True):
+            x.grad = None
+            checkpoint(squared, x, use_reentrant=reentrant).backward()
+            errors[f"{schedule} {reentrant}"] = da.rel_err(x.grad, expected)
+    return errors
 
 
-def check_mixer(layout, dtype, device):
-    """`ulysses(mixer)` against the mixer in one process: output, input and parameter gradients."""
-    link, generator = da.Link(), torch.Generator().manual_seed(1)
-    x, grad = (torch.randn(2, 23, 6, generator=generator, dtype=dtype).to(device) for _ in range(2))
-    alone, over = Decay(6).to(device, dtype), da.ulysses(Decay(6).to(device, dtype), layout=layout)
-    whole = alone(x.requires_grad_())
-    whole.backward(grad)
-    mine = [
-        da.shard(y, link.rank, link.world, 1, layout) for y in (x.detach(), grad, whole, x.grad)
+def models():
+    """Error of loss and all gradients of padded models over ranks against one process."""
+    cases = [
+        ("transformer", True, "ring", "zigzag"),
+        ("transformer", False, "ulysses", "zigzag"),
+        ("transformer", True, "allgather", "contiguous"),
+        ("s4", False, "ulysses", "contiguous"),
+        ("s4", True, "ring", "zigzag"),
+        ("sgconv", False, "ulysses", "zigzag"),
     ]
-    part = over(mine[0].requires_grad_())
-    part.backward(mine[1])
-    da.sum_gradients(over.parameters())
-    pairs = (part, mine[2]), (mine[0].grad, mine[3]), (over.mixer.a.grad, alone.a.grad)
-    return da.worst([da.rel_err(a.detach(), b.detach()) for a, b in pairs], device)
+    errors = {}
+    for case in cases:
+        expected = loss_and_gradients(*case[:2])
+        got = loss_and_gradients(*case)
+        scale = max(x.abs().max() for x in expected)
+        worst = [float((a - b).abs().max() / scale) for a, b in zip(got, expected, strict=True)]
+        errors[" ".join(map(str, case))] = da.worst(worst, "cpu")
+    return errors
 
 
-def first_block_only(out, lse, q, chunk, blocks):
+def loss_and_gradients(name, causal, how=None, layout="contiguous"):
+    """Of the mean over real tokens.  how: over ranks, which all have the loss; the first counts."""
+    torch.manual_seed(0)
+    shared = {"d_model": 8, "n_layers": 2, "vocab_size": 9, "causal": causal}
+    model = {
+        "transformer": lambda: Transformer(TransformerConfig(n_heads=2, rope=True, **shared)),
+        "s4": lambda: S4Model(S4Config(d_state=4, **shared)),
+        "sgconv": lambda: SGConvModel(SGConvConfig(max_len=32, kernel_dim=4, **shared)),
+    }[name]().double()
+    tokens = torch.randint(9, (2, 26))
+    keep = torch.arange(26) < torch.tensor([[26], [17]])
+    count = keep.sum(1, keepdim=True)
+    extra = {}
+    if how:
+        da.spread(model, how, layout)
+        ranks = da.ranks_of(None, "cpu")
+        if name == "transformer":
+            extra["positions"] = da.positions(26, ranks.rank, ranks.world, layout)
+        tokens = da.own_tokens(tokens, layout)
+        keep = da.own_tokens(keep, layout)
+    mean = (model(tokens, keep, **extra) * keep[..., None]).sum(1) / count
+    if how:
+        mean = da.SumOverRanks.apply(mean)
+    loss = mean.sin().sum()
+    (loss * (not how or ranks.rank == 0)).backward()
+    if how:
+        da.sum_gradients(model.parameters())
+    return [loss.detach(), *(p.grad for p in model.parameters())]
+
+
+def bytes_sent(world):
+    """Counted messages and bytes of a forward and a backward pass, by schedule."""
+    B, H, G, E, L = 2, 24, 12, 2, 12 * world
+    seen = {}
+    for schedule, attend in da.SCHEDULES.items():
+        q, k, v = (torch.randn(B, h, L // world, E, requires_grad=True) for h in (H, G, G))
+        da.traffic.clear()
+        out = attend(q, k, v)
+        forward = dict(da.traffic)
+        da.traffic.clear()
+        out.sum().backward()
+        seen[schedule] = [forward, dict(da.traffic)]
+    q = torch.randn(B, H, L // world, E, dtype=torch.bfloat16)
+    da.traffic.clear()
+    da.ring_attention(q, q, q)
+    return seen | {"bfloat16": [dict(da.traffic)]}
+
+
+def nan_rows(rank, world):
+    """Shares of rows that are NaN, without and with a causal mask, where the last key is."""
+    q = torch.randn(1, 2, 4, 8)
+    k = q.clone()
+    if rank == world - 1:
+        k[:, :, -1] = torch.nan
+    outs = [da.ring_attention(q, k, q, causal) for causal in (False, True)]
+    return [out.isnan().any(-1).float().mean().item() for out in outs]
+
+
+def same_bits(rank):
+    """True when the same call gives the same bits again."""
+    q = torch.randn(1, 2, 40, 8, generator=torch.Generator().manual_seed(rank))
+    bits = []
+    for _ in range(2):
+        x = q.clone().requires_grad_()
+        out = da.ring_attention(x, x, x, True, layout="zigzag")
+        out.backward(q)
+        bits += [out.detach(), x.grad]
+    return torch.equal(bits[0], bits[2]) and torch.equal(bits[1], bits[3])
+
+
+def subgroup(rank):
+    """Error of the ring over ranks 1 and 2 of three."""
+    group = dist.new_group([1, 2])
+    if rank == 0:
+        return 0.0
+    q = torch.randn(1, 2, 10, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    own = da.shard(q, rank - 1, 2, 2)
+    out = da.ring_attention(own, own, own, True, group=group)
+    whole = da.unshard(out, 2, group=group)
+    return da.rel_err(whole, da.attention_slow(q, q, q, True))
+
+
+# ---------------------------------------------------------------- planted faults in the arithmetic
+
+
+def first_block_only(out, lse, *args):
     """Wrong: no other rank's keys are merged."""
     if (lse == -torch.inf).all():
-        REAL["accumulate"](out, lse, q, chunk, blocks)
+        REAL["accumulate"](out, lse, *args)
 
 
-def drop_last_dk(dq, q, chunk, blocks, grad, out, lse):
-    """Wrong: the last chunk that comes by gets no dk from here."""
-    dk, dv = REAL["accumulate_grad"](dq, q, chunk, blocks, grad, out, lse)
-    return (0 * dk, dv) if next(CALLS) % da.Link().world == da.Link().world - 1 else (dk, dv)
+def drop_last_dk(*args):
+    """Wrong: the last keys that come by get no dk from here."""
+    dkv = REAL["accumulate_grad"](*args)
+    last = next(CALLS) % dist.get_world_size() == dist.get_world_size() - 1
+    return torch.stack([0 * dkv[0], dkv[1]]) if last else dkv
 
 
-def swap_two_chunks(plan, owner):
-    """Wrong: the chunks of two other ranks are taken for each other."""
-    a, b = [r for r in range(plan.link.world) if r != plan.link.rank][:2]
-    return REAL["blocks"](plan, {a: b, b: a}.get(owner, owner))
+def swap_two_chunks(plan, q, owner):
+    """Wrong: the keys of two other ranks are taken for each other."""
+    a, b = [r for r in range(plan.ranks.world) if r != plan.ranks.rank][:2]
+    return REAL["blocks"](plan, q, {a: b, b: a}.get(owner, owner))
 
 
 def forget_rescaling(out, lse, out_block, lse_block):
-    """Wrong: what was there keeps its old normaliser."""
+    """Wrong: what was there keeps its old normalizer."""
     total = torch.logaddexp(lse, lse_block)
-    out.add_(out_block * (lse_block - total).exp()[..., None])
-    lse.copy_(total)
+    return out + out_block * (lse_block - total).exp()[..., None], total
 
 
 def one_per_cent(*args):
     """Wrong: a block's out and lse are 1.01 times what they are."""
-    return tuple(1.01 * x for x in REAL["attention_block"](*args))
+    return [1.01 * x for x in REAL["attention_block"](*args)]
 
 
 def zeros(*args):
@@ -119,7 +218,7 @@ MUTATIONS = [
     (da, "accumulate", first_block_only),
     (da, "accumulate_grad", drop_last_dk),
     (da.Plan, "blocks", swap_two_chunks),
-    (da, "merge_", forget_rescaling),
+    (da, "merge", forget_rescaling),
     (da, "attention_block", one_per_cent),
     (da, "accumulate", zeros),
 ]
@@ -127,219 +226,113 @@ MUTATIONS = [
 
 def mutations():
     """Error of the ring when one thing in it is wrong, by name of the wrong thing."""
-    arguments = da.ring_attention, da.zigzag, True, torch.float64, "cpu", (48, 48)
+    case = da.ring_attention, "zigzag", True, torch.float64, "cpu", (48, 48)
     errors = {}
     for owner, name, wrong in MUTATIONS:
         right = getattr(owner, name)
         setattr(owner, name, wrong)
-        errors[wrong.__name__] = da.check_case(*arguments)
+        errors[wrong.__name__] = da.check_case(*case)
         setattr(owner, name, right)
-    return errors | {"right": da.check_case(*arguments)}
+    return errors | {"right": da.check_case(*case)}
 
 
-def caught(call):
+# ---------------------------------------------------------------- ranks that disagree, or are lost
+
+
+def caught(attend, *args, **options):
     """The text of the ValueError that a call raises."""
     try:
-        call()
+        attend(*args, **options)
     except ValueError as error:
         return str(error)
     return "no error"
 
 
-def mismatches(rank, world):
-    """What this rank hears when rank 1 alone is different."""
-    odd = rank == 1
-
-    def ring(shape=(1, 4, 6, 8), dtype=torch.float32, **options):
-        q = torch.zeros(*shape, dtype=dtype)
-        return lambda: da.ring_attention(q, q, q, **options)
-
-    bad = torch.zeros(1, 4, 6, 8), torch.zeros(1, 3, 6, 8)
-    grad = torch.zeros(1, 4, 6, 8, requires_grad=True)
-    return {
-        "heads": caught(ring((1, 6 if odd else 4, 6, 8))),
-        "dtype": caught(ring(dtype=torch.float64 if odd else torch.float32)),
-        "tokens": caught(ring((1, 4, 5 if odd else 6, 8))),
-        "causal": caught(ring(causal=odd)),
-        "layout": caught(ring(layout=da.zigzag if odd else da.contiguous)),
-        "schedule": caught(
-            lambda: (da.ulysses_attention if odd else da.ring_attention)(bad[0], bad[0], bad[0])
-        ),
-        "groups": caught(lambda: da.ring_attention(bad[0], *bad[1 if odd else 0 :][:1] * 2)),
-        "gradients": caught(lambda: da.ring_attention(grad if not odd else bad[0], grad, grad)),
-        "dropout": caught(ring(dropout=0.1 if odd else 0.0)),
-        "window": caught(ring(window=128)),
-        "bias": caught(ring(bias=torch.zeros(1))),
-        "after all that": caught(ring()),
-    }
-
-
-def bytes_sent(world, rank):
-    """Counted messages and bytes of a forward and a backward pass, next to the formula."""
-    B, H, G, E, L = 2, 24, 12, 2, 12 * world
-    seen = {}
-    for attend in da.SCHEDULES:
-        q, k, v = (torch.randn(B, h, L // world, E, requires_grad=True) for h in (H, G, G))
-        da.traffic.clear()
-        out = attend(q, k, v)
-        forward = dict(da.traffic)
-        da.traffic.clear()
-        out.sum().backward()
-        seen[attend.__name__] = [forward, dict(da.traffic)]
-    q = torch.randn(B, H, L // world, E, dtype=torch.bfloat16)
-    da.traffic.clear()
-    da.ring_attention(q, q, q)
-    return seen | {"bfloat16": [dict(da.traffic)]}
-
-
-def nan_stays_where_it_belongs(rank, world):
-    """A NaN in the last key of the sequence: [share of NaN rows full, causal]."""
-    q = torch.randn(1, 2, 4, 8)
-    k = q.clone()
-    if rank == world - 1:
-        k[:, :, -1] = torch.nan
-    outs = [da.ring_attention(q, k, q, causal=causal) for causal in (False, True)]
-    return [out.isnan().any(-1).float().mean().item() for out in outs]
-
-
-def whole_models(rank, world):
-    """Error of features and all gradients of a model over ranks against one process."""
-    from s4 import S4, S4Config, S4Model
-    from sgconv import SGConv, SGConvConfig, SGConvModel
-
-    tokens = torch.randint(9, (2, 26), generator=torch.Generator().manual_seed(0))
-    shared = {"d_model": 8, "n_layers": 2, "vocab_size": 9}
-    errors = {}
-
-    def attend_over(schedule, layout):
-        return lambda q, k, v, causal, keep: schedule(q, k, v, causal, layout=layout, keep=keep)
-
-    def transformer(schedule=None, layout=None):
-        config = attention.TransformerConfig(n_heads=2, causal=True, rope=True, **shared)
-        if schedule is None:
-            return attention.Transformer(config)
-        attend = attend_over(schedule, layout)
-        return attention.Transformer(
-            config, mixer=lambda c, i: attention.Attention(8, 2, True, rope=True, attend=attend)
-        )
-
-    def s4(schedule=None, layout=None):
-        mixer = lambda c, i: S4(8, 4, bidirectional=True)  # noqa: E731
-        over = lambda c, i: da.ulysses(mixer(c, i), {"C": 1}, layout=layout)  # noqa: E731
-        return S4Model(S4Config(**shared), mixer=over if schedule else mixer)
-
-    def sgconv(schedule=None, layout=None):
-        axes = {"w": 2, "norm": 1}
-        mixer = lambda c, i: SGConv(8, 32, 4, bidirectional=True)  # noqa: E731
-        over = lambda c, i: da.ulysses(mixer(c, i), axes, layout=layout)  # noqa: E731
-        return SGConvModel(SGConvConfig(max_len=32, **shared), mixer=over if schedule else mixer)
-
-    cases = [
-        (transformer, da.ring_attention, da.zigzag),
-        (transformer, da.ulysses_attention, da.zigzag),
-        (transformer, da.allgather_attention, da.contiguous),
-        (s4, True, da.contiguous),
-        (s4, True, da.zigzag),
-        (sgconv, True, da.zigzag),
-    ]
-    for make, schedule, layout in cases:
-        nets = []
-        for options in ((), (schedule, layout)):
-            torch.manual_seed(0)
-            nets.append(make(*options).double())
-        one, many = nets
-        local = da.shard(tokens, rank, world, 1, layout)
-        at = da.positions(26, rank, world, layout)
-        extra = {"positions": at} if make is transformer else {}
-        expected, got = one(tokens), many(local, **extra)
-        weight = torch.sin(torch.arange(expected.numel(), dtype=torch.float64)).view_as(expected)
-        (expected * weight).sum().backward()
-        (got * da.shard(weight, rank, world, 1, layout)).sum().backward()
-        da.sum_gradients(many.parameters())
-        pairs = [(da.unshard(got, 1, layout=layout), expected.detach())]
-        for a, b in zip(many.parameters(), one.parameters(), strict=True):
-            pairs.append((a.grad, b.grad))
-        worst = max(((a - b).abs().max() / (b.abs().max() + 1e-12)).item() for a, b in pairs)
-        errors[f"{make.__name__} {len(errors)} {layout.__name__}"] = worst
-    return errors
-
-
-def twice(rank, world):
-    """True when the same call gives the same bits again."""
-    q = torch.randn(1, 2, 40, 8, generator=torch.Generator().manual_seed(rank))
-    bits = []
-    for _ in range(2):
-        x = q.clone().requires_grad_()
-        out = da.ring_attention(x, x, x, causal=True, layout=da.zigzag)
-        out.backward(q)
-        bits.append((out.detach(), x.grad))
-    return all(torch.equal(a, b) for a, b in zip(*bits, strict=True))
-
-
-def subgroup(rank, world):
-    """The ring over ranks 1 and 2 of three, against one process."""
-    group = dist.new_group([1, 2])
-    if rank == 0:
-        return 0.0
-    q = torch.randn(1, 2, 10, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    own = da.shard(q, rank - 1, 2, 2)
-    out = da.ring_attention(own, own, own, causal=True, group=group)
-    return da.rel_err(out, da.shard(da.product(q, q, q, True), rank - 1, 2, 2))
+def mismatches(odd):
+    """What this rank hears when one rank alone is odd."""
+    q = torch.zeros(1, 4, 6, 8)
+    other = q.clone().requires_grad_()
+    ring = da.ring_attention
+    six, three = torch.zeros(1, 6, 6, 8), torch.zeros(1, 3, 6, 8)
+    heard = {}
+    heard["heads"] = caught(ring, *[six if odd else q] * 3)
+    heard["dtype"] = caught(ring, *[q.double() if odd else q] * 3)
+    heard["tokens"] = caught(ring, *[q[:, :, :5] if odd else q] * 3)
+    heard["causal"] = caught(ring, q, q, q, odd)
+    heard["layout"] = caught(ring, q, q, q, layout="zigzag" if odd else "contiguous")
+    heard["schedule"] = caught(da.ulysses_attention if odd else ring, q, q, q)
+    heard["groups"] = caught(ring, q, *[three if odd else q] * 2)
+    heard["gradients"] = caught(ring, q if odd else other, other, other)
+    heard["channels"] = caught(da.ulysses(SGConv(2, 18)), torch.zeros(1, 6, 2))
+    heard["after all that"] = caught(ring, q, q, q)
+    return heard
 
 
 def everything(rank, world):
-    seen = {"grid": grid(world), "bytes": bytes_sent(world, rank)}
-    seen["nan"] = nan_stays_where_it_belongs(rank, world)
-    seen["models"] = whole_models(rank, world)
-    seen["twice"] = twice(rank, world)
+    torch.manual_seed(rank)
+    seen = {"grid": grid(), "checkpointed": checkpointed(), "bytes": bytes_sent(world)}
+    seen["models"] = models()
+    seen["nan"] = nan_rows(rank, world)
+    seen["same bits"] = same_bits(rank)
     if world == 3:
-        seen["mutations"], seen["mismatches"] = mutations(), mismatches(rank, world)
-        seen["subgroup"] = subgroup(rank, world)
+        seen["mutations"] = mutations()
+        seen["mismatches"] = mismatches(rank == 1)
+        seen["subgroup"] = subgroup(rank)
     return seen
 
 
-def fault(task, rank):
-    """Rank 1 dies, or sleeps, in step 0 of the ring: rank 2 waits for it in step 1."""
-    steps, real = itertools.count(), da.accumulate
-
-    def accumulate(*args):
-        if rank == 1 and next(steps) == 0:
-            if task == "dies":
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(600)
-        real(*args)
-
-    da.accumulate = accumulate
+def faults(rank):
+    """Texts of RankLost by fault; all waits in between are longer than the group's timeout."""
     q = torch.randn(1, 2, 64, 8)
-    for _ in range(3):
-        da.ring_attention(q, q, q)
+    groups = [dist.new_group(timeout=timedelta(seconds=2)) for _ in range(3)]
+    real = da.Ranks.op
+    heard = {}
 
+    def ring(group=None):
+        try:
+            da.ring_attention(q, q, q, group=group)
+        except da.RankLost as error:
+            return str(error)
+        return "no error"
 
-def other_size(task, rank):
-    """Rank 1 sends a byte less, or more, than the others expect."""
-    real = da.pack
+    for fault, group in zip(("shorter", "longer", "sleeps"), groups, strict=True):
 
-    def pack(tensors, device):
-        message = real(tensors, device)
-        if rank == 0 or not message.numel():
-            return message
-        return message[:-1] if task == "shorter" else torch.cat([message, message[:1]])
+        def op(ranks, call, x, peer, fault=fault):
+            if rank == 1 and call is dist.isend and x.is_floating_point():
+                if fault == "sleeps":
+                    time.sleep(6)
+                size = x.numel() + (1 if fault == "longer" else -1)
+                x = x.new_zeros(size)
+            return real(ranks, call, x, peer)
 
-    da.pack = pack
-    q = torch.randn(1, 2, 64, 8)
+        da.Ranks.op = op
+        heard[fault] = ring(group)
+        da.Ranks.op = real
+        da.wait_for_rank0()
+    if rank == 0:
+        time.sleep(4)
+    da.wait_for_rank0()
+    heard["late rank 0"] = ring()
+    yield heard
+    da.wait_for_rank0()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
     da.ring_attention(q, q, q)
 
 
-def main(task, path):
-    torch.manual_seed(0)
-    with da.process_group(timeout=120 if task == "grid" else 4) as (rank, world, _):
-        Path(f"{path}.{rank}").write_text(json.dumps({"pid": os.getpid()}))
-        if task == "grid":
-            start = time.perf_counter()
-            seen = everything(rank, world) | {"seconds": time.perf_counter() - start}
-            Path(f"{path}.{rank}").write_text(json.dumps(seen))
-        else:
-            (fault if task in ("dies", "sleeps") else other_size)(task, rank)
+def main(task, folder, *ports):
+    rank = int(os.environ["RANK"])
+    Path(folder, f"ready{task}.{rank}").touch()
+    while len(list(Path(folder).glob(f"ready{task}.*"))) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.01)  # from here on nobody is late
+    for world, port in zip((4, 3, 2) if task == "everything" else (3,), ports, strict=True):
+        if rank >= world:
+            continue
+        os.environ |= {"WORLD_SIZE": str(world), "MASTER_PORT": port}
+        with da.process_group(timeout=120 if task == "everything" else 3):
+            results = [everything(rank, world)] if task == "everything" else faults(rank)
+            for seen in results:
+                Path(folder, f"{task}{world}.{rank}").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
