@@ -151,19 +151,17 @@ class Run:
         """The newest checkpoint that can be read; None if there is none."""
         newest = self.folder / "checkpoint.pt"
         previous = self.folder / "checkpoint.pt.previous"
-        state = None
+        if not newest.exists() and not previous.exists():
+            return None
         try:
             state = load(newest)
-        except FileNotFoundError:
-            pass
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             print(f"{error}: not used", file=sys.stderr)
-        if state is None and previous.exists():
             state = load(previous)
             if self.rank == 0:
-                newest.unlink(missing_ok=True)  # damaged: `save` must not keep it as the previous
+                newest.unlink(missing_ok=True)  # `save` must not keep it as the previous one
         for kind in ("settings", "data"):
-            if state and (changed := differences(state[kind], getattr(self, kind), self.free)):
+            if changed := differences(state[kind], getattr(self, kind), self.free):
                 raise ValueError(f"{self.folder} contains a run with other {kind}: {changed}")
         return state
 
@@ -187,16 +185,13 @@ class Run:
         if self.rank > 0:
             return
         if failure is None:
-            self.result.update(config=self.settings, data=self.data, speed=self.speed())
-            self.result.update(self.versions)
+            seconds = time.perf_counter() - self.started
+            speed = {"seconds": round(seconds, 1), "tokens_per_s": round(self.tokens / seconds)}
+            speed["peak_memory"] = peak_memory()
+            self.result.update(config=self.settings, data=self.data, speed=speed, **self.versions)
             write_json(self.folder / "result.json", self.result)
         self.metrics.close()
         self.lock.close()
-
-    def speed(self):
-        seconds = time.perf_counter() - self.started
-        rate = round(self.tokens / seconds)
-        return {"seconds": round(seconds, 1), "tokens_per_s": rate, "peak_memory": peak_memory()}
 
     def interrupt(self, *_):
         print("Stopping after this step; press Ctrl-C again to quit immediately.", file=sys.stderr)

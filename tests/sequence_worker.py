@@ -47,7 +47,7 @@ class Recorder(pretrain.Run):
 
     def log(self, step, sums, tokens):
         super().log(step, sums, tokens)
-        Recorder.seen.extend(dist_attention.sum_over_ranks(sums).tolist())
+        Recorder.seen.extend(dist_attention.SumOverRanks.apply(sums).tolist())
         if (self.stage, step) == self.kill_at:
             raise ValueError("killed")
 
