@@ -61,6 +61,7 @@ STAGES = ("pretrain", "finetune")
 # Settings that may change when a run is resumed: they change rounding at most, and what dropout
 # drops if the batch is split.
 FREE = ("out", "resume", "device", "data_dir", "accumulate", "compile")
+# What must be the same for pretrained weights to make sense. n_heads, for one, shows in no shape.
 BODY = ("model", "d_model", "n_layers", "n_heads", "d_ff", "ffn", "d_state", "rope", "causal")
 TOKENS = ("vocab_size", "symbols", "mean", "std")
 VALIDATION_SEED = 2310_02980  # for the masks of validation and test
@@ -330,9 +331,8 @@ def loss_sums(model, head, batch, config):
     else:
         loss = F.cross_entropy(out, target, reduction="sum")
         correct = (out.argmax(-1) == target).sum()
-    sums = torch.stack(
-        [loss.detach().double(), loss.new_tensor(len(out)).double(), correct.double()]
-    )
+    count = torch.full_like(loss, len(out), dtype=torch.float64)
+    sums = torch.stack([loss.detach().double(), count, correct.double()])
     if config.sequence_parallel and where is None and ranks()[0] > 0:
         return loss * 0, sums * 0  # all ranks have the same `out`: count it once
     return loss, sums
@@ -558,10 +558,9 @@ def load_pretrained(model, config, data):
     beside = path.with_name("config.json")
     if beside.is_file():
         old = json.loads(beside.read_text("utf-8"))
-        this = json.loads(json.dumps(identity(data)))
-        changed = differences(old, {name: getattr(config, name) for name in BODY})
-        changed += differences(old.get("data", this), {name: this[name] for name in TOKENS})
-        if changed:
+        old.update(old.get("data", {}))
+        now = {**asdict(config), **json.loads(json.dumps(identity(data)))}
+        if changed := differences(old, {name: now[name] for name in (*BODY, *TOKENS)}):
             raise ValueError(f"{path} was pretrained with other settings or data: {changed}")
     try:
         model.load_state_dict(load(path))
@@ -601,6 +600,7 @@ def train(config, position=0):
                 weights = {"model": model.state_dict(), "head": head.state_dict()}
                 save(run.folder / "pretrained.pt", weights["model"])
                 save(run.folder / "denoiser.pt", {**weights, "config": settings})
+            wait_for_rank0()
             run.result[stage] = score
         run.result["test"] = evaluate(model, head, test_split, "finetune", config)
     return run.result
@@ -632,6 +632,8 @@ def self_check(device="cpu"):
 
 def run_once(config):
     """One run as the command line asks for it: settings, training, result."""
+    if config.resume and not Path(config.out, "config.json").exists():
+        raise ValueError(f"{config.out} contains no run: nothing to resume")
     with process_group(config.device) as (rank, _, device):
         config = replace(config, device=str(device))
         if rank == 0:
@@ -640,8 +642,8 @@ def run_once(config):
         result = train(config)
     if rank == 0:
         for name in (*STAGES, "test", "speed"):
-            row = [f"{key} {value:,.6g}" for key, value in result.get(name, {}).items()]
-            print(f"{name:10}" + "  ".join(row))
+            row = {key: value for key, value in result.get(name, {}).items() if value is not None}
+            print(f"{name:10}" + "  ".join(f"{key} {row[key]:,.6g}" for key in row))
         print(f"{config.out}/result.json")
 
 
@@ -660,7 +662,9 @@ def command(argv):
     if show:
         for name, value in asdict(config).items():
             print(f"{name:20}{value!s:24} {origin[name]}")
-        return print(f"differs from the source: {origin.get('departures', 'not known')}")
+        if "departures" in origin:
+            print(f"differs from the source: {origin['departures']}")
+        return None
     try:
         device_of(config.device)
     except argparse.ArgumentTypeError as error:
@@ -678,7 +682,7 @@ def main(argv=None):
         how = stop.args[0] if stop.args else "the same command continues"
         print(f"pretrain.py: interrupted; {how}", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         text = shorten(str(error), 600)
         known = isinstance(error, (BrokenExecutor, RankLost)) or not isinstance(error, RuntimeError)
         if not known and not any(word in text for word in ("allocate", "gloo", "NCCL")):
