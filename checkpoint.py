@@ -1,7 +1,7 @@
 """Crash-safe run directory: checkpoints, metrics and result.
 
     with Run("runs/a", settings, data, resume=True) as run:
-        start, best = run.restore("train", parts)     # (0, None), or where the run was stopped
+        start, best = run.restore(parts)              # (0, None), or where the run was stopped
         for step in run.steps("train", start, last):  # progress bar
             ...
             run.log(step, sums, tokens)               # metrics.jsonl, every LOG_EVERY steps
@@ -202,15 +202,12 @@ class Run:
         while self.handlers:
             signal.signal(*self.handlers.popitem())
 
-    def restore(self, stage, parts):
-        """Load the checkpoint if it is of this stage.  Returns the first step, the best so far.
-
-        parts: {name: object with state_dict and load_state_dict}.
-        """
-        if self.state is None or self.state["stage"] != stage:
-            return 0, None
+    def restore(self, parts):
+        """Load the checkpoint into {name: object}.  Returns the first step and the best so far."""
         state = self.state
-        self.state = None
+        self.state = None  # the next stage starts at 0
+        if state is None:
+            return 0, None
         for name, part in parts.items():
             part.load_state_dict(state[name])
         return state["step"], state["best"]

@@ -475,7 +475,7 @@ def fit(stage, model, head, train, val, config, run):
     optimizer = make_optimizer(model, head, getattr(config, f"{stage}_lr"), config)
     parameters = [*model.parameters(), *head.parameters()]
     parts = {"model": model, "head": head, "optimizer": optimizer}
-    start, best = run.restore(stage, parts)  # (0, None) for a new run
+    start, best = run.restore(parts)  # (0, None) for a new run
     rank, world = share_of_examples(config)
     any_batch = make_batch(train, np.arange(1), stage, config, seeded(config, config.seed))
     objective = data_parallel(Objective(model, head, config), any_batch, config)

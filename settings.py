@@ -54,6 +54,10 @@ def size(default, help):
     return flag(default, help, kind=int, below=2**20)
 
 
+def optional(kind, help, *choices, below=None):
+    return flag(None, help, *choices, kind=kind, below=below)
+
+
 @dataclass(frozen=True)
 class Config:
     """One run: pretraining (unless objective is "none"), then fine-tuning."""
@@ -61,48 +65,50 @@ class Config:
     task: str = flag("lattice", "a task of lra_data.py")
     model: str = flag("transformer", "architecture", *MODELS)
     objective: str = flag("masked", "pretraining objective", "masked", "causal", "none")
-    seed: int = flag(0, "random seed (weights, data order, masks, dropout, not data)", zero=True)
+    seed: int = flag(
+        0, "random seed of weights, data order, masks, dropout (not of the data)", zero=True
+    )
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
     out: str = flag("runs/latest", "run directory: config, metrics, checkpoints, result")
     data_dir: str = flag("data", "directory of data sets and caches")
-    source: str = flag(None, "published files of the task (a directory or an archive)", kind=str)
-    pictures: int = flag(None, "number of pictures to generate (pathfinder)", kind=int)
+    source: str = optional(str, "published files of the task (a directory or an archive)")
+    pictures: int = optional(int, "number of pictures to generate (pathfinder)")
     pretrain_steps: int = flag(3000, "optimizer steps of pretraining")
     finetune_steps: int = flag(300, "optimizer steps of fine-tuning")
     pretrain_lr: float = flag(3e-3, "peak learning rate of pretraining")
     finetune_lr: float = flag(1e-3, "peak learning rate of fine-tuning")
     batch_size: int = flag(64, "sequences per step, over all processes")
-    pretrain_batch_size: int = flag(None, "batch size of pretraining (--batch-size)", kind=int)
+    pretrain_batch_size: int = optional(int, "batch size for pretraining (default: --batch-size)")
     accumulate: int = flag(1, "gradient accumulation steps (saves memory)")
     warmup: float = flag(0.1, "fraction of a stage's steps with warmup", zero=True, below=1)
     schedule: str = flag("cosine", "learning-rate schedule after warmup", "cosine", "constant")
     weight_decay: float = flag(0.01, "AdamW weight decay of the matrices", zero=True)
     clip: float = flag(1.0, "largest gradient norm")
-    mask_ratio: float = flag(None, "fraction of masked positions (the task's)", kind=float, below=1)
-    loss: str = flag(None, "denoising loss (the task's)", "ce", "l1", kind=str)
+    mask_ratio: float = optional(
+        float, "fraction of masked positions (default: the task's)", below=1
+    )
+    loss: str = optional(str, "denoising loss (default: the task's)", "ce", "l1")
     d_model: int = size(64, "model width")
     n_layers: int = size(2, "number of blocks")
     n_heads: int = size(4, "attention heads")
-    d_ff: int = size(None, "hidden width of the FFN (4 x --d-model)")
+    d_ff: int = size(None, "hidden width of the FFN (default: 4 times --d-model)")
     ffn: str = flag("dense", "FFN of every transformer block but the first", *FFNS)
     d_state: int = size(64, "state size per channel (s4, s4d, diagonal)")
     dt_min: float = flag(1e-3, "smallest initial step size (s4, s4d), slowest decay (diagonal)")
     dt_max: float = flag(1e-1, "largest initial step size, fastest decay")
     random_init: bool = flag(False, "initialize every parameter from N(0, 0.1^2) (an ablation)")
-    kernel_dim: int = size(None, "parameters per scale of sgconv (as published, or 32)")
+    kernel_dim: int = size(None, "parameters per scale of sgconv (default: as published, or 32)")
     dropout: float = flag(0.0, "dropout probability", zero=True, below=1)
     rope: bool = flag(False, "rotary instead of sinusoidal positions (transformer)")
     causal: bool = flag(False, "left-to-right model (implied by --objective causal)")
     pooling: str = flag("mean", "pooling over positions", "mean", "max", "last")
-    labels: int = flag(None, "fine-tune on this many examples (nested subsets)", kind=int)
-    pretrained: str = flag(None, "skip pretraining, start from this pretrained.pt", kind=str)
+    labels: int = optional(int, "fine-tune on this many examples (nested subsets)")
+    pretrained: str = optional(str, "skip pretraining and start from this pretrained.pt")
     eval_every: int = flag(500, "steps between validations")
     resume: bool = flag(False, "continue the run in --out from its checkpoint")
     precision: str = flag("float32", "arithmetic", "float32", "float64", "bfloat16")
     compile: bool = flag(False, "torch.compile the model (pays for a transformer on a GPU)")
-    sequence_parallel: str = flag(
-        None, "split every sequence over the processes", "ring", "ulysses", kind=str
-    )
+    sequence_parallel: str = optional(str, "split each sequence over processes", "ring", "ulysses")
 
     def __post_init__(self):
         for f in fields(self):
