@@ -27,7 +27,6 @@ Not included: data that do not fit into device memory.
     torchrun --standalone --nproc-per-node 4 pretrain.py --settings listops-s4
 """
 
-import argparse
 import contextlib
 import copy
 import itertools
@@ -52,9 +51,9 @@ import sgconv
 from attention import Transformer, TransformerConfig
 from checkpoint import Run, differences, load, means, ranks, save, versions
 from dist_attention import RankLost, process_group, wait_for_rank0
-from s4 import S4Config, S4Model, diagonal_mixer, s4_mixer, s4d_mixer
+from s4 import S4Config, S4Model, diagonal_mixer, print_table, s4_mixer, s4d_mixer
 from settings import KERNELS, Config, parser, resolve
-from sgconv import SGConvConfig, SGConvModel, device_of, print_table
+from sgconv import SGConvConfig, SGConvModel
 from structured_ffn import ffn_factory
 
 STAGES = ("pretrain", "finetune")
@@ -665,10 +664,11 @@ def command(argv):
         if "departures" in origin:
             print(f"differs from the source: {origin['departures']}")
         return None
-    try:
-        device_of(config.device)
-    except argparse.ArgumentTypeError as error:
-        flags.error(f"argument --device: {error}")
+    try:  # in float64 too, which mps does not have
+        torch.zeros(1, dtype=torch.float64, device=config.device).tolist()
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        flags.error(f"--device {config.device} does not work here: {reason}")
     if check:
         sys.exit(not print_table(self_check(config.device)))
     return run_once(config)
