@@ -389,13 +389,18 @@ class Objective(nn.Module):
         return contextlib.nullcontext()  # one process has nothing to synchronize
 
 
-def data_parallel(objective, batch, config):
-    """Average the gradients over the processes that share the examples."""
-    if share_of_examples(config) == (0, 1):
+def data_parallel(stage, model, head, train, config):
+    """The objective, whose gradients are averaged over the processes that share the examples."""
+    objective = Objective(model, head, config)
+    _, world = share_of_examples(config)
+    if world == 1:
         return objective
     parallel = DistributedDataParallel(objective)
     # It changes the order of its sums after the first backward. So we do one for nothing: then a
     # resumed run adds up in the order of an uninterrupted one.
+    share = max(1, config.batch(stage) // (world * config.accumulate))
+    some = np.arange(min(share, len(train)))
+    batch = make_batch(train, some, stage, config, seeded(config, config.seed))
     parallel(batch)[0].backward()
     parallel.zero_grad()
     return parallel
@@ -476,8 +481,7 @@ def fit(stage, model, head, train, val, config, run):
     parts = {"model": model, "head": head, "optimizer": optimizer}
     start, best = run.restore(parts)  # (0, None) for a new run
     rank, world = share_of_examples(config)
-    any_batch = make_batch(train, np.arange(1), stage, config, seeded(config, config.seed))
-    objective = data_parallel(Objective(model, head, config), any_batch, config)
+    objective = data_parallel(stage, model, head, train, config)
     pieces = config.accumulate
     indices = draw(train.longest(), config.batch(stage), config.seed, number)
     indices = itertools.islice(indices, start, None)

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 from dataclasses import dataclass, field, fields
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +24,11 @@ MODELS = ("transformer", "s4", "s4d", "diagonal", "sgconv")
 FFNS = ("dense", "lowrank", "blockdense", "blockshuffle")
 LARGEST = 2**31 - 1
 
+SIDES = (32, 64, 128, 256)
+LEVELS = ("", "-medium", "-easy")
 # Masking ratio and denoising loss of each task (arXiv:2310.02980v4, sections 2 and C.3).
 # "ce": cross entropy over symbols or gray levels; "l1": absolute error of normalized values.
-PATHFINDERS = [
-    f"pathfinder{n}{hard}" for n in (32, 64, 128, 256) for hard in ("", "-medium", "-easy")
-]
+PATHFINDERS = [f"pathfinder{side}{level}" for side, level in product(SIDES, LEVELS)]
 DENOISING = {
     "lattice": (0.30, "ce"),  # ours
     **dict.fromkeys(("listops", "listops-small", "listops-tiny"), (0.10, "ce")),
