@@ -161,7 +161,7 @@ class Run:
             if self.rank == 0:
                 newest.unlink(missing_ok=True)  # `save` must not keep it as the previous one
         for kind in ("settings", "data"):
-            if changed := differences(state[kind], getattr(self, kind), self.free):
+            if changed := differences(state.get(kind, {}), getattr(self, kind), self.free):
                 raise ValueError(f"{self.folder} contains a run with other {kind}: {changed}")
         return state
 
