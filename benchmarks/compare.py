@@ -24,8 +24,8 @@ import torch
 from measured import ROOT, provenance, save
 from tqdm import tqdm
 
-import config as settings
 import pretrain
+import settings
 
 
 def one_thread(lock):

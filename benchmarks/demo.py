@@ -18,7 +18,7 @@ from pathlib import Path
 from compare import describe, side_by_side
 from measured import ROOT, provenance, save
 
-from config import Config
+from settings import Config
 
 DEMO = Config(task="lattice", d_ff=128, d_state=16, batch_size=32, eval_every=200)
 SCRATCH = {"objective": "none", "finetune_lr": 1e-3}

@@ -29,8 +29,8 @@ sys.path.insert(0, str(ROOT))
 
 import lra_data  # noqa: E402
 import pretrain  # noqa: E402
-from config import Config  # noqa: E402
-from run_folder import load, versions  # noqa: E402
+from checkpoint import load, versions  # noqa: E402
+from settings import Config  # noqa: E402
 
 STAGES = {"pretrain": "Pretraining", "finetune": "Fine-tuning"}
 # Dark enough on white, and a dash pattern each for who sees or prints grey.

@@ -25,8 +25,8 @@ import torch
 from measured import ROOT, provenance, save
 
 import pretrain
-from config import resolve
-from run_folder import Run
+from checkpoint import Run
+from settings import resolve
 
 PARTS = ("data", "forward", "backward", "optimiser")
 WARM_UP = 3  # steps left out

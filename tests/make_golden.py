@@ -128,8 +128,8 @@ def pretrain_losses(model, folder):
     losses = []
 
     class Recorder(pretrain.Run):
-        def log(self, step, loss, right, count, tokens):
-            losses.append(loss.item() / count)
+        def log(self, step, sums, tokens):
+            losses.append(float(sums[0] / sums[1]))
 
     with Recorder(folder, {}) as run:
         pretrain.fit("pretrain", body, head, resident, resident, config, run)

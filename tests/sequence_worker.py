@@ -1,8 +1,8 @@
-"""What one rank does in tests/test_sequence_parallel.py: torchrun ... sequence_worker.py FILE."""
+"""One process of tests/test_sequence_parallel.py: torchrun ... sequence_worker.py FOLDER."""
 
 import json
-import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,57 +12,95 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dist_attention
 import lra_data
 import pretrain
+from settings import Config
 
-SMALL = {"d_model": 8, "n_heads": 2, "d_ff": 8, "d_state": 4, "kernel_dim": 8, "batch_size": 6}
-SMALL |= {"precision": "float64", "device": "cpu"}
+SMALL = {"d_model": 8, "n_heads": 2, "d_ff": 8, "d_state": 4, "kernel_dim": 8, "batch_size": 7}
+SMALL |= {"precision": "float64", "device": "cpu", "eval_every": 5}
+SMALL |= {"pretrain_steps": 10, "finetune_steps": 10, "pretrain_lr": 1e-2, "finetune_lr": 1e-2}
 CASES = {
-    "transformer, masked, ring": {"sequence_parallel": "ring"},
+    "transformer, ring": {"sequence_parallel": "ring"},
     "transformer, causal, RoPE, ring": {
         "sequence_parallel": "ring",
         "objective": "causal",
         "rope": True,
     },
-    "transformer, masked, ulysses": {"sequence_parallel": "ulysses"},
-    "s4, masked, ulysses": {"sequence_parallel": "ulysses", "model": "s4"},
-    "s4d, masked, ulysses": {"sequence_parallel": "ulysses", "model": "s4d"},
+    "transformer, ulysses": {"sequence_parallel": "ulysses"},
+    "s4, ulysses": {"sequence_parallel": "ulysses", "model": "s4"},
+    "s4d, ulysses": {"sequence_parallel": "ulysses", "model": "s4d"},
     "sgconv, causal, ulysses": {
         "sequence_parallel": "ulysses",
         "model": "sgconv",
         "objective": "causal",
     },
+    "transformer, data": {"accumulate": 2},  # the last batch of an epoch has parts without examples
+    "s4, data": {"model": "s4"},
+    "diagonal, causal, max, data": {"model": "diagonal", "objective": "causal", "pooling": "max"},
+    "sgconv, data": {"model": "sgconv"},
 }
 
 
-def trajectory(options, steps=10):
-    """Losses of ten steps of pretraining and ten of fine-tuning; half the examples are padded."""
-    config = pretrain.Config(**SMALL, **options)
-    data = lra_data.load("lattice", n_train=32, n_val=8, n_test=8)
-    train = pretrain.Resident(data.train, data, "cpu")
-    train.lengths = np.where(np.arange(len(train)) % 2, train.lengths, train.lengths * 2 // 3)
-    model = pretrain.initial_model(config, data)
-    losses = []
-    for stage in pretrain.STAGES:
-        pretrain.seeded(config, 1)
-        head = pretrain.build_head(stage, config, train).double()
-        groups = [*model.param_groups(1e-2, 0.01), {"params": list(head.parameters()), "lr": 1e-2}]
-        optimiser = torch.optim.AdamW(groups)
-        for step in range(steps):
-            generator = pretrain.seeded(config, 2, step)
-            index = np.arange(step, step + config.batch_size)
-            batch = pretrain.make_batch(train, index, stage, config, generator)
-            optimiser.zero_grad()
-            loss, right, count = pretrain.gradients(model, head, batch, config)
-            optimiser.step()
-            losses += [float(loss) / count, float(right)]
-    return losses
+class Recorder(pretrain.Run):
+    """Collects loss, count and correct of every step, summed over the processes."""
+
+    seen = ()
+    kill_at = None  # (stage, step)
+
+    def log(self, step, sums, tokens):
+        super().log(step, sums, tokens)
+        Recorder.seen.extend(dist_attention.SumOverRanks.apply(sums).tolist())
+        if (self.stage, step) == self.kill_at:
+            raise ValueError("killed")
 
 
-def main(path):
+def trajectory(folder, options):
+    """All sums of ten steps per stage and all scores of a run."""
+    Recorder.seen = []
+    result = pretrain.train(Config(**(SMALL | options), out=str(folder)))
+    scores = [
+        result[stage][key]
+        for stage in ("pretrain", "finetune", "test")
+        for key in ("loss", "accuracy")
+    ]
+    return Recorder.seen + scores
+
+
+def prepare():
+    """Train on 33 examples, half of them padded; record every step."""
+    data = lra_data.load("lattice", n_train=33, n_val=8, n_test=10)
+    shorter = np.where(np.arange(33) % 2, data.train.lengths, data.train.lengths * 2 // 3)
+    data = replace(data, train=replace(data.train, lengths=shorter))
+    lra_data.load = lambda task, data_dir: data
+    pretrain.Run = Recorder
+
+
+def resumed(folder):
+    """Is a run that was killed in either stage, and went on, the uninterrupted one, bit for bit?"""
+    options = {"dropout": 0.1, "precision": "float32"}
+    whole = trajectory(folder / "whole", options)
+    for Recorder.kill_at in (("pretrain", 7), ("finetune", 7)):
+        try:
+            trajectory(folder / "cut", {**options, "resume": Recorder.kill_at[0] == "finetune"})
+        except ValueError as error:
+            assert str(error) == "killed", error
+    Recorder.kill_at = None
+    cut = trajectory(folder / "cut", {**options, "resume": True})
+    weights = []
+    for name in ("whole", "cut"):
+        state = torch.load(folder / name / "checkpoint.pt", weights_only=True)
+        weights.append({**state["model"], **state["head"]})
+    same = all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    return same and whole[-6:] == cut[-6:] and whole[-21:] == cut[-21:]
+
+
+def main(folder):
+    folder = Path(folder)
+    torch.set_num_threads(1)
+    prepare()
     with dist_attention.process_group(timeout=120) as (rank, _, _):
-        seen = {name: trajectory(options) for name, options in CASES.items()}
-        Path(f"{path}.{rank}").write_text(json.dumps(seen))
+        seen = {name: trajectory(folder / name, options) for name, options in CASES.items()}
+        seen["resumed"] = resumed(folder)
+        (folder / f"seen.{rank}").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     dist_attention.guarded(main, *sys.argv[1:])

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import compare
 
-from config import Config
+from settings import Config
 
 
 @pytest.fixture

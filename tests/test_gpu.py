@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import attention
+import checkpoint
 import dist_attention
 import lra_data
 import pretrain
-import run_folder
 import s4
 import sgconv
 import structured_ffn
-from config import Config
+from settings import Config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -141,7 +141,7 @@ def test_losses_are_those_of_the_cpu(small, tmp_path, model):
 @pytest.mark.parametrize("model", ["transformer", "s4"])
 def test_an_interrupted_run_ends_in_the_same_bits(small, tmp_path, monkeypatch, model):
     whole = run(tmp_path / "whole", model=model, dropout=0.1)
-    log = run_folder.Run.log
+    log = checkpoint.Run.log
 
     def kill(self, step, *rest):
         log(self, step, *rest)
@@ -149,14 +149,14 @@ def test_an_interrupted_run_ends_in_the_same_bits(small, tmp_path, monkeypatch, 
             raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder.Run, "log", kill)
+        patch.setattr(checkpoint.Run, "log", kill)
         with pytest.raises(RuntimeError, match="killed"):
             run(tmp_path / "cut", model=model, dropout=0.1)
     cut = run(tmp_path / "cut", model=model, dropout=0.1, resume=True)
     assert {k: cut[k] for k in ("pretrain", "finetune", "test")} == {
         k: whole[k] for k in ("pretrain", "finetune", "test")
     }
-    a, b = (run_folder.load(tmp_path / n / "checkpoint.pt")["model"] for n in ("whole", "cut"))
+    a, b = (checkpoint.load(tmp_path / n / "checkpoint.pt")["model"] for n in ("whole", "cut"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 

@@ -17,7 +17,7 @@ import judges  # noqa: E402
 import measured  # noqa: E402
 import readme  # noqa: E402
 
-from config import Config  # noqa: E402
+from settings import Config  # noqa: E402
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = sorted((ROOT / "results").glob("*.json"))

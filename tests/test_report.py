@@ -15,7 +15,7 @@ import pytest
 
 import lra_data
 import pretrain
-from config import Config
+from settings import Config
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

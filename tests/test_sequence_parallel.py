@@ -1,4 +1,4 @@
-"""pretrain.py --sequence-parallel: one sequence over several processes trains as on one."""
+"""pretrain.py on three processes, which share sequences or examples: it trains as on one."""
 
 import json
 import os
@@ -9,43 +9,39 @@ from pathlib import Path
 import pytest
 import sequence_worker
 
-from config import Config
+import lra_data
+import pretrain
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.dist
-@pytest.mark.parametrize("world", [2, 3])
-def test_ten_steps_are_those_of_one_process(world, tmp_path):
-    """Losses and right answers of both stages, Transformer, S4, S4D and SGConv, padded batches."""
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of three processes saw."""
+    folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(world), str(ROOT / "tests/sequence_worker.py")]
+    command += ["--nproc-per-node", "3", str(ROOT / "tests/sequence_worker.py"), str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(tmp_path / "seen")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-    )
+    options = {"capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(command, env=environment, **options)
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [json.loads((tmp_path / f"seen.{rank}").read_text()) for rank in range(world)]
-    assert all(rank == ranks[0] for rank in ranks)
-    for name, options in sequence_worker.CASES.items():
-        alone = sequence_worker.trajectory(options | {"sequence_parallel": None})
-        assert len(alone) == 40 and alone[0] != alone[18]
-        assert ranks[0][name] == pytest.approx(alone, rel=1e-10, abs=1e-12), name
+    return [json.loads((folder / f"seen.{rank}").read_text()) for rank in range(3)]
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"model": "s4", "sequence_parallel": "ring"}, "ulysses"),
-        ({"pooling": "max", "sequence_parallel": "ring"}, "max"),
-        ({"dropout": 0.1, "sequence_parallel": "ulysses"}, "0.1"),
-        ({"sequence_parallel": "stripes"}, "stripes"),
-    ],
-)
-def test_what_is_refused(options, named):
-    with pytest.raises(ValueError, match=named):
-        Config(**options)
+@pytest.mark.dist
+@pytest.mark.parametrize("name", sequence_worker.CASES)
+def test_ten_steps_are_those_of_one_process(name, ranks, monkeypatch, tmp_path):
+    """Losses and correct answers of every step and every evaluation, in both stages."""
+    monkeypatch.setattr(lra_data, "load", lra_data.load)  # as they were, afterwards
+    monkeypatch.setattr(pretrain, "Run", pretrain.Run)
+    sequence_worker.prepare()
+    options = {**sequence_worker.CASES[name], "sequence_parallel": None, "accumulate": 1}
+    alone = sequence_worker.trajectory(tmp_path, options)
+    assert len(alone) == 66 and alone[0] != alone[30]
+    for rank in ranks:
+        assert rank[name] == pytest.approx(alone, rel=1e-10, abs=1e-12)
+
+
+@pytest.mark.dist
+def test_a_resumed_run_of_three_processes_ends_in_the_same_bits(ranks):
+    assert all(rank["resumed"] for rank in ranks)

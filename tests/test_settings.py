@@ -1,18 +1,17 @@
-"""settings/*.json: the published values, typed here from the papers' tables and configurations."""
+"""settings.py: the published values, typed here from the papers' tables and configurations."""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import lra_data
 import pretrain
-from config import Config
-from sgconv import PUBLISHED
+import settings
+from settings import Config, published, resolve
 
-FOLDER = Path(__file__).parent.parent / "settings"
-FILES = {path.stem: json.loads(path.read_text("utf-8")) for path in FOLDER.glob("*.json")}
+ROOT = Path(__file__).parent.parent
 OUR_OWN = ("small", "laptop")
 
 # 2310.02980v4, configurations of its code: d_model, layers, heads, d_ff, pooling of Table 4.
@@ -89,49 +88,40 @@ EXAMPLES |= {"pathfinder32": 160_000, "pathfinder128": 160_000, "scifar": 45_000
 EXAMPLES |= {"speech": 84_843}
 
 
-def settings(name):
-    return FILES[name]["settings"]
+def values(name):
+    return {key: value for key, (value, _) in published(name)[0].items()}
 
 
 def holds(name, **expected):
-    assert {k: settings(name).get(k) for k in expected} == expected, name
+    found = vars(Config(**values(name)))
+    assert {key: found[key] for key in expected} == expected, name
 
 
 def is_published(name):
     return not name.startswith("lattice") and not name.endswith(OUR_OWN)
 
 
-def test_no_file_is_missing_and_none_is_outside_the_tables():
+def test_no_row_is_missing_and_none_is_outside_the_tables():
     expected = {f"{task}-transformer" for task in TRANSFORMER} | set(SCRATCH)
     expected |= {
-        f"{task}-transformer-rope" for task, (_, rope) in TRANSFORMER_RATES.items() if rope
+        f"{task}-transformer-rope" for task, rates in TRANSFORMER_RATES.items() if rates[1]
     }
     expected |= {f"{task}-{model}" for model, rows in PRETRAINED.items() for task in rows}
     expected |= {f"{task}-sgconv" for task in SGCONV}
-    assert {name for name in FILES if is_published(name)} == expected
-    ours = {name for name in FILES if not is_published(name)}
-    assert {"listops-s4-laptop", "listops-transformer-small", "lattice-transformer"} <= ours
-    assert all(FILES[name]["source"].startswith("Ours") for name in ours)
+    assert {name for name in settings.NAMES if is_published(name)} == expected
+    assert len(settings.NAMES) == 52
 
 
-@pytest.mark.parametrize("name", sorted(FILES))
-def test_a_file_is_complete(name):
-    content = FILES[name]
-    assert list(content) == ["source", "departures", "settings", "sources"]
-    assert list(content["sources"]) == list(content["settings"]), "a value without its source"
-    texts = [content["source"], *content["departures"], *content["sources"].values()]
-    assert all(isinstance(text, str) and len(text) >= 4 for text in texts)
-    chosen = content["settings"]
-    assert chosen["task"] in lra_data.TASKS and name.split("-")[1] == chosen["model"]
-    assert chosen["task"].startswith(name.split("-")[0])
-
-
-@pytest.mark.parametrize("name", sorted(FILES))
-def test_config_takes_a_file_as_it_is(name):
-    chosen = settings(name)
-    assert set(chosen) <= {f.name for f in fields(Config)}
-    config = Config(**chosen, device="cpu")
-    assert {k: getattr(config, k) for k in chosen} == chosen
+@pytest.mark.parametrize("name", settings.NAMES)
+def test_a_row_has_a_source_for_every_value(name):
+    found, departures = published(name)
+    assert all(len(source) > 4 for _, source in found.values())
+    assert is_published(name) or found["warmup"][1].startswith("ours")
+    assert bool(departures) or not is_published(name)
+    chosen = values(name)
+    assert chosen["task"] in lra_data.TASKS and chosen["task"].startswith(name.split("-")[0])
+    assert chosen["model"] == name.split("-")[1]
+    holds(name, **chosen)  # Config takes them as they are
 
 
 @pytest.mark.parametrize("task", TRANSFORMER)
@@ -139,20 +129,19 @@ def test_transformers(task):
     d_model, layers, heads, d_ff, pooling = TRANSFORMER[task]
     sizes = dict(d_model=d_model, n_layers=layers, n_heads=heads, d_ff=d_ff, dropout=0.0)
     sizes |= dict(schedule="constant", weight_decay=0.1 if task == "text" else 0.0)
-    rotary = task in ("scifar", "speech")
-    holds(f"{task}-transformer", **sizes, pooling=pooling, rope=rotary)
+    holds(f"{task}-transformer", **sizes, pooling=pooling, rope=task in ("scifar", "speech"))
     plain, rope = TRANSFORMER_RATES.get(task, (None, None))
     if plain:
         holds(f"{task}-transformer", finetune_lr=plain[0], pretrain_lr=plain[1])
     else:
-        assert FILES[f"{task}-transformer"]["sources"]["pretrain_lr"].startswith("ours")
+        assert published(f"{task}-transformer")[0]["pretrain_lr"][1].startswith("ours")
     if rope:
         holds(f"{task}-transformer-rope", **sizes, pooling="mean" if task == "image" else pooling)
         holds(f"{task}-transformer-rope", rope=True, finetune_lr=rope[0], pretrain_lr=rope[1])
-    local = any("local" in text for text in FILES[f"{task}-transformer"]["departures"])
+    local = "local" in published(f"{task}-transformer")[1]
     assert local == (task in ("pathfinder128", "speech"))
-    steps = settings(f"{task}-transformer")["finetune_steps"]
-    assert 2_000 <= settings(f"{task}-transformer")["warmup"] * steps <= 5_000
+    chosen = values(f"{task}-transformer")
+    assert 2_000 <= chosen["warmup"] * chosen["finetune_steps"] <= 5_000
 
 
 @pytest.mark.parametrize("model, task", [(m, task) for m in PRETRAINED for task in PRETRAINED[m]])
@@ -163,8 +152,7 @@ def test_pretrained_state_spaces(model, task):
     holds(name, finetune_lr=rate, batch_size=batch, pretrain_lr=pretrain_rate)
     holds(name, pretrain_batch_size=pretrain_batch, weight_decay=0.05, dropout=dropout)
     holds(name, n_layers=layers, d_model=d_model, d_state=64 if model == "s4" else 1024)
-    if model == "s4":
-        holds(name, dt_min=1e-4 if task == "pathfinder128" else 1e-3, dt_max=0.1)
+    holds(name, dt_min=1e-4 if task == "pathfinder128" else 1e-3, dt_max=0.1, pooling="mean")
 
 
 @pytest.mark.parametrize("name", SCRATCH)
@@ -172,7 +160,7 @@ def test_s4_from_scratch(name):
     layers, d_model, dropout, rate, batch, epochs, decay, epoch = SCRATCH[name]
     holds(name, objective="none", n_layers=layers, d_model=d_model, dropout=dropout, d_state=64)
     holds(name, finetune_lr=rate, batch_size=batch, weight_decay=decay, schedule="cosine")
-    holds(name, finetune_steps=epochs * epoch, dt_max=0.1)
+    holds(name, finetune_steps=epochs * epoch, eval_every=epoch, dt_max=0.1)
     holds(name, dt_min=1e-4 if name.startswith("pathfinder128") else 1e-3)
     holds(name, pooling="last" if name.startswith("pathfinder32") else "mean")
 
@@ -185,14 +173,26 @@ def test_sgconv(task):
     holds(name, finetune_lr=rate, batch_size=batch, weight_decay=decay, kernel_dim=width)
     holds(name, finetune_steps=epochs * epoch, schedule="cosine")
     if warmup:
-        assert round(settings(name)["warmup"] * epochs * epoch / 100) == warmup / 100
-    kernel = {"pathfinder32": "pathfinder", "pathfinder128": "pathx"}.get(task, task)
-    assert PUBLISHED[kernel]["kernel_dim"] == width  # decay and start come from there
+        assert round(values(name)["warmup"] * epochs * epoch / 100) == warmup / 100
+    assert settings.KERNELS[values(name)["task"]]["kernel_dim"] == width
 
 
-@pytest.mark.parametrize("name", [n for n in sorted(FILES) if is_published(n)])
-def test_pretraining_of_published_files(name):
-    task, chosen = name.split("-")[0], settings(name)
+def test_sgconv_kernels_of_image_and_path_x():
+    """arXiv:2210.09298, the code of its authors: all others halve per scale from N(0, 1)."""
+    pathx = dict(kernel_dim=64, first_factor=2, decay="ramp_decay", init="cosine_init")
+    for task, kernel in settings.KERNELS.items():
+        if task.startswith("image"):
+            assert kernel == dict(kernel_dim=32, decay="power_law_decay")
+        elif task in ("pathx", "pathfinder128"):
+            assert kernel == pathx
+        else:
+            assert list(kernel) == ["kernel_dim"]
+
+
+@pytest.mark.parametrize("name", [n for n in settings.NAMES if is_published(n)])
+def test_pretraining_of_published_rows(name):
+    task = name.split("-")[0]
+    chosen = values(name)
     if chosen["objective"] == "none":
         assert not [key for key in chosen if key.startswith("pretrain")]
         return
@@ -202,30 +202,120 @@ def test_pretraining_of_published_files(name):
     examples["finetune"] = EXAMPLES[task]
     batch = {"pretrain": chosen.get("pretrain_batch_size", chosen["batch_size"])}
     batch["finetune"] = chosen["batch_size"]
-    for stage, n in examples.items():  # at most 200 epochs a stage (C.1)
-        epochs, rest = divmod(chosen[f"{stage}_steps"], 200)
-        assert rest == 0 and (epochs - 1) * batch[stage] < n <= epochs * batch[stage]
+    epoch = {stage: chosen[f"{stage}_steps"] / 200 for stage in examples}  # at most 200 (C.1)
+    for stage, n in examples.items():
+        assert (epoch[stage] - 1) * batch[stage] < n <= epoch[stage] * batch[stage]
+    holds(name, eval_every=max(epoch["finetune"], epoch["pretrain"] // 5))
 
 
 @pytest.mark.parametrize("task", ["text", "retrieval", "image"])
 def test_published_runs_read_characters_and_numbers(task):
     kind = {"image": "image-real"}.get(task, f"{task}-characters")
-    names = [name for name in FILES if name.split("-")[0] == task]
-    assert names and all(settings(name)["task"] == kind for name in names)
+    names = [name for name in settings.NAMES if name.split("-")[0] == task]
+    assert names and all(values(name)["task"] == kind for name in names)
 
 
 @pytest.mark.parametrize("model, arm", [("transformer", "Transformer"), ("s4", "S4")])
-def test_lattice_files_are_the_demonstration(model, arm, monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER.parent / "benchmarks")
+def test_lattice_rows_are_the_demonstration(model, arm, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from demo import ARMS, DEMO
 
-    expected = replace(DEMO, **ARMS[f"{arm}, pretrained"])
-    holds(f"lattice-{model}", **{k: getattr(expected, k) for k in settings(f"lattice-{model}")})
+    expected = vars(replace(DEMO, **ARMS[f"{arm}, pretrained"]))
+    holds(f"lattice-{model}", **{key: expected[key] for key in values(f"lattice-{model}")})
 
 
-def test_the_command_line_reads_a_file_and_flags_override_it(capsys):
-    pretrain.main(["--settings", str(FOLDER / "listops-s4.json"), "--seed", "7", "--print-config"])
+def test_every_task_has_its_own_mask_ratio_and_loss():
+    """By exact name: a task of one's own called "pathology" takes the default."""
+    assert set(lra_data.TASKS) <= set(settings.DENOISING)
+    for task, (ratio, _) in settings.DENOISING.items():
+        prefix = [name for name in MASK_RATIO if task.startswith(name)]
+        expected = MASK_RATIO[prefix[0]] if prefix else {"lattice": 0.3}.get(task, 0.5)
+        assert Config(task=task).mask_ratio == ratio == expected
+        l1 = task in ("image-real", "scifar", "speech", "speech-8k")
+        assert Config(task=task).loss == ("l1" if l1 else "ce")
+    own = Config(task="pathology")
+    assert (own.mask_ratio, own.loss) == (0.15, "ce")
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"model": "rnn"}, "model 'rnn'.*transformer"),
+        ({"mask_ratio": 1.5}, "mask_ratio 1.5"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"batch_size": True}, "batch_size True: expected int"),
+        ({"finetune_lr": -1.0}, "finetune_lr -1.0"),
+        ({"causal": True}, "looks both ways"),
+        ({"labels": 0}, "labels 0: expected a positive number"),
+        ({"dropout": float("nan")}, "dropout nan: expected 0 or more, below 1"),
+        ({"warmup": float("inf")}, "warmup inf"),
+        ({"weight_decay": -1.0}, "weight_decay -1.0"),
+        ({"n_layers": 0}, "n_layers 0: expected a positive number"),
+        ({"d_model": 10**20}, "d_model 1000.*1,048,576"),
+        ({"accumulate": 65}, "accumulate 65.*batch size, 64"),
+        ({"out": ""}, "out '': expected a value"),
+        ({"model": "s4", "rope": True}, "'s4' has no rope"),
+        ({"model": "s4", "sequence_parallel": "ring"}, "ulysses"),
+        ({"pooling": "max", "sequence_parallel": "ring"}, "max"),
+        ({"dropout": 0.1, "sequence_parallel": "ulysses"}, "0.1"),
+        ({"sequence_parallel": "stripes"}, "stripes"),
+    ],
+)
+def test_bad_settings_are_refused_with_their_numbers(bad, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**bad)
+
+
+def test_print_config_says_where_each_value_comes_from(capsys):
+    pretrain.main(["--settings", "listops-s4", "--seed", "7", "--print-config"])
     shown = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "Table 5" in shown["pretrain_batch_size"] and " 128 " in shown["pretrain_batch_size"]
     assert " 7 " in shown["seed"] and "command line" in shown["seed"]
-    assert "default" in shown["n_heads"]
+    assert "default" in shown["n_heads"] and "C.3" in shown["mask_ratio"]
+    assert "batch norm" in shown["differs"]
+
+
+@pytest.mark.parametrize(
+    "path", ["settings/listops-s4.json", str(ROOT / "settings/listops-s4.json")]
+)
+def test_the_path_of_a_former_file_is_a_name_of_its_row(path):
+    assert resolve({"settings": path})[0] == resolve({"settings": "listops-s4"})[0]
+
+
+def test_a_flag_goes_before_a_file_before_a_default(tmp_path):
+    path = tmp_path / "a.json"
+    values = {"model": "s4", "d_model": 32, "clip": 2, "data_dir": "données"}
+    content = json.dumps({"settings": values, "sources": {"model": "é 5"}}, ensure_ascii=False)
+    path.write_text(content, "utf-8-sig")  # with a byte-order mark
+    config, origin = resolve({"settings": str(path), "d_model": 48})
+    assert (config.model, origin["model"]) == ("s4", f"{path}: é 5")
+    assert (config.d_model, origin["d_model"]) == (48, "command line")
+    assert (config.clip, origin["clip"]) == (2, f"{path}: no source")
+    assert (config.batch_size, origin["batch_size"]) == (64, "default")
+    assert config.data_dir == "données"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "not a file of settings"),
+        ('{"settings": {"d_modle": 3}}', "no setting is called d_modle"),
+        ('{"settings": {"d_model": "wide"}}', "d_model 'wide': expected int"),
+        ('{"settings": {"seed": null}}', "seed None: expected int"),
+        ('{"settings": {}, "sources": [1]}', "not a file of settings"),
+        ("[]", "not a file of settings"),
+    ],
+)
+def test_a_bad_file_of_settings_is_named(tmp_path, content, message):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit, match=message):
+        pretrain.main(["--settings", str(path)])
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(SystemExit, match=r"no settings 'listops-s5'.*listops-s4"):
+        pretrain.main(["--settings", "listops-s5"])

@@ -9,8 +9,8 @@ import torch
 
 import lra_data
 import pretrain
-from config import Config
-from run_folder import Run
+from checkpoint import Run
+from settings import Config
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

@@ -1,0 +1,300 @@
+"""Crash-safe run directory: checkpoints, metrics and result.
+
+    with Run("runs/a", settings, data, resume=True) as run:
+        start, best = run.restore(parts)              # (0, None), or where the run was stopped
+        for step in run.steps("train", start, last):  # progress bar
+            ...
+            run.log(step, sums, tokens)               # metrics.jsonl, every LOG_EVERY steps
+            run.save(step, parts, best)               # checkpoint.pt
+    # config.json: settings and data; result.json: written last
+
+kill -9 costs at most the steps since the last checkpoint. A checkpoint is written under another
+name, flushed to disk and renamed: checkpoint.pt or checkpoint.pt.previous is always whole.
+metrics.jsonl is cut back to its length at the checkpoint. Everything else must follow from settings
+and step (as the random numbers of pretrain.py do); then a resumed run ends in the same bits.
+"""
+
+import errno
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from textwrap import shorten
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+LOG_EVERY = 10  # steps; the losses are read from the device only this often
+WEIGHTS = ("checkpoint.pt", "pretrained.pt", "denoiser.pt")  # removed when a run is replaced
+
+# ------------------------------------------------------------------------------------- files
+
+
+def save(path, state):
+    """torch.save that writes all of the file or nothing; the old file stays as *.previous."""
+    temporary = path.with_name(path.name + ".new")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} not written, the old file is as it was: {error}") from error
+    if path.exists():
+        os.replace(path, path.with_name(path.name + ".previous"))
+    os.replace(temporary, path)
+
+
+def load(path):
+    """Read what `save` wrote.  ValueError if the file is damaged or something else."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):  # the file may be sound
+        raise
+    except Exception as error:  # a damaged file may raise anything
+        reason = shorten(f"{type(error).__name__} {error}", 160)
+        raise ValueError(f"{path} is not a file of weights: {reason}") from error
+
+
+def write_json(path, content):
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    os.replace(temporary, path)
+
+
+def lock(folder):
+    """An open, locked file; no other run can work in the folder until it is closed."""
+    file = open(folder / "lock", "w", encoding="utf-8")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows has no flock
+        pass
+    except OSError as error:  # some network file systems have none either
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
+            raise ValueError(f"{folder} is in use by another run") from error
+    return file
+
+
+# ----------------------------------------------------------------------------------- the run
+
+
+def ranks():
+    """Rank of this process and number of processes: (0, 1) without torchrun."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def means(sums):
+    """Sums of loss, count, correct -> mean loss and accuracy; no accuracy if `correct` is nan."""
+    loss, count, correct = sums.tolist()
+    count = max(count, 1)  # nothing is masked in a small batch
+    if math.isnan(correct):
+        return {"loss": loss / count}
+    return {"loss": loss / count, "accuracy": correct / count}
+
+
+def differences(old, new, free=()):
+    """What differs between two dicts, as text: "seed 0 -> 1"."""
+    names = [name for name in new if name not in free and old.get(name) != new[name]]
+    return ", ".join(shorten(f"{name} {old.get(name)} -> {new[name]}", 160) for name in names)
+
+
+class Run:
+    """One run and its directory. Of several processes, rank 0 alone writes.
+
+    settings, data: plain values, which must be the same when the run is resumed, except for the
+    settings named in `free`.  position: row of the progress bar.  Ctrl-C and SIGTERM stop the run
+    after the current step with a checkpoint (KeyboardInterrupt), the second time at once.
+    """
+
+    def __init__(self, folder, settings, data=None, free=(), resume=False, position=0):
+        self.folder = Path(folder)
+        self.settings = settings
+        self.data = data or {}
+        self.free = free
+        self.resume = resume
+        self.position = position
+        self.rank, self.world = ranks()
+        self.pending = []  # sums of the steps since the last line of metrics
+        self.interrupted = False
+        self.handlers = {}
+
+    def __enter__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.rank == 0:
+            self.lock = lock(self.folder)
+        self.state = self.find() if self.resume else None
+        state = self.state or {"result": {}, "tokens": 0, "seconds": 0.0, "metrics": 0}
+        self.result = state["result"]  # scores of the finished stages
+        self.tokens = state["tokens"]
+        if self.rank == 0:
+            self.prepare(state["metrics"])
+        self.versions = versions()  # now: somebody may commit while this runs
+        self.started = time.perf_counter() - state["seconds"]
+        if self.world == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.interrupt)
+        return self
+
+    def find(self):
+        """The newest checkpoint that can be read; None if there is none."""
+        newest = self.folder / "checkpoint.pt"
+        previous = self.folder / "checkpoint.pt.previous"
+        if not newest.exists() and not previous.exists():
+            return None
+        try:
+            state = load(newest)
+        except (ValueError, FileNotFoundError) as error:
+            print(f"{error}: not used", file=sys.stderr)
+            state = load(previous)
+            if self.rank == 0:
+                newest.unlink(missing_ok=True)  # `save` must not keep it as the previous one
+        for kind in ("settings", "data"):
+            if changed := differences(state.get(kind, {}), getattr(self, kind), self.free):
+                raise ValueError(f"{self.folder} contains a run with other {kind}: {changed}")
+        return state
+
+    def prepare(self, metrics_size):
+        """Refuse to replace an unfinished run, remove what a finished one left, open the files."""
+        old = [path for name in WEIGHTS for path in self.folder.glob(f"{name}*")]
+        result = self.folder / "result.json"
+        if self.state is None:
+            if any("checkpoint" in path.name for path in old) and not result.exists():
+                how = "pass --resume to continue it or choose another --out"
+                raise ValueError(f"{self.folder} contains an unfinished run: {how}")
+            for path in old:
+                path.unlink()
+        result.unlink(missing_ok=True)
+        write_json(self.folder / "config.json", {**self.settings, "data": self.data})
+        self.metrics = open(self.folder / "metrics.jsonl", "ab")
+        self.metrics.truncate(min(self.metrics.tell(), metrics_size))
+
+    def __exit__(self, failure, *_):
+        self.release_signals()
+        if self.rank > 0:
+            return
+        if failure is None:
+            seconds = time.perf_counter() - self.started
+            speed = {"seconds": round(seconds, 1), "tokens_per_s": round(self.tokens / seconds)}
+            speed["peak_memory"] = peak_memory()
+            self.result.update(config=self.settings, data=self.data, speed=speed, **self.versions)
+            write_json(self.folder / "result.json", self.result)
+        self.metrics.close()
+        self.lock.close()
+
+    def interrupt(self, *_):
+        print("Stopping after this step; press Ctrl-C again to quit immediately.", file=sys.stderr)
+        self.interrupted = True
+        self.release_signals()
+
+    def release_signals(self):
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
+
+    def restore(self, parts):
+        """Load the checkpoint into {name: object}.  Returns the first step and the best so far."""
+        state = self.state
+        self.state = None  # the next stage starts at 0
+        if state is None:
+            return 0, None
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state["step"], state["best"]
+
+    def save(self, step, parts, best):
+        """Write a checkpoint after `step`; stop here if the run was interrupted."""
+        if self.rank == 0:
+            self.metrics.flush()
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state.update(stage=self.stage, step=step + 1, best=best, result=self.result)
+            state.update(tokens=self.tokens, seconds=time.perf_counter() - self.started)
+            state.update(settings=self.settings, data=self.data, metrics=self.metrics.tell())
+            save(self.folder / "checkpoint.pt", state)
+        if self.interrupted:
+            raise KeyboardInterrupt("--resume continues")
+
+    def steps(self, stage, first, last):
+        """The steps of a stage, with a progress bar on a terminal."""
+        self.stage = stage
+        options = {"position": self.position, "leave": False, "initial": first, "total": last}
+        options["disable"] = None if self.rank == 0 else True  # None: unless it is a terminal
+        self.bar = tqdm(range(first, last), f"{self.folder.name} {stage}", **options)
+        return self.bar
+
+    def log(self, step, sums, tokens):
+        """Note a step: sums (3,) of loss, count, correct on the device, tokens read."""
+        self.pending.append(sums)
+        self.tokens += tokens
+        if (step + 1) % LOG_EVERY == 0:
+            self.report(step)
+
+    def report(self, step):
+        """Write a line of metrics for the steps since the last one."""
+        if not self.pending:
+            return
+        rows = torch.stack(self.pending)  # (steps, 3)
+        self.pending = []
+        if self.world > 1:
+            dist.all_reduce(rows)
+        rows = rows.cpu()
+        for i, loss in enumerate(rows[:, 0].tolist()):
+            self.check_finite(loss, step + 2 - len(rows) + i)
+        line = means(rows.sum(0))
+        self.bar.set_postfix(line)
+        self.write({"stage": self.stage, "step": step + 1, **line})
+
+    def check_finite(self, loss, step, kind="loss"):
+        """FloatingPointError if the run has diverged; it names the last good checkpoint."""
+        if math.isfinite(loss):
+            return
+        path = self.folder / "checkpoint.pt"
+        good = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint"
+        where = f"{self.folder}, {self.stage}"
+        raise FloatingPointError(f"{where}: the {kind} is {loss} at step {step}; {good}")
+
+    def write(self, line):
+        if self.rank == 0:
+            self.metrics.write(json.dumps(line).encode() + b"\n")
+
+
+# --------------------------------------------------------------------------------- provenance
+
+
+def peak_memory():
+    """Bytes, of the GPU if there is one, else of this process; None where it is not known."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else 1024 * used
+
+
+def git(*words):
+    """What git prints about this file's repository."""
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
+
+
+def versions():
+    """torch, Python, and the commit of this code ("-dirty": changed outside results/)."""
+    try:
+        commit = git("rev-parse", "--short", "HEAD")
+        if git("status", "--porcelain", "-uno", ".", ":!results"):
+            commit += "-dirty"
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # a copied file, no repository
+    return {"torch": torch.__version__, "python": platform.python_version(), "commit": commit}

@@ -1,0 +1,487 @@
+"""Settings of pretrain.py: every flag, and the hyperparameters that the papers published.
+
+    Config(task="listops", model="s4")                     # ValueError on nonsense
+    config, origin = resolve({"settings": "listops-s4"})   # origin: where each value comes from
+
+    python pretrain.py --settings listops-s4 --seed 1 --print-config
+
+`--settings` takes the name of a row of the table below, or a JSON file of your own:
+{"settings": {name: value}, "sources": {name: where the value comes from}}; sources may be left out.
+Flags override settings, settings override the defaults of Config.
+"""
+
+import argparse
+import json
+import math
+from dataclasses import dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+MODELS = ("transformer", "s4", "s4d", "diagonal", "sgconv")
+FFNS = ("dense", "lowrank", "blockdense", "blockshuffle")
+LARGEST = 2**31 - 1
+
+SIDES = (32, 64, 128, 256)
+LEVELS = ("", "-medium", "-easy")
+# Masking ratio and denoising loss of each task (arXiv:2310.02980v4, sections 2 and C.3).
+# "ce": cross entropy over symbols or gray levels; "l1": absolute error of normalized values.
+PATHFINDERS = [f"pathfinder{side}{level}" for side, level in product(SIDES, LEVELS)]
+DENOISING = {
+    "lattice": (0.30, "ce"),  # ours
+    **dict.fromkeys(("listops", "listops-small", "listops-tiny"), (0.10, "ce")),
+    **dict.fromkeys(("text", "text-characters"), (0.15, "ce")),
+    **dict.fromkeys(("retrieval", "retrieval-characters"), (0.15, "ce")),
+    "image": (0.50, "ce"),  # differs from the paper: gray levels as symbols
+    **dict.fromkeys(("image-real", "scifar"), (0.50, "l1")),
+    **dict.fromkeys((*PATHFINDERS, "pathx", "pathx256"), (0.50, "ce")),
+    **dict.fromkeys(("speech", "speech-8k"), (0.25, "l1")),
+}
+OTHER_TASKS = (0.15, "ce")  # any other task, unless --mask-ratio and --loss say otherwise
+
+# ------------------------------------------------------------------------------- the settings
+
+
+def flag(default, help, *choices, kind=None, zero=False, below=None):
+    """A field of Config that is also a flag; numbers are positive (or zero) and below a bound."""
+    kind = kind or type(default)
+    meta = {"help": help, "choices": choices, "kind": kind, "zero": zero, "below": below}
+    return field(default=default, metadata=meta)
+
+
+def size(default, help):
+    return flag(default, help, kind=int, below=2**20)
+
+
+def optional(kind, help, *choices, below=None):
+    return flag(None, help, *choices, kind=kind, below=below)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run: pretraining (unless objective is "none"), then fine-tuning."""
+
+    task: str = flag("lattice", "a task of lra_data.py")
+    model: str = flag("transformer", "architecture", *MODELS)
+    objective: str = flag("masked", "pretraining objective", "masked", "causal", "none")
+    seed: int = flag(
+        0, "random seed of weights, data order, masks, dropout (not of the data)", zero=True
+    )
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
+    out: str = flag("runs/latest", "run directory: config, metrics, checkpoints, result")
+    data_dir: str = flag("data", "directory of data sets and caches")
+    source: str = optional(str, "published files of the task (a directory or an archive)")
+    pictures: int = optional(int, "number of pictures to generate (pathfinder)")
+    pretrain_steps: int = flag(3000, "optimizer steps of pretraining")
+    finetune_steps: int = flag(300, "optimizer steps of fine-tuning")
+    pretrain_lr: float = flag(3e-3, "peak learning rate of pretraining")
+    finetune_lr: float = flag(1e-3, "peak learning rate of fine-tuning")
+    batch_size: int = flag(64, "sequences per step, over all processes")
+    pretrain_batch_size: int = optional(int, "batch size for pretraining (default: --batch-size)")
+    accumulate: int = flag(1, "gradient accumulation steps (saves memory)")
+    warmup: float = flag(0.1, "fraction of a stage's steps with warmup", zero=True, below=1)
+    schedule: str = flag("cosine", "learning-rate schedule after warmup", "cosine", "constant")
+    weight_decay: float = flag(0.01, "AdamW weight decay of the matrices", zero=True)
+    clip: float = flag(1.0, "largest gradient norm")
+    mask_ratio: float = optional(
+        float, "fraction of masked positions (default: the task's)", below=1
+    )
+    loss: str = optional(str, "denoising loss (default: the task's)", "ce", "l1")
+    d_model: int = size(64, "model width")
+    n_layers: int = size(2, "number of blocks")
+    n_heads: int = size(4, "attention heads")
+    d_ff: int = size(None, "hidden width of the FFN (default: 4 times --d-model)")
+    ffn: str = flag("dense", "FFN of every transformer block but the first", *FFNS)
+    d_state: int = size(64, "state size per channel (s4, s4d, diagonal)")
+    dt_min: float = flag(1e-3, "smallest initial step size (s4, s4d), slowest decay (diagonal)")
+    dt_max: float = flag(1e-1, "largest initial step size, fastest decay")
+    random_init: bool = flag(False, "initialize every parameter from N(0, 0.1^2) (an ablation)")
+    kernel_dim: int = size(None, "parameters per scale of sgconv (default: as published, or 32)")
+    dropout: float = flag(0.0, "dropout probability", zero=True, below=1)
+    rope: bool = flag(False, "rotary instead of sinusoidal positions (transformer)")
+    causal: bool = flag(False, "left-to-right model (implied by --objective causal)")
+    pooling: str = flag("mean", "pooling over positions", "mean", "max", "last")
+    labels: int = optional(int, "fine-tune on this many examples (nested subsets)")
+    pretrained: str = optional(str, "skip pretraining and start from this pretrained.pt")
+    eval_every: int = flag(500, "steps between validations")
+    resume: bool = flag(False, "continue the run in --out from its checkpoint")
+    precision: str = flag("float32", "arithmetic", "float32", "float64", "bfloat16")
+    compile: bool = flag(False, "torch.compile the model (pays for a transformer on a GPU)")
+    sequence_parallel: str = optional(str, "split each sequence over processes", "ring", "ulysses")
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is None and f.default is None:
+                continue
+            if expected := misfit(value, **f.metadata):
+                raise ValueError(f"{f.name} {value!r}: expected {expected}")
+        mask_ratio, loss = DENOISING.get(self.task, OTHER_TASKS)
+        self.default("mask_ratio", mask_ratio)
+        self.default("loss", loss)
+        self.default("pretrain_batch_size", self.batch_size)
+        if self.objective == "causal":
+            object.__setattr__(self, "causal", True)
+        if conflict := self.conflict():
+            raise ValueError(conflict)
+
+    def default(self, name, value):
+        """Fill in a setting that was not given."""
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+
+    def conflict(self):
+        """What is wrong with a pair of settings, or None."""
+        smallest = min(self.batch_size, self.pretrain_batch_size)
+        if self.accumulate > smallest:
+            return f"accumulate {self.accumulate}: expected at most the batch size, {smallest}"
+        if self.objective == "masked" and self.causal:
+            return "causal: a masked model looks both ways, use objective 'causal' or 'none'"
+        if self.model != "transformer" and (self.rope or self.ffn != "dense"):
+            return f"model {self.model!r} has no rope and no ffn: use model 'transformer'"
+        if self.model != "transformer" and self.sequence_parallel == "ring":
+            return f"sequence_parallel 'ring' needs attention: use 'ulysses' for {self.model!r}"
+        if self.sequence_parallel and self.pooling != "mean":
+            return f"sequence_parallel needs pooling 'mean', not {self.pooling!r}"
+        if self.sequence_parallel and (self.dropout > 0 or self.compile):
+            return f"sequence_parallel: use dropout 0, not {self.dropout}, and no compile"
+        return None
+
+    def batch(self, stage):
+        """Sequences per step of a stage."""
+        return self.batch_size if stage == "finetune" else self.pretrain_batch_size
+
+
+def misfit(value, help, choices, kind, zero, below):
+    """What was expected of a setting in place of this value; None if the value is fine."""
+    kinds = (int, float) if kind is float else kind
+    if not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool):
+        return kind.__name__
+    if choices and value not in choices:
+        return f"one of {', '.join(choices)}"
+    if kind is str:
+        return None if value else "a value"
+    below = below or (LARGEST if kind is int else math.inf)
+    if kind is bool or 0 < value < below or (zero and value == 0):
+        return None
+    return f"{'0 or more' if zero else 'a positive number'}, below {below:,}"
+
+
+# ---------------------------------------------------- the table of published hyperparameters
+
+# SGConv's kernel for each task (arXiv:2210.09298); decay and init are functions of sgconv.py.
+KERNELS = {
+    "listops": dict(kernel_dim=1),
+    "text": dict(kernel_dim=2),
+    "text-characters": dict(kernel_dim=2),
+    "retrieval": dict(kernel_dim=1),
+    "retrieval-characters": dict(kernel_dim=1),
+    "image": dict(kernel_dim=32, decay="power_law_decay"),
+    "image-real": dict(kernel_dim=32, decay="power_law_decay"),
+    "pathfinder32": dict(kernel_dim=32),
+    "pathx": dict(kernel_dim=64, first_factor=2, decay="ramp_decay", init="cosine_init"),
+}
+KERNELS["pathfinder128"] = KERNELS["pathx"]
+# Training examples, which turn epochs into steps.
+EXAMPLES = {
+    "listops": 96_000,
+    "text-characters": 22_500,
+    "retrieval-characters": 147_086,
+    **dict.fromkeys(("image-real", "scifar"), 45_000),
+    "speech": 84_843,  # unverified
+    **dict.fromkeys(("pathfinder32", "pathfinder128"), 160_000),
+}
+SPT = "Amos, Berant, Gupta: Never Train from Scratch, arXiv:2310.02980v4"
+TABLE_4 = f"{SPT}: Table 4 (learning rates, pooling), its code's lra/transformer-*.yaml (sizes)"
+V3 = "S4, arXiv:2111.00396, as revised in its code (state-spaces/s4), configs lra/old/v3-s4-*.yaml"
+GCONV = "SGConv, arXiv:2210.09298, its code (ctlllll/SGConv, preview), configs lra/gconv-lra-*.yaml"
+SMALL = "ours: about an hour on one data-center GPU (an estimate)"
+LAPTOP = "ours: minutes on a laptop"
+NORM = "norm: batch norm (Image: layer norm) there, layer norm before the mixer here; weight decay:"
+REVIEWS = "data: 25,000 reviews train and the test split validates there, a tenth is held out here"
+LOCAL = "attention: local blocks there, the whole sequence here"
+CHANNELS = "A and B: two sets for all channels there, one per channel here"
+
+
+class Row(NamedTuple):
+    """Some settings, the source of their values, and how they or the model differ from it."""
+
+    parents: tuple
+    source: str
+    departures: str
+    settings: dict
+
+
+ROWS = {}
+
+
+def row(name, *parents, source=None, departures="", **settings):
+    """Add a row. It inherits from its parents, the later ones first, also their source."""
+    source = source or ROWS[parents[-1]].source
+    ROWS[name] = Row(parents, source, departures, settings)
+
+
+# fmt: off
+# A name without a dash is a part of other rows. First the Long Range Arena in S4's configurations,
+# whose sizes the other papers keep.
+row("scratch", source=V3, objective="none", schedule="cosine", weight_decay=0.05, dropout=0.0,
+    pooling="mean", clip=1e9)  # clips nothing
+row("listops", "scratch", task="listops", n_layers=8, d_model=128, batch_size=50,
+    finetune_epochs=40, finetune_lr=0.01, warmup=0.0125)
+row("text", "scratch", task="text-characters", departures=REVIEWS, n_layers=6, d_model=256,
+    batch_size=16, finetune_epochs=32, finetune_lr=0.01, warmup=0.1)
+row("retrieval", "scratch", task="retrieval-characters", n_layers=6, d_model=256,
+    batch_size=64, finetune_epochs=20, finetune_lr=0.01, warmup=0.05)
+row("image", "scratch", task="image-real", departures="dropout: one mask for all positions there",
+    n_layers=6, d_model=512, dropout=0.1,
+    batch_size=50, finetune_epochs=200, finetune_lr=0.01, warmup=0.005)
+row("pathfinder32", "scratch", task="pathfinder32", n_layers=6, d_model=256, weight_decay=0.03,
+    pooling="last", batch_size=64, finetune_epochs=200, finetune_lr=0.004, warmup=0.005)
+row("pathfinder128", "scratch", task="pathfinder128", n_layers=6, d_model=256,
+    batch_size=16, finetune_epochs=50, finetune_lr=0.001, warmup=0.1)
+
+row("s4", source=V3, model="s4", d_state=64, dt_min=1e-3, dt_max=0.1, departures=f"{NORM} "
+    "C decays too there, not here; learning rate of A, B and dt: at most 1e-3 here")
+row("listops-s4-scratch", "listops", "s4")
+row("text-s4-scratch", "text", "s4")
+row("retrieval-s4-scratch", "retrieval", "s4")
+row("image-s4-scratch", "image", "s4")
+row("pathfinder32-s4-scratch", "pathfinder32", "s4")
+row("pathfinder128-s4-scratch", "pathfinder128", "s4", dt_min=1e-4)
+row("scifar-s4", "image-s4-scratch", source="S4's code, config cifar/s4-cifar", task="scifar",
+    departures=CHANNELS)
+row("speech-s4", "scratch", "s4", source="S4's code, config sc/s4-sc; warmup and pooling: ours",
+    departures=CHANNELS, task="speech", n_layers=6, d_model=128,
+    batch_size=16, finetune_epochs=40, finetune_lr=0.01, warmup=0.1)
+
+row("sgconv", source=GCONV, model="sgconv", departures=f"{NORM} kernels decay too there, not here")
+row("listops-sgconv", "listops", "sgconv", kernel_dim=1)
+row("text-sgconv", "text", "sgconv", kernel_dim=2)
+row("retrieval-sgconv", "retrieval", "sgconv", kernel_dim=1, warmup=0.054)
+row("image-sgconv", "image", "sgconv", kernel_dim=32, dropout=0.2,
+    departures="schedule: 200,000 steps there, of which 180,000 are run; here it ends with them")
+row("pathfinder32-sgconv", "pathfinder32", "sgconv", kernel_dim=32, dropout=0.2)
+row("pathfinder128-sgconv", "pathfinder128", "sgconv", kernel_dim=64, weight_decay=0.03,
+    batch_size=64, finetune_lr=0.004, warmup=0.08)
+
+# Self-pretraining: S4 and DLR (Table 5).
+row("spt", source=f"{SPT}, section 2 and C.1: at most 200 epochs per stage or 24 h on one GPU",
+    objective="masked", pretrain_epochs=200, finetune_epochs=200)
+row("sizes", source=f"{SPT}: its code, lra/s4-lra-*.yaml", weight_decay=0.05, pooling="mean")
+row("s4spt", "s4", "spt", "sizes", source=f"{SPT}: Table 5",
+    departures="schedule and warmup: not recovered, here S4's")
+row("listops-s4", "listops", "s4spt",
+    pretrain_lr=1e-3, pretrain_batch_size=128, finetune_lr=1e-3, batch_size=16)
+row("text-s4", "text", "s4spt",
+    pretrain_lr=5e-4, pretrain_batch_size=8, finetune_lr=5e-4, batch_size=16)
+row("retrieval-s4", "retrieval", "s4spt",
+    pretrain_lr=5e-4, pretrain_batch_size=8, finetune_lr=5e-4, batch_size=256)
+row("image-s4", "image", "s4spt",
+    pretrain_lr=1e-3, pretrain_batch_size=32, finetune_lr=1e-3, batch_size=512)
+row("pathfinder32-s4", "pathfinder32", "s4spt",
+    pretrain_lr=1e-3, pretrain_batch_size=8, finetune_lr=1e-3, batch_size=64)
+row("pathfinder128-s4", "pathfinder128", "s4spt", dt_min=1e-4,
+    pretrain_lr=1e-3, pretrain_batch_size=8, finetune_lr=1e-3, batch_size=64)
+
+row("dlr", "spt", source=f"{SPT}: Table 5; state: its code (dss.py); initial decays: ours",
+    departures="width, depth, pooling, schedule, weight decay: not recovered, here S4's; learning "
+    "rates of the recurrence and the output: 1e-4 there, at most 1e-3 and the main one here; "
+    "state: 1,024 complex numbers there, 512 with their conjugates here",
+    model="diagonal", d_state=1024, dt_min=1e-3, dt_max=0.1)
+row("listops-diagonal", "listops", "dlr",
+    pretrain_lr=1e-3, pretrain_batch_size=128, finetune_lr=5e-4, batch_size=16)
+row("text-diagonal", "text", "dlr",
+    pretrain_lr=5e-4, pretrain_batch_size=8, finetune_lr=1e-3, batch_size=16)
+row("image-diagonal", "image", "dlr",
+    pretrain_lr=1e-3, pretrain_batch_size=32, finetune_lr=1e-3, batch_size=64)
+row("pathfinder128-diagonal", "pathfinder128", "dlr", dt_min=1e-4,
+    pretrain_lr=5e-4, pretrain_batch_size=8, finetune_lr=5e-4, batch_size=64)
+
+# Self-pretraining: Transformers (Table 4), with sinusoids, then with rotary positions.
+row("transformer", "spt", source=f"{SPT}, section 3.1; ours: batch size (in the grid of C.1), clip",
+    departures="batch size: not recovered; start: four equal projections there, independent here; "
+    "warmup: 2,000 to 5,000 steps there, a fraction of each stage here",
+    model="transformer", rope=False, batch_size=32, schedule="constant", weight_decay=0.0,
+    dropout=0.0, clip=1.0, pooling="mean")
+row("listops-transformer", "transformer", source=TABLE_4, task="listops",
+    d_model=512, n_layers=6, n_heads=8, d_ff=2048, pretrain_lr=1e-3, finetune_lr=1e-4, warmup=0.005)
+row("text-transformer", "listops-transformer", task="text-characters", departures=REVIEWS,
+    weight_decay=0.1, pretrain_lr=5e-4, finetune_lr=1e-4, warmup=0.021)
+row("retrieval-transformer", "transformer", source=TABLE_4, task="retrieval-characters",
+    d_model=128, n_layers=4, n_heads=4, d_ff=512, pretrain_lr=5e-3, finetune_lr=5e-4, warmup=0.0033)
+row("image-transformer", "transformer", source=TABLE_4, task="image-real", pooling="max",
+    d_model=64, n_layers=3, n_heads=4, d_ff=128, pretrain_lr=1e-3, finetune_lr=1e-3, warmup=0.011)
+row("pathfinder32-transformer", "transformer", source=TABLE_4, task="pathfinder32",
+    d_model=128, n_layers=4, n_heads=8, d_ff=128, pretrain_lr=1e-3, finetune_lr=5e-4, warmup=0.003)
+row("pathfinder128-transformer", "pathfinder32-transformer", task="pathfinder128", n_heads=4,
+    departures=LOCAL, pooling="max", pretrain_lr=5e-4, finetune_lr=5e-4)
+row("speech-transformer", "transformer", source=f"{SPT}: Table 4, sc/transformer-sc*.yaml",
+    task="speech", departures=LOCAL, rope=True, pooling="max",
+    d_model=128, n_layers=4, n_heads=4, d_ff=128, pretrain_lr=1e-3, finetune_lr=1e-3, warmup=0.0057)
+row("colors", source="ours: the rates of Image", pretrain_lr=1e-3, finetune_lr=1e-3, warmup=0.011)
+row("scifar-transformer", "transformer", "colors", source=f"{SPT}: Table 3, cifar/*.yaml",
+    task="scifar", departures="head: one hidden layer there, linear here", rope=True,
+    d_model=256, n_layers=6, n_heads=4, d_ff=512)
+
+row("rope", source=f"{SPT}, section 3.2 and Table 4 (rotary)", rope=True,
+    departures="sizes: Table 2 used larger models, not recovered; here those of Table 1")
+row("listops-transformer-rope", "listops-transformer", "rope")
+row("text-transformer-rope", "text-transformer", "rope", finetune_lr=5e-4)
+row("retrieval-transformer-rope", "retrieval-transformer", "rope")
+row("image-transformer-rope", "image-transformer", "rope", pooling="mean")
+row("pathfinder32-transformer-rope", "pathfinder32-transformer", "rope")
+row("pathfinder128-transformer-rope", "pathfinder128-transformer", "rope", pretrain_lr=1e-3)
+
+# Ours: the same models or smaller ones, trained for a shorter time.
+row("small", source=SMALL, schedule="cosine", warmup=0.1, precision="bfloat16")
+row("listops-s4-small", "listops-s4", "small", n_layers=6,
+    batch_size=64, pretrain_epochs=10, finetune_epochs=10)
+row("listops-transformer-small", "listops-transformer", "small", d_model=256, n_layers=4, d_ff=1024,
+    batch_size=128, pretrain_epochs=10, finetune_epochs=20)
+row("pathfinder32-s4-small", "pathfinder32-s4", "small", d_model=128, n_layers=4,
+    batch_size=128, pretrain_batch_size=128, pretrain_epochs=5, finetune_epochs=10)
+row("pathfinder32-transformer-small", "pathfinder32-transformer", "small",
+    batch_size=256, pretrain_epochs=15, finetune_epochs=15)
+
+row("laptop", source=LAPTOP, objective="masked", d_model=64, n_layers=2, batch_size=32,
+    schedule="cosine", warmup=0.1, weight_decay=0.01, clip=1.0, pretrain_lr=3e-3, finetune_lr=3e-3)
+row("trees", "laptop", task="listops-tiny", pretrain_steps=1000, finetune_steps=1000,
+    eval_every=250)
+row("listops-s4-laptop", "trees", model="s4", d_state=16)
+row("listops-diagonal-laptop", "trees", model="diagonal", d_state=64)
+row("listops-sgconv-laptop", "trees", model="sgconv", objective="none", kernel_dim=4,
+    finetune_steps=2000)
+row("listops-transformer-laptop", "trees", model="transformer", n_heads=4, d_ff=128,
+    pretrain_steps=1500, finetune_steps=500, finetune_lr=1e-3)
+row("pictures", "laptop", task="pathfinder32-easy", pictures=2000, d_model=32, batch_size=16,
+    pretrain_steps=300, finetune_steps=100, finetune_lr=1e-3, eval_every=100)  # learns too little
+row("pathfinder32-s4-laptop", "pictures", model="s4", d_state=16)
+row("pathfinder32-transformer-laptop", "pictures", model="transformer", n_heads=4, d_ff=64)
+row("demo", "laptop", source=f"{LAPTOP}; learning rates: results/demo_grid.json",
+    task="lattice", pretrain_steps=1200, finetune_steps=400, eval_every=200)
+row("lattice-s4", "demo", model="s4", d_state=16)
+row("lattice-diagonal", "demo", model="diagonal", d_state=64)
+row("lattice-sgconv", "demo", model="sgconv", objective="none", kernel_dim=16,
+    finetune_steps=1600, finetune_lr=1e-3)
+row("lattice-transformer", "demo", model="transformer", n_heads=4, d_ff=128,
+    pretrain_steps=3600, finetune_steps=800)
+# fmt: on
+NAMES = [name for name in ROWS if "-" in name]
+
+
+def lineage(name):
+    """The row and its ancestors, in the order in which they apply."""
+    names = []
+    for parent in ROWS[name].parents:
+        names += lineage(parent)
+    return names + [name]
+
+
+def published(name):
+    """A row with all that it inherits.  Returns {setting: (value, source)} and the departures."""
+    found = {}
+    departures = []
+    for ancestor in lineage(name):
+        for key, value in ROWS[ancestor].settings.items():
+            found[key] = (value, ROWS[ancestor].source)
+        if ROWS[ancestor].departures not in departures:
+            departures.append(ROWS[ancestor].departures)
+    if "finetune_epochs" in found:
+        count_steps(found)
+    if found["objective"][0] == "none":
+        found = {key: found[key] for key in found if not key.startswith("pretrain")}
+    return found, "; ".join(filter(None, departures))
+
+
+def count_steps(found):
+    """Turn epochs into steps. Validate after an epoch, or a fifth of one of pretraining."""
+    batch_size = found["batch_size"][0]
+    batch_sizes = {
+        "pretrain": found.get("pretrain_batch_size", [batch_size])[0],
+        "finetune": batch_size,
+    }
+    every = 1
+    for stage, per_epoch in (("pretrain", 5), ("finetune", 1)):
+        if f"{stage}_epochs" not in found:
+            continue
+        epochs, source = found.pop(f"{stage}_epochs")
+        task = found["task"][0]
+        examples = EXAMPLES[task]
+        if stage == "pretrain" and task.startswith("retrieval"):
+            examples *= 2  # both documents of a pair
+        epoch = math.ceil(examples / batch_sizes[stage])
+        found[f"{stage}_steps"] = (epochs * epoch, f"{source}: {epochs} epochs of {epoch:,} steps")
+        every = max(every, epoch // per_epoch)
+    found["eval_every"] = (every, "ours: an epoch of fine-tuning or a fifth of one of pretraining")
+
+
+# --------------------------------------------------------------------- flags, files of settings
+
+
+def parser():
+    """Every field of Config as a flag; only the flags that were given come back."""
+    parser = argparse.ArgumentParser(
+        prog="pretrain.py",
+        usage="pretrain.py [--settings NAME] [flags]",  # one line, also before an error
+        description="Pretrain a long-sequence model on its own task, fine-tune it, test it once.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--settings", help="published settings by name (listops-s4) or a JSON file")
+    for f in fields(Config):
+        name = "--" + f.name.replace("_", "-")
+        text = f.metadata["help"]
+        if f.metadata["kind"] is bool:
+            parser.add_argument(name, action="store_true", help=text)
+            continue
+        if f.default is not None:
+            text += f" (default: {f.default})"
+        choices = f.metadata["choices"] or None
+        parser.add_argument(name, type=f.metadata["kind"], choices=choices, help=text)
+    parser.add_argument("--print-config", action="store_true", help="print the settings and stop")
+    parser.add_argument("--check", action="store_true", help="print the check table and stop")
+    return parser
+
+
+def resolve(given):
+    """Flags {name: value}, perhaps with "settings" -> Config, {setting: where it comes from}."""
+    given = dict(given)
+    settings = given.pop("settings", None)
+    found, departures = read_settings(settings) if settings else ({}, "")
+    values = {key: value for key, (value, _) in found.items()}
+    values.update(given)
+    origin = {f.name: "default" for f in fields(Config)}
+    if unknown := set(values) - set(origin):
+        raise ValueError(f"no setting is called {', '.join(sorted(unknown))}")
+    config = Config(**values)
+    if config.task in DENOISING:
+        origin["mask_ratio"] = f"of task {config.task}: {SPT}, sections 2 and C.3"
+        origin["loss"] = origin["mask_ratio"]
+    origin.update({key: f"{settings}: {source}" for key, (_, source) in found.items()})
+    origin.update(dict.fromkeys(given, "command line"))
+    if departures:
+        origin["departures"] = departures
+    return config, origin
+
+
+def read_settings(name):
+    """A row of the table or a JSON file -> {setting: (value, source)}, departures."""
+    path = Path(name)
+    if name in NAMES:
+        return published(name)
+    if path.parent.name == "settings" and path.stem in NAMES and not path.exists():
+        return published(path.stem)  # settings/listops-s4.json, as stored commands have it
+    if path.suffix != ".json":
+        raise ValueError(f"no settings {name!r}: expected a JSON file or one of {', '.join(NAMES)}")
+    try:
+        content = json.loads(path.read_text("utf-8-sig"))  # skips a byte-order mark
+        sources = dict(content.get("sources") or {})
+        found = {}
+        for key, value in content["settings"].items():
+            found[key] = (value, sources.get(key, "no source"))
+        return found, ""
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        expected = 'expected {"settings": {name: value}, "sources": {name: text}}'
+        raise ValueError(f"{path} is not a file of settings ({error}): {expected}") from error

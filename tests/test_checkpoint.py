@@ -1,0 +1,250 @@
+"""checkpoint.py: a run that is killed, interrupted or damaged goes on to the same bits."""
+
+import errno
+import json
+import signal
+import subprocess
+import threading
+
+import pytest
+import torch
+from runs import TINY, bits, load_small, run, same
+
+import checkpoint
+import pretrain
+from settings import Config
+
+
+@pytest.fixture(autouse=True)
+def small_lattice(monkeypatch):
+    load_small(monkeypatch)
+
+
+def after_step(monkeypatch, stage, step, act):
+    """Let Run.log call act() after this step."""
+    log = checkpoint.Run.log
+
+    def spy(self, now, *rest):
+        log(self, now, *rest)
+        if (self.stage, now + 1) == (stage, step):
+            act()
+
+    monkeypatch.setattr(checkpoint.Run, "log", spy)
+
+
+def die():
+    raise RuntimeError("killed")
+
+
+@pytest.mark.parametrize("stop", [("pretrain", 7), ("pretrain", 12), ("finetune", 3)])
+def test_a_killed_run_continues_to_the_same_bits(tmp_path, monkeypatch, stop):
+    """What was written before the kill is all that the second run sees."""
+    run(tmp_path, "whole", dropout=0.1)
+    with monkeypatch.context() as patch:
+        after_step(patch, *stop, die)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(tmp_path, "cut", dropout=0.1)
+    run(tmp_path, "cut", dropout=0.1, resume=True)
+    same(bits(tmp_path / "whole"), bits(tmp_path / "cut"))
+
+
+def test_an_unfinished_run_is_neither_replaced_nor_continued_with_other_settings(
+    tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        after_step(patch, "pretrain", 7, die)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(tmp_path, "a")
+    with pytest.raises(ValueError, match="contains an unfinished run: pass --resume"):
+        run(tmp_path, "a")
+    with pytest.raises(ValueError, match="other settings: seed 0 -> 1"):
+        run(tmp_path, "a", resume=True, seed=1)
+    newest = tmp_path / "a" / "checkpoint.pt"
+    newest.rename(newest.with_name("checkpoint.pt.previous"))
+    with pytest.raises(ValueError, match="contains an unfinished run"):
+        run(tmp_path, "a")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path, monkeypatch, number):
+    run(tmp_path, "whole")
+    with monkeypatch.context() as patch:
+        after_step(patch, "pretrain", 4, lambda: signal.raise_signal(number))
+        with pytest.raises(KeyboardInterrupt, match="--resume continues"):
+            run(tmp_path, "cut")
+    assert checkpoint.load(tmp_path / "cut" / "checkpoint.pt")["step"] == 4
+    run(tmp_path, "cut", resume=True)
+    assert bits(tmp_path / "whole")[0] == bits(tmp_path / "cut")[0]
+
+
+def test_a_second_ctrl_c_acts_at_once(tmp_path, monkeypatch):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    after_step(monkeypatch, "pretrain", 4, twice)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "a")
+    assert not (tmp_path / "a" / "checkpoint.pt").exists()
+
+
+def test_a_run_in_a_thread_leaves_signals_alone(tmp_path):
+    done = []
+    thread = threading.Thread(target=lambda: done.append(run(tmp_path, "a", finetune_steps=2)))
+    thread.start()
+    thread.join()
+    assert done and done[0]["test"]
+
+
+def test_handlers_are_restored(tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    run(tmp_path, "a", objective="none", finetune_steps=1)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+# ------------------------------------------------------------------------------------- files
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys):
+    run(tmp_path, "whole")
+    run(tmp_path, "cut")
+    path = tmp_path / "cut" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-500])
+    run(tmp_path, "cut", resume=True)
+    assert f"{path} is not a file of weights" in capsys.readouterr().err
+    same(bits(tmp_path / "whole"), bits(tmp_path / "cut"))
+
+
+def test_nothing_is_lost_if_no_checkpoint_can_be_read(tmp_path):
+    run(tmp_path, "a")
+    newest, before = tmp_path / "a" / "checkpoint.pt", tmp_path / "a" / "checkpoint.pt.previous"
+    newest.write_bytes(b"half")
+    before.write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"previous is not a file of weights"):
+        run(tmp_path, "a", resume=True)
+    assert newest.read_bytes() == before.read_bytes() == b"half"
+
+
+def test_a_damaged_checkpoint_never_replaces_the_sound_one(tmp_path, monkeypatch):
+    """Killed between the two renames of `save`, the sound one must still be there."""
+    run(tmp_path, "a")
+    (tmp_path / "a" / "checkpoint.pt").write_bytes(b"half")
+    saved = (tmp_path / "a" / "checkpoint.pt.previous").read_bytes()
+    monkeypatch.setattr(checkpoint, "save", lambda path, state: die())
+    after_step(monkeypatch, "finetune", 12, die)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path, "a", resume=True)
+    assert not (tmp_path / "a" / "checkpoint.pt").exists()
+    assert (tmp_path / "a" / "checkpoint.pt.previous").read_bytes() == saved
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {"step": 1})
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(OSError, match=r"not written, the old file is as it was.*No space left"):
+        checkpoint.save(path, {"step": 2})
+    assert checkpoint.load(path) == {"step": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_new_run_leaves_no_weights_of_the_old_one(tmp_path):
+    run(tmp_path, "a")
+    assert (tmp_path / "a" / "denoiser.pt").exists()
+    run(tmp_path, "a", objective="none", seed=1)
+    assert not (tmp_path / "a" / "pretrained.pt").exists()
+    assert not (tmp_path / "a" / "denoiser.pt").exists()
+
+
+def test_lost_metrics_are_not_filled_with_zeros(tmp_path):
+    run(tmp_path, "a")
+    (tmp_path / "a" / "metrics.jsonl").unlink()
+    run(tmp_path, "a", resume=True)
+    assert b"\0" not in (tmp_path / "a" / "metrics.jsonl").read_bytes()
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    with checkpoint.Run(tmp_path, {}):
+        with pytest.raises(ValueError, match="in use by another run"):
+            pretrain.train(Config(**TINY, out=str(tmp_path)))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_not_in_use(tmp_path, monkeypatch, number):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_):
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    run(tmp_path, "a", objective="none", finetune_steps=1)
+    assert (tmp_path / "a" / "result.json").exists()
+
+
+# ---------------------------------------------------------------------------------- diverged
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    log = checkpoint.Run.log
+
+    def spoil(self, step, sums, tokens):
+        log(self, step, sums * (float("nan") if step == 7 else 1), tokens)
+
+    monkeypatch.setattr(checkpoint.Run, "log", spoil)
+    message = r"a, pretrain: the loss is nan at step 8; the last good checkpoint is .*checkpoint.pt"
+    with pytest.raises(FloatingPointError, match=message):
+        run(tmp_path, "a", eval_every=3)
+    assert checkpoint.load(tmp_path / "a" / "checkpoint.pt")["step"] == 6
+    assert not (tmp_path / "a" / "result.json").exists()
+
+
+def test_validation_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    """It would never be beaten, and the checkpoint would hold it."""
+    nan = float("nan")
+    monkeypatch.setattr(pretrain, "evaluate", lambda *_: {"loss": nan, "accuracy": nan})
+    message = "a, pretrain: the validation loss is nan at step 6; there is no checkpoint"
+    with pytest.raises(FloatingPointError, match=message):
+        run(tmp_path, "a")
+    assert not (tmp_path / "a" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("model", ["transformer", "s4", "s4d", "diagonal", "sgconv"])
+def test_every_model_that_diverges_says_where(tmp_path, model):
+    """A learning rate of 1e30: the loss, its step and the last good checkpoint, no other error."""
+    options = {"model": model, "pretrain_lr": 1e30, "clip": 1e30, "weight_decay": 1e-9}
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step \d+; .*checkpoint"):
+        run(tmp_path, "a", **options, warmup=0.0, precision="float32")
+
+
+# -------------------------------------------------------------------------------- provenance
+
+
+def test_the_commit_is_dirty_if_the_code_is(tmp_path, monkeypatch):
+    """A benchmark writes into results/ as it goes: that alone does not make its commit dirty."""
+    (tmp_path / "results").mkdir()
+    code = tmp_path / "checkpoint.py"
+    result = tmp_path / "results" / "a.json"
+    for path in (code, result):
+        path.write_text("1")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(checkpoint, "__file__", str(code))
+    clean = checkpoint.versions()["commit"]
+    result.write_text("2")
+    assert checkpoint.versions()["commit"] == clean
+    code.write_text("2")
+    assert checkpoint.versions()["commit"] == clean + "-dirty"
+    monkeypatch.setattr(checkpoint, "__file__", "/proc/nowhere/checkpoint.py")
+    assert checkpoint.versions()["commit"] is None
+
+
+def test_what_a_run_writes_is_utf8(tmp_path, monkeypatch):
+    """Whatever the locale: the settings of a run in "données" are read back."""
+    run(tmp_path, "é", objective="none", finetune_steps=1, data_dir="données")
+    text = (tmp_path / "é" / "config.json").read_bytes().decode("utf-8")
+    assert json.loads(text)["data_dir"] == "données"
+    assert torch.load(tmp_path / "é" / "checkpoint.pt", weights_only=True)["settings"]
