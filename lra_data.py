@@ -39,9 +39,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
-
 import pathfinder
+from tqdm import tqdm
 
 SPLITS = ("train", "val", "test")
 RELEASE = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
