@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run_folder import versions  # noqa: E402
+from checkpoint import versions  # noqa: E402
 
 ASIDE = ("--max-runs", "--out")  # options, with a value, that change no number
 
