@@ -199,27 +199,49 @@ def measure(mixer, x, other):
     return row, M[0]
 
 
-def plot(rows, shown, path):
+def draw(ax, M, title):
+    """Show |M| as an image; the square root makes small entries visible."""
+    size = (M.abs() / M.abs().max()).sqrt()
+    image = ax.imshow(size, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    ax.set_title(title, fontsize=12)
+    ax.set_xlabel("input token")
+    ax.set_ylabel("output token")
+    ax.set_xticks([0, len(M) - 1])
+    ax.set_yticks([0, len(M) - 1])
+    return image
+
+
+def plot_all(rows, shown, path):
+    """The six matrices with their structure, cost and rank."""
     plt = pyplot()
-    plt.rcParams["font.size"] = 11
-    fig, axes = plt.subplots(2, 3, figsize=(11, 9.4), layout="constrained")
+    fig, axes = plt.subplots(2, 3, figsize=(11, 8.4), layout="constrained")
     for ax, row, M in zip(axes.flat, rows, shown, strict=True):
-        size = (M.abs() / M.abs().max()).sqrt()  # the root shows small entries
-        image = ax.imshow(size, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
-        ax.set_title(f"{row['mixer']}: {row['structure']}", fontsize=12)
-        ax.set_ylabel("to token t")
-        change = f"{row['change with x']:.2f}" if row["change with x"] > 1e-9 else "none"
+        image = draw(ax, M, f"{row['mixer']}: {row['structure']}")
+        changes = (
+            "changes with the input" if row["change with x"] > 1e-9 else "same for every input"
+        )
         ax.set_xlabel(
-            f"from token s\n"
-            f"cost {row['cost']}\n"
-            f"parameters {row['parameters']:,} ({row['growth']})\n"
-            f"largest rank off the diagonal {row['off-diagonal rank']}\n"
-            f"change with the input {change}"
+            f"cost {row['cost']}, off-diagonal rank {row['off-diagonal rank']}\n{changes}"
         )
     bar = fig.colorbar(image, ax=axes, shrink=0.6, ticks=[0, 0.1**0.5, 0.5**0.5, 1])
     bar.ax.set_yticklabels(["0", "0.1", "0.5", "1"])
-    bar.set_label("|M[t, s]|, largest = 1 (scale of square roots)")
-    fig.suptitle("y = M(x) v: one matrix a mixer, the first head or channel of each", fontsize=13)
+    bar.set_label("|M[t, s]| / max|M|")
+    fig.suptitle("Every token mixer is a matrix: y = M(x) v", fontsize=14)
+    fig.savefig(path, dpi=110)
+
+
+def plot_three(rows, shown, path):
+    """Attention, S4 and SGConv in one row: the picture at the top of README.md."""
+    captions = {
+        "attention": "Attention: weights depend on the data",
+        "S4": "S4: a kernel from a small state",
+        "SGConv": "SGConv: a kernel, coarser with distance",
+    }
+    plt = pyplot()
+    fig, axes = plt.subplots(1, 3, figsize=(11, 3.9), layout="constrained")
+    matrices = {row["mixer"]: M for row, M in zip(rows, shown, strict=True)}
+    for ax, (name, caption) in zip(axes, captions.items(), strict=True):
+        draw(ax, matrices[name], caption)
     fig.savefig(path, dpi=110)
 
 
@@ -240,7 +262,8 @@ def main():
     save(args.out, {"settings": settings, "mixers": rows} | provenance())
     for row in rows:
         print("  ".join(f"{v:.1e}" if isinstance(v, float) else str(v) for v in row.values()))
-    plot(rows, shown, args.out.with_suffix(".png"))
+    plot_all(rows, shown, args.out.with_suffix(".png"))
+    plot_three(rows, shown, args.out.with_name("three_mixers.png"))
     return 0 if all(row["error of M v"] <= LIMIT for row in rows) else 1
 
 
