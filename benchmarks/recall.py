@@ -1,17 +1,15 @@
-"""Delayed recall over up to 16k steps: S4 against a Transformer of equal size and training time.
+"""Delayed recall over up to 16k steps: S4 against a Transformer, equal size and training time.
 
-    python benchmarks/recall.py                  all missing runs, table, picture (15 min of a core)
-    python benchmarks/recall.py --lengths 1024   the shortest length alone (3 min)
-    python benchmarks/recall.py --extra          also: the Transformer for S4's steps, 1,024 tokens
+    python benchmarks/recall.py                  run what is missing in results/recall.json
+    python benchmarks/recall.py --lengths 1024   the shortest length alone
+    python benchmarks/recall.py --extra          also: the Transformer with S4's steps, 1,024 tokens
 
-A sequence of L tokens: four symbols out of four kinds, each shown for L / 32 steps, then blanks for
-the other seven eighths; at the last step the model names all four (chance 0.25).  Both models are
-causal, 32 wide, two layers, about 21,000 parameters.  Equal training time is equal CPU seconds on
-one thread, evaluation left out; the learning rate falls in a cosine over these seconds.  Settings
-(rate; for the Transformer also RoPE or sinusoids, so it has twice the choice) are chosen on
-validation at 1,024 tokens with seed 0; seeds 0, 1, 2 are then tested at every length.  S4's step
-sizes dt start between 1 / L and 100 / L.  Writes results/recall.json run by run, resumable, and
-results/recall.png.
+A sequence shows four symbols, each for L / 32 steps, then blanks; at the last step the model names
+all four (chance 0.25).  Both models are causal, of width 32, with two layers.  Equal training time
+means equal CPU seconds on one thread, without evaluation; the learning rate follows a cosine over
+that time.  Learning rate and (for the Transformer) the kind of positions are chosen on validation
+at 1,024 tokens with seed 0, then three seeds are tested at each length.  S4's dt starts between
+1 / L and 100 / L.
 """
 
 import argparse
@@ -24,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from byte_lm import complete, load
-from measured import ROOT, pyplot, save
+from measured import ROOT, save
 from torch import nn
 
 from attention import Transformer, TransformerConfig
@@ -70,14 +68,14 @@ class Recall(nn.Module):
 
 @torch.no_grad()
 def accuracy(model, L, seed, n):
-    """Share of symbols named right in n sequences, a few at a time."""
+    """Share of symbols named correctly in n sequences."""
     tokens, shown = sequences(n, L, torch.Generator().manual_seed(seed))
     named = torch.cat([model(part).argmax(-1) for part in tokens.split(max(1, 2**15 // L))])
     return (named == shown).double().mean().item()
 
 
 def train(model, L, positions, lr, seed, seconds=math.inf, steps=math.inf):
-    """Trains for so many CPU seconds or steps.  Returns what came out, for the result file."""
+    """Train for a number of CPU seconds or steps; return the row for the results file."""
     torch.manual_seed(seed)
     net, draws = Recall(model, positions, L), torch.Generator().manual_seed(seed)
     optimizer = net.optimizer(lr)
@@ -117,7 +115,7 @@ def chosen(runs, model):
 
 
 def rows(runs):
-    """One row a length and model: mean and spread of the tested accuracy over the seeds."""
+    """One row per length and model: mean and spread of the test accuracy over seeds."""
     out = []
     for L, model, budget in itertools.product(SECONDS, CHOICE, ("seconds", "steps")):
         mine = [r for r in runs if (r["L"], r["model"], r["budget"]) == (L, model, budget)]
@@ -137,34 +135,6 @@ def rows(runs):
             }
         )
     return out
-
-
-def plot(table, path):
-    plt = pyplot()
-    fig, ax = plt.subplots(figsize=(6.5, 4), layout="constrained")
-    styles = {("S4", "seconds"): "o-", ("Transformer", "seconds"): "s--"}
-    styles[("Transformer", "steps")] = "^:"
-    for (model, budget), style in styles.items():
-        mine = [r for r in table if (r["model"], r["budget"]) == (model, budget)]
-        if not mine:
-            continue
-        name = model if budget == "seconds" else f"{model}, as many steps as S4"
-        x, mean = [r["L"] for r in mine], [r["mean"] for r in mine]
-        line = ax.plot(x, mean, style, label=name, color="C0" if model == "S4" else "C1")
-        for r in mine:
-            shade = line[0].get_color()
-            ax.plot([r["L"]] * len(r["test"]), r["test"], style[0], mfc="none", color=shade)
-    ax.axhline(1 / KINDS, color="grey", lw=1)
-    ax.annotate("chance", (1.25 * max(SECONDS), 1 / KINDS), ha="center", va="bottom", fontsize=9)
-    ax.set_xscale("log", base=2)
-    ax.set_xlim(min(SECONDS) / 1.5, 1.5 * max(SECONDS))
-    shown = {r["L"]: SECONDS[r["L"]] for r in table}
-    ax.set_xticks([*shown], [f"{L // 1024}k\n{s} s" for L, s in shown.items()])
-    ax.set(ylim=(0, 1.05), xlabel="length in tokens; CPU seconds of training")
-    ax.set_ylabel("symbols named right (share, test)")
-    ax.grid(alpha=0.3)
-    fig.legend(loc="outside upper center", ncols=3, fontsize=9)
-    fig.savefig(path, dpi=120)
 
 
 def main():
@@ -202,7 +172,6 @@ def main():
     save(args.out, load(args.out) | {"rows": table})
     for row in table:
         print(*row.values())
-    plot(table, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
