@@ -1,6 +1,6 @@
-"""Write RESULTS.md from the files in results/.
+"""Write RESULTS.md, and the numbers of README.md, from the files in results/.
 
-    python benchmarks/results_page.py            rewrite the page
+    python benchmarks/results_page.py            rewrite both
     python benchmarks/results_page.py --check    exit status 1 if it is not what the files say
 
 Each section is a function that yields lines of Markdown; `source` names the command, hardware,
@@ -15,6 +15,7 @@ import textwrap
 from pathlib import Path
 
 import claims
+import demo
 import judges
 from judges import KINDS, arm
 from measured import ROOT
@@ -345,8 +346,52 @@ def page():
     return "\n".join(lines).rstrip() + "\n"
 
 
+# ---------------------------------------------------------------- README.md
+
+
+def demo_screen():
+    """What `python pretrain.py` prints after training, from demo.json, seed 0."""
+    results = {}
+    for name, row in load("demo")["arms"].items():
+        results[name] = {
+            "parameters": row["parameters"],
+            "config": row["settings"],
+            "test": {"accuracy": row["test"][0] / 100},
+        }
+    yield from demo.table(results)
+
+
+def front_page_numbers():
+    """The sentences of README.md that hold a measured number."""
+    forms = {(c["form"], c["width"], c["L"]): c["seconds"] for c in load("s4_kernel")["cells"]}
+    kernel = forms["naive Cauchy", 16, 16384] / forms["two-level", 16, 16384]
+    ffn = load("ffn_latency_gpu")["ffn"]["5120, 30720"]["lowrank speed"]
+    million = load("distributed_million")["rows"][0]["error"]
+    return [
+        f"At length 16,384 its kernel is {kernel:.0f} times faster on a CPU than plain Cauchy sums.",
+        f"runs a feed-forward layer of width 5120 {ffn:.1f} times as fast as dense",
+        f"wrong by at most {million:.1e}",
+    ]
+
+
+def update_readme():
+    """Rewrite the line counts of the file table and the screen of the demonstration."""
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+
+    def count(match):
+        lines = len((ROOT / match[1]).read_text(encoding="utf-8").splitlines())
+        return f"| [`{match[1]}`]({match[1]}) | {lines} |"
+
+    text = re.sub(r"\| \[`(\w+\.py)`\]\(\1\) \| [\d,]+ \|", count, text)
+    screen = "```\n" + "\n".join(demo_screen()) + "\n```"
+    text = re.sub(r"```\n.*?```", lambda _: screen, text, count=1, flags=re.S)
+    path.write_text(text, encoding="utf-8")
+
+
 def write():
     PAGE.write_text(page(), encoding="utf-8")
+    update_readme()
 
 
 def main():
