@@ -384,8 +384,8 @@ def update_readme():
         return f"| [`{match[1]}`]({match[1]}) | {lines} |"
 
     text = re.sub(r"\| \[`(\w+\.py)`\]\(\1\) \| [\d,]+ \|", count, text)
-    screen = "```\n" + "\n".join(demo_screen()) + "\n```"
-    text = re.sub(r"```\n.*?```", lambda _: screen, text, count=1, flags=re.S)
+    screen = "\n\n```\n" + "\n".join(demo_screen()) + "\n```"
+    text = re.sub(r"\n\n```\n.*?```", lambda _: screen, text, count=1, flags=re.S)
     path.write_text(text, encoding="utf-8")
 
 

@@ -45,7 +45,7 @@ def test_the_file_table_counts_the_lines():
 
 def test_the_measured_numbers_of_the_front_page_are_those_of_the_results():
     """All of them: nine of the demonstration and one per claim that has a number."""
-    block = re.search(r"```\n(.*?)```", README, re.S)[1]
+    block = re.search(r"\n\n```\n(.*?)```", README, re.S)[1]
     assert block.rstrip().splitlines() == list(results_page.demo_screen())
     sentences = results_page.front_page_numbers()
     assert [text for text in sentences if text not in README.replace("\n", " ")] == []
