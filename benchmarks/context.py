@@ -12,17 +12,17 @@ depending on the application.
 import argparse
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from byte_lm import complete, corpus
+from byte_lm import LM, LMConfig, complete, corpus, count
 from measured import ROOT
 
-from structured_ffn import LM, LMConfig, count
-
-L, BATCH = 512, 4  # bytes per window, windows per step
+L = 512  # bytes per window
+BATCH = 4  # windows per step
 CONTEXTS = [2**k for k in range(10)]  # 1 ... 512
 CONFIG = LMConfig(d_model=64, n_layers=2, n_heads=4)
 
@@ -30,12 +30,14 @@ CONFIG = LMConfig(d_model=64, n_layers=2, n_heads=4)
 def train(data, seed, steps, lr, warmup=0.05):
     """Train with AdamW, linear warmup and a cosine schedule to a tenth.  Returns the model."""
     torch.manual_seed(seed)
-    model, draws = LM(CONFIG), torch.Generator().manual_seed(seed)
+    model = LM(CONFIG)
+    draws = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
     for step in range(steps):
         rise = min(1.0, (step + 1) / (warmup * steps))
+        cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr * rise * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+            group["lr"] = lr * rise * cosine
         starts = torch.randint(len(data) - L, (BATCH,), generator=draws)
         x = data[starts[:, None] + torch.arange(L + 1)].long()  # (BATCH, L + 1)
         loss = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
@@ -54,10 +56,10 @@ def losses(model, data, context, n):
     """
     targets = torch.linspace(L, len(data) - 1, n, dtype=torch.float64).long()
     windows = data[targets[:, None] + torch.arange(-context, 1)].long()  # (n, context + 1)
-    parts = [
-        F.cross_entropy(model(part[:, :-1])[:, -1], part[:, -1], reduction="none")
-        for part in windows.split(max(1, 2**14 // context))
-    ]
+    parts = []
+    for part in windows.split(max(1, 2**14 // context)):
+        last = model(part[:, :-1])[:, -1]  # (n, vocab)
+        parts.append(F.cross_entropy(last, part[:, -1], reduction="none"))
     return torch.cat(parts)
 
 
@@ -65,14 +67,14 @@ def measure(data, seed, steps, lr, n):
     """Train one seed; return its losses for the results file."""
     start = time.process_time()
     model = train(data[0], seed, steps, lr)
-    spent = time.process_time() - start
+    seconds = time.process_time() - start
     nats = torch.stack([losses(model, data[1], context, n) for context in CONTEXTS])  # (10, n)
     gain = nats[:-1] - nats[1:]  # of each doubling, byte by byte
     return {
         "loss": nats.mean(1).tolist(),
         "gain": gain.mean(1).tolist(),
         "gain_error": (gain.std(1) / n**0.5).tolist(),  # standard error over the bytes
-        "cpu_s": round(spent, 1),
+        "cpu_s": round(seconds, 1),
     }
 
 
@@ -81,25 +83,21 @@ def main():
     add = parser.add_argument
     add("--steps", type=int, default=500, help="optimizer steps of 4 x 512 bytes (500)")
     add("--lr", type=float, default=3e-3, help="peak learning rate (3e-3)")
-    add("--seeds", type=int, default=3, help="seeds (3)")
+    add("--seeds", type=int, default=3, help="number of seeds (3)")
     add("--targets", type=int, default=1024, help="held-out bytes to predict (1024)")
-    add("--max-runs", type=int, default=10**9, help="stop after so many seeds")
-    add("--out", type=Path, default=ROOT / "results" / "context.json", help="result file")
+    add("--max-runs", type=int, default=10**9, help="stop after this many seeds")
+    add("--out", type=Path, default=ROOT / "results" / "context.json", help="results file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = corpus()
-    keys = [
-        {"seed": seed, "steps": args.steps, "lr": args.lr, "n": args.targets}
-        for seed in range(args.seeds)
-    ]
+    run = {"steps": args.steps, "lr": args.lr, "n": args.targets}
+    keys = [{"seed": seed, **run} for seed in range(args.seeds)]
     settings = {"contexts": CONTEXTS, "L": L, "batch": BATCH, "bytes": [len(d) for d in data]}
     settings["params"] = count(CONFIG, L)["params"]
-    result = complete(args.out, keys, lambda **key: measure(data, **key), args.max_runs, settings)
-    runs = result["runs"]
-    loss = np.array([run["loss"] for run in runs])
-    for i, context in enumerate(CONTEXTS):
-        gain = [run["gain"][i - 1] for run in runs] if i else []
-        print(f"{context:5}  {loss[:, i].mean():.4f}  gain of doubling {np.round(gain, 4)}")
+    runs = complete(args.out, keys, partial(measure, data), args.max_runs, settings)["runs"]
+    print("context  nats per byte")
+    for context, loss in zip(CONTEXTS, np.mean([run["loss"] for run in runs], 0), strict=True):
+        print(f"{context:7}  {loss:.4f}")
 
 
 if __name__ == "__main__":
