@@ -9,13 +9,12 @@ get as many steps as pretraining and fine-tuning together.  Learning rates are c
 """
 
 import argparse
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from compare import describe, side_by_side
-from measured import ROOT, provenance, save
+from measured import ROOT, provenance, save, usable_cpus
 
 from settings import Config
 
@@ -37,7 +36,7 @@ def folder(out, arm):
 
 def demo(seed=0, out="runs/demo"):
     """Train the four models, side by side on a CPU; print and return {arm: result}."""
-    workers = 1 if DEMO.device == "cuda" else min(len(ARMS), os.cpu_count() or 1)
+    workers = 1 if DEMO.device == "cuda" else min(len(ARMS), usable_cpus())
     out = f"{out}/seed{seed}"
     print(f"training four models on `{DEMO.task}`, seed {seed}, results in {out}/", flush=True)
     if all(Path(folder(out, arm), "result.json").exists() for arm in ARMS):
