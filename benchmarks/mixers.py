@@ -1,7 +1,7 @@
 """Time and memory of the token mixers against length.
 
-    python benchmarks/mixers.py                     width 64, batch 1, L 1k to 64k, forward + backward
-    python benchmarks/mixers.py --forward           forward pass alone, up to a million tokens
+    python benchmarks/mixers.py             width 64, batch size 1, L 1k to 64k, forward + backward
+    python benchmarks/mixers.py --forward   forward pass alone, up to a million tokens
     python benchmarks/mixers.py --width 256 --batch 4 --lengths 4096 16384
 
 Each cell runs in its own process; its memory is the peak resident size above that of a process
@@ -16,7 +16,6 @@ Cells are merged into results/mixers.json, so lengths can run one by one.
 
 import argparse
 import json
-import os
 import resource
 import sys
 import time
@@ -24,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from measured import ROOT, provenance, pyplot, save
+from measured import COLORS, ROOT, provenance, pyplot, save, usable_cpus
 
 import attention
 import s4
@@ -32,7 +31,14 @@ import sgconv
 
 LENGTHS = [2**k for k in range(10, 17)]
 FORWARD_LENGTHS = [2**k for k in range(14, 21, 2)]
-MIXERS = ("bare FFT", "SGConv", "S4D", "S4", "attention fused", "attention naive")
+MIXERS = {  # and the color of each
+    "bare FFT": COLORS["FFT"],
+    "SGConv": COLORS["SGConv"],
+    "S4D": COLORS["S4D"],
+    "S4": COLORS["S4"],
+    "attention fused": COLORS["attention"],
+    "attention naive": COLORS["plain attention"],
+}
 
 
 # ---------------------------------------------------------------- worker: one mixer, one length
@@ -179,21 +185,25 @@ def plot(cells, clock, path):
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     lengths = sorted({cell["L"] for cell in cells})
-    panels = {clock: clock.replace("_", " ") + " per pass", "gib": "peak memory, GiB"}
+    seconds = {"seconds": "seconds per pass", "cpu_seconds": "CPU seconds per pass"}
+    panels = {clock: seconds[clock], "gib": "peak memory, GiB"}
     for axis, (key, label) in zip(axes, panels.items(), strict=True):
         for name in MIXERS:
             shown = [cell for cell in cells if cell["mixer"] == name and key in cell]
+            shown.sort(key=lambda cell: cell["L"])
             x = [cell["L"] for cell in shown]
             y = [cell[key] for cell in shown]
-            axis.loglog(x, y, "o-", label=name)
+            axis.loglog(x, y, "o-", color=MIXERS[name], label=name)
         axis.set(xlabel="length in tokens", ylabel=label)
         axis.set_xticks(lengths, [f"{L // 1024}k" for L in lengths], minor=False)
         axis.minorticks_off()
+        axis.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     what = "forward" if cells[0]["forward"] else "forward + backward"
     figure.suptitle(f"Attention grows as L², the others almost as L ({what})")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
 def parse(argv):
@@ -205,7 +215,7 @@ def parse(argv):
     add("--mixers", nargs="+", choices=MIXERS, help="default: all; no attention with --forward")
     add("--forward", action="store_true", help="time the forward pass alone")
     add("--rounds", type=int, default=4, help="passes per cell; the fastest counts")
-    add("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    add("--threads", type=int, default=usable_cpus(), help="CPU threads")
     add("--device", default="cpu", help="torch device")
     add("--max-seconds", type=float, default=12, help="skip slower passes")
     add("--max-gib", type=float, default=6, help="skip larger naive attention")
@@ -213,7 +223,8 @@ def parse(argv):
     add("--clock", choices=("wall", "cpu"), default="wall", help="time to print")
     args = parser.parse_args(argv)
     args.lengths = sorted(args.lengths or (FORWARD_LENGTHS if args.forward else LENGTHS))
-    args.mixers = args.mixers or list(MIXERS[:4] if args.forward else MIXERS)
+    convolutions = [name for name in MIXERS if "attention" not in name]
+    args.mixers = args.mixers or (convolutions if args.forward else list(MIXERS))
     return args
 
 

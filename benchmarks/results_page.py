@@ -151,18 +151,6 @@ def s4_kernel():
     yield from source("s4_kernel")
 
 
-def s4_mixer():
-    """S4 mixer: forward + backward, D 256, N 64, batch 4"""
-    d = load("s4_mixer")
-    rows = []
-    for row in d["rows"]:
-        over = row["mixer over"]
-        rows.append([row["L"], f"{over['bare']:.2f}", f"{over['own']:.2f}"])
-    head = ["L", "time over a plain FFT convolution", "time over the convolution in s4.py"]
-    yield from table(head, rows)
-    yield from source("s4_mixer")
-
-
 def generation():
     """Generation: S4 against a Transformer with a KV cache"""
     for name in ("generation", "generation_gpu"):
@@ -196,7 +184,7 @@ def mixers():
         head = f"width {first['width']}, batch {first['batch']}"
         yield from table([head, *(f"{L // 1024}k" for L in lengths)], rows)
         yield from source(name)
-    yield from picture("mixers", "Processor time of six mixers against length, forward alone")
+    yield from picture("mixers", "Time and memory of six mixers against length, forward + backward")
     yield from source("mixers")
 
 
@@ -253,7 +241,7 @@ def distributed():
     yield from picture("distributed", "Time of attention against length")
     yield from picture("distributed_balance", "Work of each rank, contiguous and zigzag layout")
     yield from source("distributed", "distributed_training", "distributed_memory",
-                      "distributed_million", "distributed_million_gpu", "distributed_simulated")  # fmt: skip
+                      "distributed_million", "distributed_million_gpu")  # fmt: skip
 
 
 # ---------------------------------------------------------------- structured FFNs
@@ -324,7 +312,7 @@ def token_mixing():
     yield from source("token_mixing")
 
 
-SECTIONS = (demonstration, step_time, listops_gpu, s4_kernel, s4_mixer, generation, mixers, sgconv,
+SECTIONS = (demonstration, step_time, listops_gpu, s4_kernel, generation, mixers, sgconv,
             data, distributed, byte_lm, ffn_layer, ffn_gpu, token_mixing)  # fmt: skip
 
 
