@@ -29,6 +29,7 @@ from settings import Config
 
 STAGES = {"pretrain": "Pretraining", "finetune": "Fine-tuning"}
 MAX_TOKENS = 160  # shown per example
+ORANGE = (0.96, 0.59, 0.16)  # hidden pixels
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 66rem; margin: 2rem auto }
 .wide { overflow-x: auto }
@@ -138,12 +139,13 @@ def settings(run):
         rows = [f"<li><b>{escape(k)}</b> {escape(str(v))}</li>" for k, v in pairs]
         return f"<ul>{''.join(rows)}</ul>"
 
-    default = asdict(Config())
-    changed = {k: v for k, v in run["config"].items() if v != default.get(k, "")}
+    config = run["config"]
+    default = {**asdict(Config()), "data": config.get("data")}
+    changed = {k: v for k, v in config.items() if v != default.get(k, "")}
     return (
         f"<p>{escape(str(run['folder']))}; settings that differ from the defaults:</p>"
         f"{listed(changed.items())}<details><summary>All settings</summary>"
-        f"{listed(run['config'].items())}</details>"
+        f"{listed(config.items())}</details>"
     )
 
 
@@ -160,9 +162,10 @@ def points(run, stage, key, prefix=""):
 
 
 def inline(figure):
-    """A matplotlib figure as <img> with the PNG inside."""
+    """A matplotlib figure as <img> with the PNG inside; closes the figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100)
+    pyplot().close(figure)
     text = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="" src="data:image/png;base64,{text}">'
 
@@ -256,20 +259,26 @@ def token_samples(data, raw, keep, where, guess):
     return "".join(out)
 
 
-def picture_samples(data, raw, where, guess):
-    """Input, masked (hidden pixels orange), denoised: one row of pictures per example."""
-    plt = pyplot()
+def pixels(data, raw, where, guess):
+    """Return (input, masked, denoised), each (n, side, side, 3) in 0 .. 1; hidden is orange."""
+    n = len(raw)
     side = math.isqrt(raw.shape[1])
-    size = (len(raw), side, side, -1)
     scale = data.vocab_size - 1
-    before = np.broadcast_to(raw.reshape(size) / scale, (len(raw), side, side, 3))
-    after = np.broadcast_to(guess.reshape(size) / scale, before.shape).clip(0, 1)
-    masked = np.where(where.reshape(size), (0.96, 0.59, 0.16), before)
-    figure, axes = plt.subplots(len(raw), 3, squeeze=False, figsize=(7, 2.3 * len(raw)))
-    for row, pictures in zip(axes, zip(before, masked, after, strict=True), strict=True):
-        titles = ("input", "masked", "denoised")
-        for ax, pixels, title in zip(row, pictures, titles, strict=True):
-            ax.imshow(pixels, interpolation="nearest")
+    before = np.broadcast_to(raw.reshape(n, side, side, -1) / scale, (n, side, side, 3))
+    after = np.broadcast_to(guess.reshape(n, side, side, -1) / scale, before.shape)
+    masked = np.where(where.reshape(n, side, side, 1), ORANGE, before)
+    return before, masked, after.clip(0, 1)  # a guess may lie beyond the range
+
+
+def picture_samples(data, raw, where, guess):
+    """Input, masked and denoised: one row of pictures per example."""
+    pictures = pixels(data, raw, where, guess)
+    titles = ("input", "masked", "denoised")
+    size = (7, 2.3 * len(raw))
+    figure, axes = pyplot().subplots(len(raw), 3, squeeze=False, figsize=size)
+    for i, row in enumerate(axes):
+        for ax, picture, title in zip(row, pictures, titles, strict=True):
+            ax.imshow(picture[i], interpolation="nearest")
             ax.set_title(title, fontsize=9)
             ax.axis("off")
     return inline(figure)
