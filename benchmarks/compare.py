@@ -1,11 +1,11 @@
-"""Arms x seeds of pretrain.py as one job: what is finished is kept, what was cut off continues.
+"""Arms x seeds of pretrain.py as one job: finished runs are kept, interrupted ones continue.
 
     python benchmarks/compare.py --name mixers --seeds 0 1 2 \\
         --arm "S4: --task lattice --model s4 --objective none" \\
-        --arm "SGConv: --settings settings/lattice-sgconv.json"
+        --arm "SGConv: --settings lattice-sgconv"
 
-Prints mean and spread (sample standard deviation) of the test accuracy over the seeds, and writes
-results/NAME.json with everything a reader needs to repeat it.
+Prints the mean and standard deviation of the test accuracy over the seeds, and writes
+results/NAME.json with everything needed to repeat it.
 """
 
 import argparse
@@ -26,54 +26,73 @@ from tqdm import tqdm
 
 import pretrain
 import settings
+from checkpoint import differences
 
 
-def one_thread(lock):
-    """Start of a worker: the models are small, runs side by side are faster than threads.
-
-    Ctrl-C ends a worker without a word (a run that is under way saves itself first).
-    """
+def start_worker(lock):
+    """One thread per process: the models are small.  Ctrl-C ends a worker without a traceback."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     torch.set_num_threads(1)
     tqdm.set_lock(lock)
 
 
 def run(config, position=0):
-    """The result of a run, from its folder when it is there; ValueError on other settings there."""
+    """Return the result of a run, from its folder if it is finished.
+
+    position: row of the progress bar.  ValueError if the folder has a run with other settings.
+    """
     path = Path(config.out) / "result.json"
     if path.exists():
-        try:
-            result = json.loads(path.read_text())
-            old, now = result["config"], asdict(config)
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{path} is not the result of a run: {error}") from error
-        differ = [k for k in now if k not in pretrain.FREE and old.get(k) != now[k]]
-        if differ:
-            raise ValueError(f"{path} was made with another {', '.join(differ)}: remove it")
-        return result
+        return finished(path, config)
     try:
         return pretrain.train(replace(config, resume=True), position)
     except KeyboardInterrupt:
-        os._exit(130)  # a worker that lived on would begin the next run
+        os._exit(130)  # the run has saved itself; a worker that lived on would begin the next one
+
+
+def finished(path, config):
+    """Read a finished run.  ValueError if it was not made with these settings."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        old = result["config"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not the result of a run: {error}") from error
+    changed = differences(old, asdict(config), pretrain.FREE)
+    if changed:
+        raise ValueError(f"{path} has other settings: {changed}; remove it")
+    return result
 
 
 def side_by_side(configs, workers):
-    """Results of the runs, `workers` at a time, a thread each (one after the other on a GPU)."""
+    """Results of the runs, `workers` at a time, one thread each."""
     context = get_context("spawn")
-    with ProcessPoolExecutor(workers, context, one_thread, (context.RLock(),)) as pool:
+    with ProcessPoolExecutor(workers, context, start_worker, (context.RLock(),)) as pool:
         return list(pool.map(run, configs, range(len(configs))))
 
 
 def parse_arm(text):
-    """ "name: flags" -> name, Config.  ValueError when there is no name."""
+    """ "name: flags" -> name, Config.  ValueError if there is no name."""
     name, colon, flags = text.partition(":")
     if not colon or not name.strip():
         raise ValueError(f"arm {text!r}: expected 'name: --flag value ...'")
-    return name.strip(), settings.resolve(vars(settings.parser().parse_args(shlex.split(flags))))[0]
+    given = settings.parser().parse_args(shlex.split(flags))
+    config, _ = settings.resolve(vars(given))
+    return name.strip(), config
+
+
+def parse_arms(texts):
+    """{name: Config}.  ValueError if two arms have the same name."""
+    arms = {}
+    for text in texts:
+        name, config = parse_arm(text)
+        if name in arms:
+            raise ValueError(f"two arms are called {name!r}: rename one")
+        arms[name] = config
+    return arms
 
 
 def describe(results):
-    """Results of one arm over its seeds -> row of the table, percent."""
+    """Results of one arm over its seeds -> row of the table, in %."""
     test = [100 * r["test"]["accuracy"] for r in results]
     return {
         "test": [round(t, 2) for t in test],
@@ -88,9 +107,9 @@ def describe(results):
 
 
 def compare(arms, seeds, folder, workers=2):
-    """{name: Config} -> {name: row of the table}, every arm with every seed.
+    """Run every arm with every seed: {name: Config} -> {name: row of the table}.
 
-    "{seed}" in a path of --pretrained stands for the seed.
+    "{seed}" in the path of --pretrained stands for the seed.
     """
     jobs = []
     for name, config in arms.items():
@@ -100,39 +119,35 @@ def compare(arms, seeds, folder, workers=2):
             jobs.append(replace(config, seed=seed, out=out, pretrained=weights))
     if len({job.out for job in jobs}) < len(jobs):
         raise ValueError(f"two runs would share a folder: arms {list(arms)}, seeds {seeds}")
-    results, n = side_by_side(jobs, workers), len(seeds)
-    return {name: describe(results[i * n : i * n + n]) for i, name in enumerate(arms)}
+    results = iter(side_by_side(jobs, workers))
+    return {name: describe([next(results) for _ in seeds]) for name in arms}
+
+
+def print_rows(rows):
+    for name, row in rows.items():
+        print(f"{name:32}{row['mean']:6.2f} +- {row['spread']}   {row['test']}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--arm", action="append", required=True, help='"name: flags of pretrain.py"'
-    )
-    parser.add_argument("--name", required=True, help="of the job: results/NAME.json, runs/NAME/")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of each arm")
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side, a thread each")
-    parser.add_argument("--out", default="runs", help="folder of the runs")
+    add = parser.add_argument
+    add("--arm", action="append", required=True, help='"name: flags of pretrain.py"')
+    add("--name", required=True, help="name of the job: results/NAME.json, runs/NAME/")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds per arm")
+    add("--workers", type=int, default=2, help="parallel runs, one thread each")
+    add("--out", default="runs", help="folder of the runs")
     args = parser.parse_args()
-    origin = provenance() | {"seeds": args.seeds}
+    origin = provenance()
     try:
         if Path(args.name).name != args.name:
-            raise ValueError(f"name {args.name!r}: expected the name of a file, without a folder")
-        arms = [parse_arm(text) for text in args.arm]
-        if len(dict(arms)) < len(arms):
-            raise ValueError(f"two arms of one name: {', '.join(name for name, _ in arms)}")
-        arms = dict(arms)
-        rows = compare(arms, args.seeds, f"{args.out}/{args.name}", args.workers)
+            raise ValueError(f"name {args.name!r}: expected a file name without a folder")
+        rows = compare(parse_arms(args.arm), args.seeds, f"{args.out}/{args.name}", args.workers)
     except (ValueError, OSError, FloatingPointError, BrokenExecutor) as error:
         sys.exit(f"compare.py: {error}")
     except KeyboardInterrupt:
         sys.exit("compare.py: interrupted; the same command continues")
-    for name, row in rows.items():
-        spread = f" +- {row['spread']}" if len(args.seeds) > 1 else ""
-        print(f"{name:32}{row['mean']:6.2f}{spread}   {row['test']}")
-    path = ROOT / "results" / f"{args.name}.json"
-    save(path, origin | {"arms": rows})
-    print(f"wrote {path.relative_to(ROOT)}")
+    print_rows(rows)
+    save(ROOT / f"results/{args.name}.json", {**origin, "seeds": args.seeds, "arms": rows})
 
 
 if __name__ == "__main__":

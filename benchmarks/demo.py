@@ -1,22 +1,20 @@
-"""Four arms on `lattice`: what pretraining is worth.  `python pretrain.py` runs it with seed 0.
+"""Four runs on the task `lattice`: what pretraining is worth.  `python pretrain.py` runs seed 0.
 
-    python benchmarks/demo.py --grid           one seed, every rate of GRID for every arm and stage
-    python benchmarks/demo.py --seeds 0 1 2    the table of the README, mean and spread
+    python benchmarks/demo.py --seeds 0 1 2    mean and spread over seeds, results/demo.json
+    python benchmarks/demo.py --grid           search the learning rates, one seed
 
-Strict protocol: every arm sees the same training examples and nothing else; a from-scratch arm
-takes as many steps as its twin for both stages. Rates are chosen on validation: pretraining by its
-loss, fine-tuning and from-scratch training by accuracy. The test split is read by neither choice.
-Runs that are finished are not repeated.
+Strict protocol: all runs see the same training examples and nothing else, and from-scratch runs
+get as many steps as pretraining and fine-tuning together.  Learning rates are chosen on validation
+(loss in pretraining, accuracy otherwise); the test split plays no part.  Finished runs are reused.
 """
 
 import argparse
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from compare import describe, side_by_side
-from measured import ROOT, provenance, save
+from measured import ROOT, provenance, save, usable_cpus
 
 from settings import Config
 
@@ -37,44 +35,39 @@ def folder(out, arm):
 
 
 def demo(seed=0, out="runs/demo"):
-    """Train the four arms, side by side on a CPU, print what they reached.  -> {arm: result}."""
-    workers = 1 if DEMO.device == "cuda" else min(len(ARMS), os.cpu_count() or 1)
+    """Train the four models, side by side on a CPU; print and return {arm: result}."""
+    workers = 1 if DEMO.device == "cuda" else min(len(ARMS), usable_cpus())
     out = f"{out}/seed{seed}"
-    print(f"four arms on `{DEMO.task}`, seed {seed}, {workers} at a time, into {out}/", flush=True)
+    print(f"training four models on `{DEMO.task}`, seed {seed}, results in {out}/", flush=True)
     if all(Path(folder(out, arm), "result.json").exists() for arm in ARMS):
-        print(f"all four were finished before; without {out}/ they are trained anew")
-    arms = {arm: replace(DEMO, seed=seed, out=folder(out, arm), **ARMS[arm]) for arm in ARMS}
-    results = dict(zip(arms, side_by_side(list(arms.values()), workers), strict=True))
+        print(f"all four are finished already; delete {out}/ to train them again")
+    configs = [replace(DEMO, seed=seed, out=folder(out, arm), **ARMS[arm]) for arm in ARMS]
+    results = dict(zip(ARMS, side_by_side(configs, workers), strict=True))
     print("\n".join(table(results)))
     return results
 
 
-def table(arms):
-    """{arm: result} -> lines of text: what each arm reached, and the two gaps."""
-    yield f"{'':26}{'parameters':>12}{'steps':>13}{'validation %':>14}{'test %':>8}{'seconds':>9}"
-    test = {arm: 100 * result["test"]["accuracy"] for arm, result in arms.items()}
-    for arm, result in arms.items():
-        config, val = result["config"], 100 * result["finetune"]["accuracy"]
-        steps = f"{config['pretrain_steps']} + " if config["objective"] != "none" else ""
-        steps += str(config["finetune_steps"])
-        yield (
-            f"{arm:26}{result['parameters']:12,}{steps:>13}{val:14.1f}"
-            f"{test[arm]:8.1f}{result['speed']['seconds']:9.0f}"
-        )
+def table(results):
+    """{arm: result} -> lines of text: what each run reached, and the two gaps."""
+    test = {arm: 100 * result["test"]["accuracy"] for arm, result in results.items()}
+    yield f"{'':28}{'parameters':>10}{'steps':>14}{'test accuracy %':>18}"
+    for arm, result in results.items():
+        config = result["config"]
+        steps = str(config["finetune_steps"])
+        if config["objective"] != "none":
+            steps = f"{config['pretrain_steps']} + {steps}"
+        yield f"{arm:28}{result['parameters']:10,}{steps:>14}{test[arm]:18.1f}"
 
-    def against(way, other):
-        gap = test[f"S4, {other}"] - test[f"Transformer, {way}"]
-        return f"{abs(gap):.1f} points {'below' if gap > 0 else 'above'}"
+    def gap(transformer, s4):
+        points = test[f"S4, {s4}"] - test[f"Transformer, {transformer}"]
+        return f"{abs(points):.1f} points {'below' if points > 0 else 'above'} S4"
 
-    yield f"From scratch, the Transformer is {against('from scratch', 'from scratch')} S4."
-    yield (
-        f"Pretrained on the same examples, it is {against('pretrained', 'from scratch')} that S4 "
-        f"and {against('pretrained', 'pretrained')} a pretrained S4."
-    )
+    yield f"From scratch, the Transformer is {gap('from scratch', 'from scratch')}."
+    yield f"Pretrained on the same examples, it is {gap('pretrained', 'from scratch')}."
 
 
 def best_rate(workers, config, stage):
-    """Train at every rate of the grid; -> the best rate, {rate: score}, the folder of the best."""
+    """Train with every learning rate: the best rate, {rate: score}, the folder of the best."""
     arms = [
         replace(config, **{f"{stage}_lr": lr}, out=f"{config.out}-{stage}-{lr:g}") for lr in GRID
     ]
@@ -87,7 +80,7 @@ def best_rate(workers, config, stage):
 
 
 def grid(workers, out):
-    """Each arm's rates, one stage after the other."""
+    """Search each arm's learning rates, one stage after the other."""
     found = {}
     for arm, own in ARMS.items():
         config = replace(DEMO, out=folder(f"{out}/grid", arm), **own)
@@ -107,7 +100,7 @@ def main():
     parser.add_argument("--grid", action="store_true", help="search the learning rates")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run")
     parser.add_argument("--out", default="runs/demo", help="folder of the runs")
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side, with --grid")
+    parser.add_argument("--workers", type=int, default=2, help="parallel runs, with --grid")
     args = parser.parse_args()
     seeds = [0] if args.grid else args.seeds
     origin = provenance() | {"seeds": seeds}

@@ -1,29 +1,29 @@
-"""Generating with S4 and with a Transformer of equal size: throughput at a memory cap, and latency.
+"""Generation with S4 and with a Transformer of equal size: throughput at equal memory, latency.
 
-    python benchmarks/generation.py              contexts 1k to 16k (about 3 min on one core)
+    python benchmarks/generation.py              contexts 1k to 16k
     python benchmarks/generation.py --contexts 1024
+    python benchmarks/generation.py --device cuda --out results/generation_gpu.json
 
-arXiv:2111.00396v3 reports generation "60x faster" (Table 8: 48K against 0.8K tokens/s): tokens per
-second on one A100 with, for each model, the largest batch that its memory holds, the Transformer a
-GPT-2 without embedding and softmax.  The same protocol here: sequences of L tokens are generated
-from nothing, the batch is as many as fit --cap-gib of state (a KV cache of L tokens, or the state
-of S4) up to --max-batch, and the time of a token is that at L/2, the mean over the sequence as
-attention costs linear time.  Latency: batch 1, the L-th token.  Both models run in float32 and
-without a head.  S4 has as many blocks as give it the Transformer's number of parameters.
-Writes results/generation.json and .png.
+arXiv:2111.00396v3 reports generation "60x faster" (Table 8: 48K against 0.8K tokens/s), on an A100
+with the largest batch that fits into memory.  The same protocol here: the batch is the largest, up
+to --max-batch, whose states (a KV cache of L tokens, or the state of S4) fit into --cap-gib.  The
+token at L/2 takes the mean time of the sequence, as attention costs linear time per token.  Latency
+is the time of the L-th token at batch size 1.  Both models run in float32 without a head; S4 has
+the number of blocks that matches the Transformer's parameters.
 """
 
 import argparse
-import math
+import json
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
-from measured import ROOT, provenance, pyplot, save
+from measured import COLORS, ROOT, provenance, pyplot, save
 
 from attention import Cache, Transformer, TransformerConfig
 from s4 import S4Config, S4Model
+
+CONTEXTS = [1024, 2048, 4096, 8192, 16384]
 
 
 def parameters(model):
@@ -31,18 +31,18 @@ def parameters(model):
 
 
 def build(width, layers):
-    """The Transformer, and the S4Model whose number of parameters comes nearest to its."""
-    transformer = Transformer(
-        TransformerConfig(width, layers, n_heads=width // 64, vocab_size=256, causal=True)
-    )
-    size = [parameters(S4Model(S4Config(width, n, vocab_size=256, causal=True))) for n in (1, 2)]
-    blocks = 1 + round((parameters(transformer) - size[0]) / (size[1] - size[0]))
-    s4 = S4Model(S4Config(width, blocks, vocab_size=256, causal=True))
+    """The Transformer, and the S4Model closest to it in number of parameters."""
+    sizes = {"vocab_size": 256, "causal": True}
+    transformer = Transformer(TransformerConfig(width, layers, n_heads=width // 64, **sizes))
+    one = parameters(S4Model(S4Config(width, 1, **sizes)))
+    two = parameters(S4Model(S4Config(width, 2, **sizes)))
+    blocks = 1 + round((parameters(transformer) - one) / (two - one))
+    s4 = S4Model(S4Config(width, blocks, **sizes))
     return {"Transformer": transformer.eval(), "S4": s4.eval()}
 
 
 def state_bytes(model, L):
-    """Memory that one sequence of L tokens needs while it is generated."""
+    """Memory of the state of one sequence of L tokens, float32."""
     config = model.config
     if isinstance(model, S4Model):
         return 4 * config.n_layers * config.d_model * config.d_state
@@ -50,114 +50,118 @@ def state_bytes(model, L):
 
 
 def state_at(model, batch, seen, capacity, device):
-    """The state after `seen` tokens, filled with noise: its contents do not change the time."""
+    """The state after `seen` tokens, filled with noise: its values do not change the time."""
     if isinstance(model, S4Model):
         return model.initial_state(batch)
     heads = model.config.n_heads
-    shape = batch, heads, capacity, model.config.d_model // heads
-    draw = partial(torch.randn, shape, device=device)
-    return [Cache(draw(), draw(), seen) for _ in model.blocks], seen
+    shape = (batch, heads, capacity, model.config.d_model // heads)
+    caches = []
+    for _ in model.blocks:
+        k = torch.randn(shape, device=device)
+        v = torch.randn(shape, device=device)
+        caches.append(Cache(k, v, seen))
+    return caches, seen
 
 
-def seconds_a_step(model, batch, seen, capacity, now, budget):
-    """Time of one step: the least of at least two, until the budget (seconds) is spent."""
-    device = next(model.parameters()).device
-    state = state_at(model, batch, seen, capacity, device)
-    token = torch.zeros(batch, dtype=torch.long, device=device)
-    best, spent, rounds = math.inf, 0.0, 0
-    while rounds < 2 or (spent < budget and rounds < 100 and seen + rounds + 1 < capacity):
-        start = now()
+def seconds_per_step(model, batch, seen, capacity, args):
+    """Time of one step: the fastest of two or more, until --budget seconds are spent."""
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    state = state_at(model, batch, seen, capacity, args.device)
+    token = torch.zeros(batch, dtype=torch.long, device=args.device)
+    spent = []
+    while len(spent) < 2 or sum(spent) < args.budget:
+        start = clock()
         _, state = model.step(token, state)
-        elapsed = now() - start
-        best, spent, rounds = min(best, elapsed), spent + elapsed, rounds + 1
-    return best
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+        spent.append(clock() - start)
+        if len(spent) == min(100, capacity - seen - 1):
+            break
+    return min(spent)
 
 
 def measure(models, L, args):
-    clock = time.process_time if args.clock == "cpu" else time.perf_counter
-
-    def now():
-        if args.device != "cpu":
-            torch.cuda.synchronize()
-        return clock()
-
+    """Measure both models at one context length; return the row."""
     row = {"context": L}
     for name, model in models.items():
-        batch = max(1, min(args.max_batch, int(args.cap_gib * 2**30 / state_bytes(model, L))))
-        step = seconds_a_step(model, batch, L // 2, L, now, args.budget)
-        one = seconds_a_step(model, 1, L - 64, L, now, args.budget)
+        size = state_bytes(model, L)
+        batch = int(args.cap_gib * 2**30 / size)
+        batch = max(1, min(args.max_batch, batch))
+        step = seconds_per_step(model, batch, L // 2, L, args)
+        alone = seconds_per_step(model, 1, L - 64, L, args)
         row[name] = {
             "batch": batch,
-            "mib_a_sequence": state_bytes(model, L) / 2**20,
+            "mib_a_sequence": size / 2**20,
             "tokens_a_second": batch / step,
-            "ms_a_token_at_batch_1": 1e3 * one,
+            "ms_a_token_at_batch_1": 1e3 * alone,
         }
+        print(f"{L:8} {name:12} {batch:6} {batch / step:9.0f} {1e3 * alone:14.2f}", flush=True)
+    ratio = {}
+    for name, key in (("throughput", "tokens_a_second"), ("latency", "ms_a_token_at_batch_1")):
+        ratio[name] = row["S4"][key] / row["Transformer"][key]
+    row["S4 over Transformer"] = ratio
     return row
 
 
 def plot(rows, path):
+    """Throughput and latency over the context length."""
     plt = pyplot()
-    from matplotlib.ticker import LogLocator
-
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
-    titles = {
-        "tokens_a_second": "tokens/s, largest batch under the cap",
-        "ms_a_token_at_batch_1": "ms a token, batch 1",
+    panels = {
+        "tokens_a_second": "tokens per second, largest batch",
+        "ms_a_token_at_batch_1": "ms per token, batch size 1",
     }
-    contexts = [r["context"] for r in rows]
-    for ax, (key, title) in zip(axes, titles.items(), strict=True):
-        for name, style in (("Transformer", "s--"), ("S4", "o-")):
-            ax.loglog(contexts, [r[name][key] for r in rows], style, label=name)
-        ax.set(title=title, xlabel="context, tokens")
+    contexts = [row["context"] for row in rows]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for ax, (key, label) in zip(axes, panels.items(), strict=True):
+        for name, color in (("Transformer", "attention"), ("S4", "S4")):
+            values = [row[name][key] for row in rows]
+            ax.plot(contexts, values, "o-", color=COLORS[color], label=name)
+        ax.set(xlabel="context in tokens", ylabel=label, xscale="log", ylim=0)
         ax.set_xticks(contexts, [f"{L // 1024}k" for L in contexts])
         ax.minorticks_off()
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:,g}")
         ax.grid(alpha=0.3)
     axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.suptitle("S4 generates at the same speed after any context; a Transformer slows down")
+    figure.savefig(path)
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--contexts", type=int, nargs="+", default=CONTEXTS, help="context lengths in tokens")
+    add("--width", type=int, default=256, help="channels (256)")
+    add("--layers", type=int, default=4, help="layers of the Transformer (4)")
+    add("--cap-gib", type=float, default=1.0, help="memory for the states of a batch (1)")
+    add("--max-batch", type=int, default=1024, help="largest batch size (1024)")
+    add("--threads", type=int, default=2, help="CPU threads (2)")
+    add("--clock", choices=["wall", "cpu"], default="wall", help="clock to measure with (wall)")
+    add("--budget", type=float, default=1.0, help="seconds per measurement (1)")
+    add("--device", default="cpu", help="torch device (cpu)")
+    add("--out", type=Path, default=ROOT / "results/generation.json", help="results file")
+    add("--plot", action="store_true", help="draw the picture of --out instead")
+    return parser.parse_args()
 
 
 @torch.no_grad()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4, help="of the Transformer")
-    parser.add_argument("--cap-gib", type=float, default=1.0, help="memory for the states")
-    parser.add_argument("--max-batch", type=int, default=1024)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--budget", type=float, default=1.0, help="seconds a measurement")
-    parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
-    out = ROOT / "results/generation.json"
-    parser.add_argument("--out", type=Path, default=out, help="result file")
-    args = parser.parse_args()
+    args = parse()
+    if args.plot:
+        rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"]
+        return plot(rows, args.out.with_suffix(".png"))
     torch.set_num_threads(args.threads)
-    models = {k: m.to(args.device) for k, m in build(args.width, args.layers).items()}
+    origin = provenance()
+    models = {name: m.to(args.device) for name, m in build(args.width, args.layers).items()}
     sizes = {name: parameters(model) for name, model in models.items()}
     blocks = {name: len(model.blocks) for name, model in models.items()}
-    print(f"parameters {sizes}, blocks {blocks}, cap {args.cap_gib} GiB, {args.clock} clock")
+    print(f"parameters {sizes}, blocks {blocks}")
     print(f"{'context':>8} {'model':12} {'batch':>6} {'tokens/s':>9} {'ms at batch 1':>14}")
-    rows, origin = [], provenance()
-    for L in args.contexts:
-        rows.append(measure(models, L, args))
-        for name in models:
-            r = rows[-1][name]
-            print(f"{L:8} {name:12} {r['batch']:6} {r['tokens_a_second']:9.0f} "
-                  f"{r['ms_a_token_at_batch_1']:14.2f}")  # fmt: skip
-        a, b = rows[-1]["S4"], rows[-1]["Transformer"]
-        keys = "tokens_a_second", "ms_a_token_at_batch_1"
-        throughput, latency = (a[key] / b[key] for key in keys)
-        rows[-1]["S4 over Transformer"] = {"throughput": throughput, "latency": latency}
-        print(f"{'':8} S4 / Transformer: throughput {throughput:.2f}, latency {latency:.2f}")
-    settings = {k: v for k, v in vars(args).items() if k != "out"}
-    result = origin | {
-        "settings": settings, "parameters": sizes, "blocks": blocks, "rows": rows
-    }  # fmt: skip
-    save(args.out, result)
-    plot(rows, args.out.with_suffix(".png"))
+    rows = [measure(models, L, args) for L in args.contexts]
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "plot")}
+    found = {"settings": settings, "parameters": sizes, "blocks": blocks, "rows": rows}
+    save(args.out, {**origin, **found})
+    if args.device != "cpu":
+        plot(rows, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

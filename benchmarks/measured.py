@@ -18,18 +18,41 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from checkpoint import versions  # noqa: E402
+from pathfinder import usable_cpus  # noqa: E402
 
+# one color per method, in all pictures
+COLORS = {
+    "S4": "#1f5fa8",
+    "S4D": "#6aaed6",
+    "SGConv": "#2a8c5a",
+    "attention": "#d9822b",  # with PyTorch's fused kernel; also the Transformer
+    "plain attention": "#b3403a",  # with all scores in memory
+    "ring attention": "#7a3e9d",
+    "FFT": "#5b6770",
+    "dense": "#222222",
+    "lowrank": "#c2185b",
+    "blockdense": "#00838f",
+    "blockshuffle": "#8d6e14",
+}
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "savefig.dpi": 120,
+}
 ASIDE = ("--max-runs", "--out")  # options, with a value, that change no number
 
 
 def hardware():
-    """The processor, its cores, and the GPU if there is one, in words."""
-    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    """The processor, the cores that may be used, and the GPU if there is one, in words."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
     if info.exists():
-        rows = [row.split(":", 1)[1].strip() for row in info.open() if row.startswith("model name")]
-        cpu = rows[0] if rows else cpu
+        for row in info.read_text(encoding="utf-8").splitlines():
+            if row.startswith("model name"):
+                cpu = row.partition(":")[2].strip()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{cpu}, {os.cpu_count()} cores{gpu}"
+    return f"{cpu}, {usable_cpus()} cores{gpu}"
 
 
 def essential(words):
@@ -57,11 +80,11 @@ def provenance():
 def save(path, result):
     """Write a file of results."""
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def pyplot():
-    """matplotlib without a display; imported here, as only plots need it."""
+    """matplotlib without a display, in our style; imported here, as only plots need it."""
     try:
         import matplotlib
     except ImportError:
@@ -69,4 +92,5 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams.update(STYLE)
     return plt

@@ -1,17 +1,15 @@
 """Delayed recall over up to 16k steps: S4 against a Transformer of equal size and training time.
 
-    python benchmarks/recall.py                  all missing runs, table, picture (15 min of a core)
-    python benchmarks/recall.py --lengths 1024   the shortest length alone (3 min)
-    python benchmarks/recall.py --extra          also: the Transformer for S4's steps, 1,024 tokens
+    python benchmarks/recall.py                  run what is missing in results/recall.json
+    python benchmarks/recall.py --lengths 1024   the shortest length alone
+    python benchmarks/recall.py --extra          also the Transformer for S4's steps, 1,024 tokens
 
-A sequence of L tokens: four symbols out of four kinds, each shown for L / 32 steps, then blanks for
-the other seven eighths; at the last step the model names all four (chance 0.25).  Both models are
-causal, 32 wide, two layers, about 21,000 parameters.  Equal training time is equal CPU seconds on
-one thread, evaluation left out; the learning rate falls in a cosine over these seconds.  Settings
-(rate; for the Transformer also RoPE or sinusoids, so it has twice the choice) are chosen on
-validation at 1,024 tokens with seed 0; seeds 0, 1, 2 are then tested at every length.  S4's step
-sizes dt start between 1 / L and 100 / L.  Writes results/recall.json run by run, resumable, and
-results/recall.png.
+A sequence shows four symbols, each for L / 32 steps, then blanks; at the last step the model names
+all four (chance 0.25).  Both models are causal, of width 32, with two layers.  Equal training time
+means equal CPU seconds on one thread, without evaluation; the learning rate follows a cosine over
+that time.  The learning rate and, for the Transformer, the kind of positions are chosen on
+validation at 1,024 tokens with seed 0; then three seeds are tested at each length.  S4's dt starts
+between 1 / L and 100 / L.
 """
 
 import argparse
@@ -24,19 +22,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from byte_lm import complete, load
-from measured import ROOT, pyplot, save
+from measured import ROOT, save
 from torch import nn
 
 from attention import Transformer, TransformerConfig
 from s4 import S4Config, S4Model
 
-KINDS = SYMBOLS = 4
+KINDS = 4  # of symbols
+SYMBOLS = 4  # per sequence
 SECONDS = {1024: 12, 4096: 25, 16384: 60}  # CPU seconds of training, by length
-CHOICE = {  # settings tried on validation
+SHORTEST = min(SECONDS)
+SETTINGS = {  # (positions, learning rate) to choose from
     "S4": [("", 3e-3), ("", 1e-2)],
-    "Transformer": [(p, lr) for p in ("RoPE", "sinusoids") for lr in (3e-3, 1e-2)],
+    "Transformer": list(itertools.product(("RoPE", "sinusoids"), (3e-3, 1e-2))),
 }
-VALIDATION, TEST = 10_001, 10_002  # seeds of their sequences
+VALIDATION = 10_001  # seeds of the sequences
+TEST = 10_002
 
 
 def sequences(n, L, generator):
@@ -52,40 +53,42 @@ class Recall(nn.Module):
 
     def __init__(self, model, positions, L):
         super().__init__()
-        common = dict(d_model=32, n_layers=2, vocab_size=KINDS + 1, causal=True)
+        sizes = dict(d_model=32, n_layers=2, vocab_size=KINDS + 1, causal=True)
         if model == "S4":
-            self.body = S4Model(S4Config(**common, d_state=64, dt_min=1 / L, dt_max=100 / L))
+            self.body = S4Model(S4Config(**sizes, d_state=64, dt_min=1 / L, dt_max=100 / L))
         else:
-            config = TransformerConfig(**common, n_heads=2, d_ff=96, rope=positions == "RoPE")
-            self.body = Transformer(config)
+            rope = positions == "RoPE"
+            self.body = Transformer(TransformerConfig(**sizes, n_heads=2, d_ff=96, rope=rope))
         self.head = nn.Linear(32, SYMBOLS * KINDS)
 
     def forward(self, tokens):
         return self.head(self.body(tokens)[:, -1]).unflatten(-1, (SYMBOLS, KINDS))
 
-    def optimizer(self, lr):
-        head = {"params": list(self.head.parameters()), "lr": lr}
-        return torch.optim.AdamW([*self.body.param_groups(lr, 0.01), head])
-
 
 @torch.no_grad()
-def accuracy(model, L, seed, n):
-    """Share of symbols named right in n sequences, a few at a time."""
+def accuracy(net, L, seed, n):
+    """Share of symbols named correctly in n sequences."""
     tokens, shown = sequences(n, L, torch.Generator().manual_seed(seed))
-    named = torch.cat([model(part).argmax(-1) for part in tokens.split(max(1, 2**15 // L))])
+    parts = tokens.split(max(1, 2**15 // L))
+    named = torch.cat([net(part).argmax(-1) for part in parts])
     return (named == shown).double().mean().item()
 
 
 def train(model, L, positions, lr, seed, seconds=math.inf, steps=math.inf):
-    """Trains for so many CPU seconds or steps.  Returns what came out, for the result file."""
+    """Train for a number of CPU seconds or steps; return the row for the results file."""
     torch.manual_seed(seed)
-    net, draws = Recall(model, positions, L), torch.Generator().manual_seed(seed)
-    optimizer = net.optimizer(lr)
-    highest = [group["lr"] for group in optimizer.param_groups]
-    start, step = time.process_time(), 0
-    while (done := max((time.process_time() - start) / seconds, step / steps)) < 1:
+    draws = torch.Generator().manual_seed(seed)
+    net = Recall(model, positions, L)
+    head = {"params": list(net.head.parameters()), "lr": lr}
+    optimizer = torch.optim.AdamW([*net.body.param_groups(lr, 0.01), head])
+    peak = [group["lr"] for group in optimizer.param_groups]
+    start = time.process_time()
+    spent = 0.0
+    step = 0
+    while spent < seconds and step < steps:
+        done = max(spent / seconds, step / steps)
         factor = min(1, 10 * done + 0.1) * (0.55 + 0.45 * math.cos(math.pi * done))
-        for group, rate in zip(optimizer.param_groups, highest, strict=True):
+        for group, rate in zip(optimizer.param_groups, peak, strict=True):
             group["lr"] = rate * factor
         tokens, shown = sequences(max(2, 8192 // L), L, draws)
         loss = F.cross_entropy(net(tokens).flatten(0, 1), shown.flatten())
@@ -94,115 +97,93 @@ def train(model, L, positions, lr, seed, seconds=math.inf, steps=math.inf):
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         step += 1
-    spent = time.process_time() - start
+        spent = time.process_time() - start
     return {
         "steps": step,
         "cpu_s": round(spent, 1),
         "loss": round(loss.item(), 4),
-        "validation": accuracy(net, L, VALIDATION, 2**18 // L) if L == min(SECONDS) else None,
+        "validation": accuracy(net, L, VALIDATION, 2**18 // L) if L == SHORTEST else None,
         "test": accuracy(net, L, TEST, 2**19 // L),
         "params": sum(p.numel() for p in net.parameters()),
     }
 
 
-def key(model, L, setting, seed, budget):
-    return dict(model=model, L=L, positions=setting[0], lr=setting[1], seed=seed, budget=budget)
+def key(model, L, setting, seed, budget="seconds"):
+    """What names a run in the results file."""
+    positions, lr = setting
+    named = {"model": model, "L": L, "positions": positions, "lr": lr}
+    return {**named, "seed": seed, "budget": budget}
 
 
-def chosen(runs, model):
+def runs_of(runs, model, L, budget="seconds"):
+    same = {"model": model, "L": L, "budget": budget}
+    return [run for run in runs if same.items() <= run.items()]
+
+
+def best_setting(runs, model):
     """The setting with the best validation accuracy, at the shortest length with seed 0."""
-    ours = dict(model=model, L=min(SECONDS), seed=0, budget="seconds")
-    best = max((r for r in runs if ours.items() <= r.items()), key=lambda r: r["validation"])
+    tried = [run for run in runs_of(runs, model, SHORTEST) if run["seed"] == 0]
+    best = max(tried, key=lambda run: run["validation"])
     return best["positions"], best["lr"]
 
 
-def rows(runs):
-    """One row a length and model: mean and spread of the tested accuracy over the seeds."""
-    out = []
-    for L, model, budget in itertools.product(SECONDS, CHOICE, ("seconds", "steps")):
-        mine = [r for r in runs if (r["L"], r["model"], r["budget"]) == (L, model, budget)]
+def table(runs):
+    """One row per length and model: mean and standard deviation of the accuracy over seeds."""
+    rows = []
+    for L, model, budget in itertools.product(SECONDS, SETTINGS, ("seconds", "steps")):
+        mine = runs_of(runs, model, L, budget)
         if not mine:
             continue
-        setting = chosen(runs, model)
-        mine = [r for r in mine if (r["positions"], r["lr"]) == setting]
-        test = np.array([r["test"] for r in mine])
-        out.append(
-            dict(L=L, model=model, budget=budget, positions=setting[0], lr=setting[1])
-            | {
-                "test": [round(float(t), 4) for t in test],
-                "mean": round(float(test.mean()), 4),
-                "spread": round(float(test.std(ddof=1)), 4) if len(test) > 1 else None,
-                "steps": [r["steps"] for r in mine],
-                "cpu_s": [r["cpu_s"] for r in mine],
-            }
-        )
-    return out
-
-
-def plot(table, path):
-    plt = pyplot()
-    fig, ax = plt.subplots(figsize=(6.5, 4), layout="constrained")
-    styles = {("S4", "seconds"): "o-", ("Transformer", "seconds"): "s--"}
-    styles[("Transformer", "steps")] = "^:"
-    for (model, budget), style in styles.items():
-        mine = [r for r in table if (r["model"], r["budget"]) == (model, budget)]
-        if not mine:
-            continue
-        name = model if budget == "seconds" else f"{model}, as many steps as S4"
-        x, mean = [r["L"] for r in mine], [r["mean"] for r in mine]
-        line = ax.plot(x, mean, style, label=name, color="C0" if model == "S4" else "C1")
-        for r in mine:
-            shade = line[0].get_color()
-            ax.plot([r["L"]] * len(r["test"]), r["test"], style[0], mfc="none", color=shade)
-    ax.axhline(1 / KINDS, color="grey", lw=1)
-    ax.annotate("chance", (1.25 * max(SECONDS), 1 / KINDS), ha="center", va="bottom", fontsize=9)
-    ax.set_xscale("log", base=2)
-    ax.set_xlim(min(SECONDS) / 1.5, 1.5 * max(SECONDS))
-    shown = {r["L"]: SECONDS[r["L"]] for r in table}
-    ax.set_xticks([*shown], [f"{L // 1024}k\n{s} s" for L, s in shown.items()])
-    ax.set(ylim=(0, 1.05), xlabel="length in tokens; CPU seconds of training")
-    ax.set_ylabel("symbols named right (share, test)")
-    ax.grid(alpha=0.3)
-    fig.legend(loc="outside upper center", ncols=3, fontsize=9)
-    fig.savefig(path, dpi=120)
+        positions, lr = best_setting(runs, model)
+        mine = [run for run in mine if (run["positions"], run["lr"]) == (positions, lr)]
+        test = np.array([run["test"] for run in mine])
+        named = {"L": L, "model": model, "budget": budget, "positions": positions, "lr": lr}
+        scores = {
+            "test": test.round(4).tolist(),
+            "mean": round(float(test.mean()), 4),
+            "spread": round(float(test.std(ddof=1)), 4) if len(test) > 1 else None,
+            "steps": [run["steps"] for run in mine],
+            "cpu_s": [run["cpu_s"] for run in mine],
+        }
+        rows.append({**named, **scores})
+    return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--lengths", type=int, nargs="+", default=[*SECONDS], choices=[*SECONDS], help="tokens")
-    add("--seeds", type=int, default=3, help="seeds of each arm (3)")
-    add("--share", type=float, default=1.0, help="of the CPU seconds, to try it out (1)")
+    add("--seeds", type=int, default=3, help="seeds per arm (3)")
+    add("--share", type=float, default=1.0, help="share of the CPU seconds, for a trial (1)")
     add("--extra", action="store_true", help="also the Transformer for S4's steps, at 1,024 tokens")
-    add("--max-runs", type=int, default=10**9, help="stop after so many runs")
-    add("--out", type=Path, default=ROOT / "results" / "recall.json", help="result file")
+    add("--max-runs", type=int, default=10**9, help="stop after this many runs")
+    add("--out", type=Path, default=ROOT / "results" / "recall.json", help="results file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     settings = {"seconds": SECONDS, "share": args.share, "clock": "CPU seconds, shared machine"}
+    before = len(load(args.out)["runs"])
 
     def measure(model, L, positions, lr, seed, budget):
         if budget == "seconds":
             return train(model, L, positions, lr, seed, seconds=args.share * SECONDS[L])
-        s4 = next(r for r in rows(load(args.out)["runs"]) if (r["L"], r["model"]) == (L, "S4"))
-        return train(model, L, positions, lr, seed, steps=s4["steps"][seed])
+        s4 = [row for row in table(load(args.out)["runs"]) if (row["L"], row["model"]) == (L, "S4")]
+        return train(model, L, positions, lr, seed, steps=s4[0]["steps"][seed])
 
     def run(keys):
-        left = args.max_runs - (len(load(args.out)["runs"]) - before)
-        complete(args.out, keys, measure, max(0, left), settings)
+        done = len(load(args.out)["runs"]) - before
+        return complete(args.out, keys, measure, max(0, args.max_runs - done), settings)["runs"]
 
-    before = len(load(args.out)["runs"])
-    for model, choice in CHOICE.items():
-        run([key(model, min(SECONDS), setting, 0, "seconds") for setting in choice])
-    best = {model: chosen(load(args.out)["runs"], model) for model in CHOICE}
+    for model in SETTINGS:
+        runs = run([key(model, SHORTEST, setting, 0) for setting in SETTINGS[model]])
+    best = {model: best_setting(runs, model) for model in SETTINGS}
     for L, seed in itertools.product(args.lengths, range(args.seeds)):
-        run([key(model, L, best[model], seed, "seconds") for model in CHOICE])
-        if args.extra and L == min(SECONDS):
+        run([key(model, L, best[model], seed) for model in SETTINGS])
+        if args.extra and L == SHORTEST:
             run([key("Transformer", L, best["Transformer"], seed, "steps")])
-    table = rows(load(args.out)["runs"])
-    save(args.out, load(args.out) | {"rows": table})
-    for row in table:
+    rows = table(load(args.out)["runs"])
+    save(args.out, {**load(args.out), "rows": rows})
+    for row in rows:
         print(*row.values())
-    plot(table, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

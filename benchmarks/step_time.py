@@ -1,25 +1,27 @@
-"""Where a training step of pretrain.py spends its time: the loop itself, a clock in its parts.
+"""Where a training step of pretrain.py spends its time: the loop itself, its parts timed.
 
-    python benchmarks/step_time.py      listops-tiny at the sizes of settings/listops-*-small.json
+    python benchmarks/step_time.py      listops-tiny at the sizes of the listops-*-small settings
     python benchmarks/step_time.py --device cuda --precision bfloat16 --task pathfinder32 \\
-        --batch-size 128 --settings settings/pathfinder32-s4-small.json --compile
+        --batch-size 128 --settings pathfinder32-s4-small --compile
 
 data        make_batch: gather, mask
 forward     loss_sums: model, head, loss
 backward    Tensor.backward
-optimiser   zero_grad, norm of the gradient, AdamW
-rest        everything else in the loop: order, seeds, rates, metrics, the bar
+optimizer   gradient clipping, AdamW, zero_grad
+rest        everything else in the loop: order, seeds, learning rate, metrics
 
-The first steps of a stage are left out (they allocate), and the last one, for it validates. On a
-GPU the device is waited for around each part, so nothing overlaps. Writes results/step_time.json.
+The first steps of a stage are left out because they allocate memory, the last one because it
+validates.  On a GPU the clock waits for the device before and after each part, so nothing overlaps.
+Writes results/step_time.json.
 """
 
 import argparse
-import contextlib
 import itertools
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from measured import ROOT, provenance, save
@@ -28,15 +30,27 @@ import pretrain
 from checkpoint import Run
 from settings import resolve
 
-PARTS = ("data", "forward", "backward", "optimiser")
+PARTS = {
+    "data": [(pretrain, "make_batch")],
+    "forward": [(pretrain, "loss_sums")],
+    "backward": [(torch.Tensor, "backward")],
+    "optimizer": [
+        (torch.nn.utils, "clip_grad_norm_"),
+        (torch.optim.AdamW, "step"),
+        (torch.optim.AdamW, "zero_grad"),
+    ],
+}
+ALL = (*PARTS, "rest", "total")
 WARM_UP = 3  # steps left out
+SMALL = ["settings/listops-transformer-small.json", "settings/listops-s4-small.json"]
 
 
 class Clock:
-    """Seconds in each part, a dict a step; `pretrain.fit` runs inside `with clock.attached()`."""
+    """Seconds of each part: one dict per step."""
 
     def __init__(self, device):
-        self.steps, self.cuda = [], torch.device(device).type == "cuda"
+        self.cuda = torch.device(device).type == "cuda"
+        self.steps = []
 
     def now(self):
         if self.cuda:
@@ -44,17 +58,19 @@ class Clock:
         return time.perf_counter()
 
     def timed(self, function, part):
+        """The same function, which adds its time to a part of the current step."""
+
         def call(*args, **options):
             start = self.now()
-            out = function(*args, **options)
+            result = function(*args, **options)
             if self.steps:
                 self.steps[-1][part] += self.now() - start
-            return out
+            return result
 
         return call
 
     def counted(self, steps):
-        """Run.steps, with the time from each number to the next."""
+        """Run.steps, which times each step from its number to the next."""
 
         def call(run, stage, first, last):
             for step in steps(run, stage, first, last):
@@ -65,87 +81,85 @@ class Clock:
 
         return call
 
-    @contextlib.contextmanager
     def attached(self):
-        places = [
-            (pretrain, "make_batch", "data"),
-            (pretrain, "loss_sums", "forward"),
-            (torch.Tensor, "backward", "backward"),
-            (torch.nn.utils, "clip_grad_norm_", "optimiser"),
-            (torch.optim.AdamW, "zero_grad", "optimiser"),
-            (torch.optim.AdamW, "step", "optimiser"),
-        ]
-        before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
-        before += [(Run, "steps", Run.steps), (pretrain, "evaluate", pretrain.evaluate)]
-        for (owner, name, part), (*_, function) in zip(places, before, strict=False):
-            setattr(owner, name, self.timed(function, part))
-        Run.steps = self.counted(Run.steps)
-        pretrain.evaluate = lambda *args: {"loss": 0.0, "accuracy": 0.0}  # no part of a step
-        try:
-            yield self
-        finally:
-            for owner, name, function in before:
-                setattr(owner, name, function)
+        """A context in which the parts of pretrain.fit are timed; validation is skipped."""
+        stack = ExitStack()
+        for part, places in PARTS.items():
+            for owner, name in places:
+                timed = self.timed(getattr(owner, name), part)
+                stack.enter_context(patch.object(owner, name, timed))
+        stack.enter_context(patch.object(Run, "steps", self.counted(Run.steps)))
+        score = {"loss": 0.0, "accuracy": 0.0}
+        stack.enter_context(patch.object(pretrain, "evaluate", lambda *args: score))
+        return stack
 
 
 def measure(config):
-    """-> {stage: {part: milliseconds a step, ...}}, means over steps, and peak memory in bytes."""
-    clock, out = Clock(config.device), {}
+    """Return {stage: {part: mean ms per step}}, and peak memory in bytes."""
+    clock = Clock(config.device)
     if clock.cuda:
         torch.cuda.reset_peak_memory_stats()
     with clock.attached():
         result = pretrain.train(config)
-    cut = config.pretrain_steps
-    for stage, steps in (("pretrain", clock.steps[:cut]), ("finetune", clock.steps[cut:])):
+    first = config.pretrain_steps
+    stages = {"pretrain": clock.steps[:first], "finetune": clock.steps[first:]}
+    rows = {}
+    for stage, steps in stages.items():
         kept = steps[WARM_UP:-1]
-        row = {key: 1e3 * sum(step[key] for step in kept) / len(kept) for key in kept[0]}
-        out[stage] = row | {"rest": row["total"] - sum(row[part] for part in PARTS)}
-    return out, result["speed"]["peak_memory"]
+        row = {part: 1e3 * sum(step[part] for step in kept) / len(kept) for part in kept[0]}
+        row["rest"] = row["total"] - sum(row[part] for part in PARTS)
+        rows[stage] = row
+    return rows, result["speed"]["peak_memory"]
 
 
 def share(row):
-    """Of forward, backward and optimiser, percent."""
-    return 100 * sum(row[part] for part in PARTS[1:]) / row["total"]
+    """Share of forward, backward and optimizer, in %."""
+    return 100 * (row["forward"] + row["backward"] + row["optimizer"]) / row["total"]
 
 
-def main():
+def parse():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    small = [f"settings/listops-{model}-small.json" for model in ("transformer", "s4")]
-    parser.add_argument("--settings", nargs="+", default=small, help="files of pretrain.py")
-    parser.add_argument("--task", default="listops-tiny")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=30, help="of each stage, at least 5")
-    parser.add_argument("--precision", default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", action="store_true", help="compiled too, after plain")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--data-dir", default="data")
-    out = ROOT / "results/step_time.json"
-    parser.add_argument("--out", type=Path, default=out, help="result file")
+    add = parser.add_argument
+    add("--settings", nargs="+", default=SMALL, help="settings of pretrain.py")
+    add("--task", default="listops-tiny", help="task (listops-tiny)")
+    add("--batch-size", type=int, default=32, help="batch size of both stages (32)")
+    add("--steps", type=int, default=30, help="steps per stage, at least 5 (30)")
+    add("--precision", default="float32", help="precision (float32)")
+    add("--device", default="cpu", help="torch device (cpu)")
+    add("--compile", action="store_true", help="measure compiled models too")
+    add("--threads", type=int, default=2, help="CPU threads (2)")
+    add("--data-dir", default="data", help="folder of the data sets")
+    add("--out", type=Path, default=ROOT / "results/step_time.json", help="results file")
     args = parser.parse_args()
     if args.steps < WARM_UP + 2:
         parser.error(f"--steps {args.steps}: expected at least {WARM_UP + 2}")
+    return args
+
+
+def main():
+    args = parse()
     torch.set_num_threads(args.threads)
-    names = ("task", "batch_size", "precision", "device", "data_dir")
-    given = {k: getattr(args, k) for k in names}
-    given |= dict.fromkeys(("pretrain_steps", "finetune_steps", "eval_every"), args.steps)
-    rows, origin = [], provenance()
-    print(f"ms a step{'':38}" + "".join(f"{part:>10}" for part in (*PARTS, "rest", "total")))
-    for path, compile in itertools.product(args.settings, (False, True)[: 1 + args.compile]):
+    origin = provenance()
+    options = {key: value for key, value in vars(args).items() if key != "out"}
+    given = {key: options[key] for key in ("task", "batch_size", "precision", "device", "data_dir")}
+    given["pretrain_batch_size"] = args.batch_size
+    given.update(dict.fromkeys(("pretrain_steps", "finetune_steps", "eval_every"), args.steps))
+    print(f"{'ms per step':47}" + "".join(f"{part:>10}" for part in ALL))
+    rows = []
+    for name, compiled in itertools.product(args.settings, (False, True)):
+        if compiled and not args.compile:
+            continue
         with tempfile.TemporaryDirectory() as out:
-            given |= {"settings": str(ROOT / path), "out": out, "compile": compile}
-            config, _ = resolve(given | {"pretrain_batch_size": args.batch_size})
+            run = {"settings": name, "out": out, "compile": compiled}
+            config, _ = resolve({**given, **run})
             found, peak = measure(config)
-        for stage, row in found.items():
-            rows.append({"settings": path, "compile": compile, "stage": stage, "ms": row})
-            rows[-1] |= {"share": share(row), "peak_memory_gib": peak / 2**30}
-            times = "".join(f"{row[part]:10.2f}" for part in (*PARTS, "rest", "total"))
-            name = Path(path).stem + " compiled" * compile
-            print(f"{name:38}{stage:9}{times}   {share(row):.1f} % forward, backward, optimiser",
-                  flush=True)  # fmt: skip
-    options = {k: v for k, v in vars(args).items() if k != "out"}
-    summary = origin | {"threads": torch.get_num_threads(), "options": options}
-    save(args.out, summary | {"rows": rows})
+        for stage, ms in found.items():
+            row = {"settings": name, "compile": compiled, "stage": stage, "ms": ms}
+            rows.append({**row, "share": share(ms), "peak_memory_gib": peak / 2**30})
+            label = f"{Path(name).stem} compiled" if compiled else Path(name).stem
+            times = "".join(f"{ms[part]:10.2f}" for part in ALL)
+            print(f"{label:38}{stage:9}{times}   {share(ms):.1f} % in the model", flush=True)
+    save(args.out, {**origin, "threads": args.threads, "options": options, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,28 +1,27 @@
 """One template for six token mixers: y = M(x) v, with M an L x L matrix, and all M in one picture.
 
-    python benchmarks/token_mixing.py    measures, results/token_mixing.json and .png (20 s)
+    python benchmarks/token_mixing.py    results/token_mixing.json, .png and three_mixers.png
 
 The template is our reading of the abstract of "A Unified View of Long-Sequence Models towards
-Modeling Million-Scale Dependencies" (Hè and Kabic 2023, arXiv:2302.06218), of which we know the
-abstract alone: words, matrices and measures here are ours.  v holds one number a token, a channel
-of the input or, for attention, a channel of a head's values.  What tells the mixers apart is M:
+Modeling Million-Scale Dependencies" (Hè and Kabic 2023, arXiv:2302.06218).  v has one number per
+token: a channel of the input or, for attention, a channel of a head's values.  Mixers differ in M:
 whether it changes with the input x, and which structure makes it cheaper than L x L numbers.
 
     attention   lower triangular; any weights that sum to 1; another M for every x
     S4, S4D     lower triangular, Toeplitz; blocks below the diagonal have rank <= d_state
-    SGConv      lower triangular, Toeplitz; the far past is coarse and faint
-    Fourier     the real part of the discrete Fourier transform, no parameter
+    SGConv      lower triangular, Toeplitz; coarser and fainter with distance
+    Fourier     the real part of the discrete Fourier transform, no parameters
     MLP         an MLP across tokens: rank at most its hidden width; its gates change with x
 
-M of the shipped layers is found by probing them, not from formulas: `probe` adds unit impulses to
-x in front of a convolutional mixer, `probe_attention` gives the layer's own product the unit matrix
-as values.  M v is then compared with the layer's output.
+M is found by probing the layers, not from formulas: `probe` adds unit impulses to the input of a
+convolution, `probe_attention` passes the unit matrix as values.  Then M v is compared with the
+layer's output.
 """
 
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from measured import ROOT, provenance, pyplot, save
@@ -32,7 +31,7 @@ from attention import Attention
 from s4 import S4, S4D
 from sgconv import SGConv
 
-LIMIT = 1e-10  # of |M v - y| / |y|, float64
+LIMIT = 1e-10  # of max|M v - y| / max|y|, float64
 
 
 class Fourier(nn.Module):
@@ -62,26 +61,32 @@ class MLPMixer(nn.Module):
 # ---------------------------------------------------------------- M, by probing
 
 
-@torch.no_grad()
 def probe(layer, x):
     """M of each channel from the responses to unit impulses added to x (1, L, D).  (D, L, L).
 
-    Exact for a layer that is linear and keeps channels apart; `error` tells if one is not.
+    Exact if the layer is linear and keeps channels apart; `error` shows if it is not.
     """
     impulses = torch.eye(x.shape[1], dtype=x.dtype)[..., None]  # (L, L, 1): row s is 1 at s
-    return (layer(x + impulses) - layer(x)).permute(2, 1, 0)  # (s, t, D) -> (D, t, s)
+    responses = layer(x + impulses) - layer(x)  # (s, t, D)
+    return responses.permute(2, 1, 0)
+
+
+def probe_attention(layer, x):
+    """M of each head for x (1, L, D): the unit matrix as values leaves the weights.  (H, L, L)."""
+    L = x.shape[1]
+    q, k, _ = layer.project(x, torch.arange(L))
+    values = torch.eye(L, dtype=x.dtype).expand(1, layer.n_kv_heads, L, L)
+    return layer.attend(q, k, values, layer.causal, None)[0]
 
 
 @torch.no_grad()
-def probe_attention(layer, x):
-    """M of each head at the scores of x (1, L, D): what the layer's product makes of v = 1.
-
-    Queries and keys are the layer's own; the unit matrix as values, (1, H, L, L), leaves the
-    weights.  Returns (H, L, L).
-    """
-    q, k, _ = layer.project(x, torch.arange(x.shape[1]))
-    values = torch.eye(x.shape[1], dtype=x.dtype).expand(1, layer.n_kv_heads, -1, -1)
-    return layer.attend(q, k, values, layer.causal, None)[0]
+def matrices(layer, x):
+    """M(x) of a layer, (D or H, L, L)."""
+    if isinstance(layer, Attention):
+        return probe_attention(layer, x)
+    if isinstance(layer, MLPMixer):
+        return layer.matrix(x)
+    return probe(layer, x)
 
 
 @torch.no_grad()
@@ -89,79 +94,76 @@ def apply(layer, M, x):
     """The template: y = M v with the layer's own v of x (1, L, D).  (1, L, D)."""
     if not isinstance(layer, Attention):
         return torch.einsum("dts,bsd->btd", M, x)
-    v = layer.project(x, torch.arange(x.shape[1]))[2]  # (1, G, L, E)
+    _, _, v = layer.project(x, torch.arange(x.shape[1]))  # (1, G, L, E)
     v = v.repeat_interleave(layer.n_heads // layer.n_kv_heads, dim=1)  # (1, H, L, E)
     return layer.out((M @ v).transpose(1, 2).flatten(2))  # (H, L, L) x (1, H, L, E)
 
 
-def matrices(layer, x):
-    """M(x) of a layer, (D or H, L, L)."""
-    if isinstance(layer, Attention):
-        return probe_attention(layer, x)
-    if isinstance(layer, MLPMixer):
-        return layer.matrix(x).detach()
-    return probe(layer, x)
+# ---------------------------------------------------------------- measures
 
 
-# ---------------------------------------------------------------- what M is like
+def distance(a, b):
+    """max|a - b| / max|b|."""
+    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 def error(layer, M, x):
-    """max|M v - y| / max|y|, y the layer's own output."""
-    y = layer(x).detach()
-    return ((apply(layer, M, x) - y).abs().max() / y.abs().max()).item()
+    """How far M v is from the layer's own output."""
+    return distance(apply(layer, M, x), layer(x).detach())
 
 
 def toeplitz_error(M):
-    """Largest distance of an entry from the mean of its diagonal, over max|M|.
+    """Largest distance of an entry from the mean of its diagonal, over max|M|.  M: (L, L).
 
-    0 when only the lag t - s matters.  M: (L, L).
+    0 if an entry depends on the lag t - s alone.
     """
-    L = len(M)
-    worst = max(
-        (M.diagonal(lag) - M.diagonal(lag).mean()).abs().max().item() for lag in range(1 - L, L)
-    )
+    worst = 0.0
+    for lag in range(1 - len(M), len(M)):
+        diagonal = M.diagonal(lag)
+        worst = max(worst, (diagonal - diagonal.mean()).abs().max().item())
     return worst / M.abs().max().item()
 
 
-def rank(M, block=slice(None), of=slice(None)):
-    """Numerical rank of M[block, of]: its singular values above 1e-10 times the largest of M."""
+def rank(M, rows=slice(None), columns=slice(None)):
+    """Number of singular values of M[rows, columns] above 1e-10 times the largest of M."""
     least = 1e-10 * torch.linalg.matrix_norm(M, 2)
-    return int((torch.linalg.svdvals(M[block, of]) > least).sum())
+    return int((torch.linalg.svdvals(M[rows, columns]) > least).sum())
 
 
 def off_diagonal_rank(M):
-    """Largest numerical rank of the blocks that lead across a step i, forwards or backwards.
+    """Largest numerical rank of a block off the diagonal, below or above it.
 
-    M (L, L) is semiseparable of order N when it is at most N: a state of N numbers, handed from
-    token to token, is then enough to compute M v.
+    M (L, L) is semiseparable of order N if it is at most N: a state of N numbers, passed from token
+    to token, is then enough to compute M v.
     """
-    cuts = [(slice(i, None), slice(i)) for i in range(1, len(M))]
-    return max(max(rank(M, late, early), rank(M, early, late)) for late, early in cuts)
+    largest = 0
+    for i in range(1, len(M)):
+        early = slice(i)
+        late = slice(i, None)
+        largest = max(largest, rank(M, late, early), rank(M, early, late))
+    return largest
 
 
 def change(layer, x, other):
-    """max|M(other) - M(x)| / max|M(x)|: 0 when M does not depend on the input."""
-    M = matrices(layer, x)
-    return ((matrices(layer, other) - M).abs().max() / M.abs().max()).item()
+    """How far M(other) is from M(x): 0 if M does not depend on the input."""
+    return distance(matrices(layer, other), matrices(layer, x))
 
 
-# ---------------------------------------------------------------- the six, measured and drawn
+# ---------------------------------------------------------------- the six mixers
 
 
-@dataclass(frozen=True)
-class Mixer:
+class Mixer(NamedTuple):
     name: str
     layer: nn.Module
     structure: str
-    cost: str  # of M v for all D channels, multiply-adds up to a constant
-    growth: str  # of the parameters, up to lower order
+    cost: str  # multiply-adds of M v for all D channels, up to a constant
+    growth: str  # number of parameters, up to lower order
 
 
 def mixers(L=64, D=16, N=8, d=4, R=8):
     """The six layers in float64.  N: d_state, d: SGConv's kernel_dim, R: width of the MLP."""
     torch.manual_seed(0)
-    steps = dict(dt_min=2 / L, dt_max=8 / L)
+    steps = {"dt_min": 2 / L, "dt_max": 8 / L}
     conv = "D L log L, or D L N by steps"
     six = [
         Mixer("attention", Attention(D, 2, causal=True), "data dependent", "D L²", "4 D²"),
@@ -181,10 +183,9 @@ def inputs(L, D, seed):
     return 4 * torch.randn(1, L, D, generator=torch.Generator().manual_seed(seed)).double()
 
 
-def measure(mixer, x, other):
-    """One row of the result, the worst head or channel of each measure, and the first matrix."""
-    M = matrices(mixer.layer, x)
-    row = {
+def measure(mixer, M, x, other):
+    """One row of the result: the worst head or channel of each measure."""
+    return {
         "mixer": mixer.name,
         "structure": mixer.structure,
         "cost": mixer.cost,
@@ -196,51 +197,73 @@ def measure(mixer, x, other):
         "off-diagonal rank": max(map(off_diagonal_rank, M)),
         "change with x": change(mixer.layer, x, other),
     }
-    return row, M[0]
 
 
-def plot(rows, shown, path):
+# ---------------------------------------------------------------- pictures
+
+
+def draw(ax, M, title):
+    """Show |M| as an image; the square root makes small entries visible."""
+    image = ax.imshow((M.abs() / M.abs().max()).sqrt(), cmap="Blues", vmin=0, vmax=1)
+    ax.set_title(title, fontsize=11)
+    ax.set(xlabel="input token", ylabel="output token")
+    ax.set_xticks([0, len(M) - 1])
+    ax.set_yticks([0, len(M) - 1])
+    return image
+
+
+def plot_all(rows, shown, path):
+    """The six matrices with their structure, cost and rank."""
     plt = pyplot()
-    plt.rcParams["font.size"] = 11
-    fig, axes = plt.subplots(2, 3, figsize=(11, 9.4), layout="constrained")
-    for ax, row, M in zip(axes.flat, rows, shown, strict=True):
-        size = (M.abs() / M.abs().max()).sqrt()  # the root shows small entries
-        image = ax.imshow(size, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
-        ax.set_title(f"{row['mixer']}: {row['structure']}", fontsize=12)
-        ax.set_ylabel("to token t")
-        change = f"{row['change with x']:.2f}" if row["change with x"] > 1e-9 else "none"
-        ax.set_xlabel(
-            f"from token s\n"
-            f"cost {row['cost']}\n"
-            f"parameters {row['parameters']:,} ({row['growth']})\n"
-            f"largest rank off the diagonal {row['off-diagonal rank']}\n"
-            f"change with the input {change}"
-        )
+    fig, axes = plt.subplots(2, 3, figsize=(11, 8.4), layout="constrained")
+    for ax, row in zip(axes.flat, rows, strict=True):
+        image = draw(ax, shown[row["mixer"]], f"{row['mixer']}: {row['structure']}")
+        fixed = row["change with x"] < 1e-9
+        text = "same for every input" if fixed else "changes with the input"
+        blocks = f"off-diagonal rank {row['off-diagonal rank']}"
+        ax.set_xlabel(f"input token\ncost {row['cost']}\n{blocks}, {text}")
     bar = fig.colorbar(image, ax=axes, shrink=0.6, ticks=[0, 0.1**0.5, 0.5**0.5, 1])
     bar.ax.set_yticklabels(["0", "0.1", "0.5", "1"])
-    bar.set_label("|M[t, s]|, largest = 1 (scale of square roots)")
-    fig.suptitle("y = M(x) v: one matrix a mixer, the first head or channel of each", fontsize=13)
-    fig.savefig(path, dpi=110)
+    bar.set_label("|M[t, s]| / max|M|")
+    fig.suptitle("Every token mixer is a matrix: y = M(x) v", fontsize=14)
+    fig.savefig(path)
+
+
+def plot_three(shown, path):
+    """Attention, S4 and SGConv in one row: the picture at the top of README.md."""
+    captions = {
+        "attention": "Attention: weights depend on the data",
+        "S4": "S4: a kernel from a small state",
+        "SGConv": "SGConv: a kernel, coarser with distance",
+    }
+    plt = pyplot()
+    fig, axes = plt.subplots(1, 3, figsize=(11, 3.9), layout="constrained")
+    for ax, (name, caption) in zip(axes, captions.items(), strict=True):
+        draw(ax, shown[name], caption)
+    fig.savefig(path)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--length", type=int, default=64, help="tokens L (64)")
-    parser.add_argument("--width", type=int, default=16, help="channels D (16)")
-    parser.add_argument("--state", type=int, default=8, help="state size N of S4 and S4D (8)")
     out = ROOT / "results" / "token_mixing.json"
-    parser.add_argument("--out", type=Path, default=out, help="result file")
+    parser.add_argument("--out", type=Path, default=out, help="results file")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    six = mixers(args.length, args.width, args.state)
-    x, other = (inputs(args.length, args.width, seed) for seed in (1, 2))
-    rows, shown = zip(*(measure(mixer, x, other) for mixer in six), strict=True)
-    settings = {"L": args.length, "D": args.width, "N": args.state, "seeds": [0, 1, 2]}
-    settings |= {"kernel_dim": 4, "hidden": 8, "dtype": "float64", "rank_tolerance": 1e-10}
-    save(args.out, {"settings": settings, "mixers": rows} | provenance())
-    for row in rows:
-        print("  ".join(f"{v:.1e}" if isinstance(v, float) else str(v) for v in row.values()))
-    plot(rows, shown, args.out.with_suffix(".png"))
+    origin = provenance()
+    x = inputs(64, 16, seed=1)
+    other = inputs(64, 16, seed=2)
+    rows = []
+    shown = {}
+    for mixer in mixers():
+        M = matrices(mixer.layer, x)
+        rows.append(measure(mixer, M, x, other))
+        shown[mixer.name] = M[0]
+        print("  ".join(f"{v:.1e}" if isinstance(v, float) else str(v) for v in rows[-1].values()))
+    settings = {"L": 64, "D": 16, "N": 8, "seeds": [0, 1, 2], "kernel_dim": 4, "hidden": 8}
+    settings.update(dtype="float64", rank_tolerance=1e-10)
+    save(args.out, {"settings": settings, "mixers": rows, **origin})
+    plot_all(rows, shown, args.out.with_suffix(".png"))
+    plot_three(shown, args.out.with_name("three_mixers.png"))
     return 0 if all(row["error of M v"] <= LIMIT for row in rows) else 1
 
 

@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from attention import Attention, attention_slow
+from s4 import S4
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
 from token_mixing import (
     LIMIT,
     change,
@@ -20,47 +24,35 @@ from token_mixing import (
     toeplitz_error,
 )
 
-from attention import Attention, attention_slow
-from s4 import S4
-
-L, D, N = 12, 4, 4
-X, OTHER = inputs(L, D, 1), inputs(L, D, 2)
-MIXERS = {mixer.name: mixer.layer for mixer in mixers(L, D, N, d=2, R=3)}
-M = {name: matrices(layer, X) for name, layer in MIXERS.items()}
-
-
-def shifted(matrix):
-    return matrix.roll(1, -1)
-
-
-def one_percent_off(matrix):
-    return 1.01 * matrix
+L = 12
+D = N = 4
+X = inputs(L, D, 1)
+LAYERS = {mixer.name: mixer.layer for mixer in mixers(L, D, N, d=2, R=3)}
+M = {name: matrices(layer, X) for name, layer in LAYERS.items()}
+FAULTS = {
+    "shifted": lambda matrix: matrix.roll(1, -1),
+    "one percent off": lambda matrix: 1.01 * matrix,
+    "one column lost": lambda matrix: matrix.index_fill(-1, torch.tensor([3]), 0),
+    "zero": torch.zeros_like,
+}
 
 
-def one_entry_lost(matrix):
-    return matrix.index_fill(-1, torch.tensor([3]), 0)
+@pytest.mark.parametrize("name", LAYERS)
+def test_m_v_is_the_output_of_the_layer_and_a_fault_shows(name):
+    assert error(LAYERS[name], M[name], X) <= LIMIT
+    for fault in FAULTS.values():
+        assert error(LAYERS[name], fault(M[name]), X) > LIMIT
 
 
-@pytest.mark.parametrize("name", MIXERS)
-@pytest.mark.parametrize(
-    "fault", [None, shifted, one_percent_off, one_entry_lost, torch.zeros_like]
-)
-def test_m_v_is_the_layers_output_and_a_fault_shows(name, fault):
-    matrix = M[name] if fault is None else fault(M[name])
-    assert (error(MIXERS[name], matrix, X) <= LIMIT) == (fault is None)
-
-
-@pytest.mark.parametrize("kind", ["n_kv_heads", "rope", "two-sided"])
+@pytest.mark.parametrize("kind", [{"n_kv_heads": 1}, {"rope": True}, {"causal": False}])
 def test_attention_in_its_other_forms(kind):
     torch.manual_seed(0)
-    variant = {"n_kv_heads": dict(n_kv_heads=1), "rope": dict(rope=True), "two-sided": {}}[kind]
-    layer = Attention(D, 2, causal=kind != "two-sided", **variant).double()
+    layer = Attention(D, 2, **{"causal": True, **kind}).double()
     matrix = matrices(layer, X)
     assert error(layer, matrix, X) <= LIMIT
     assert (matrix.sum(-1) - 1).abs().max() < 1e-12  # weights of a softmax
-    slow = Attention(D, 2, layer.causal, layer.n_kv_heads, layer.rope, attention_slow).double()
-    slow.load_state_dict(layer.state_dict())
-    assert (matrices(slow, X) - matrix).abs().max() < 1e-12
+    layer.attend = attention_slow
+    assert (matrices(layer, X) - matrix).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("name", ["attention", "S4", "S4D", "SGConv"])
@@ -70,16 +62,15 @@ def test_causal_mixers_never_read_the_future(name):
 
 @pytest.mark.parametrize("name", ["S4", "S4D", "SGConv"])
 def test_a_convolution_is_toeplitz_and_its_column_is_the_kernel(name):
-    layer = MIXERS[name]
     assert max(map(toeplitz_error, M[name])) < 1e-12
-    kernel = layer.kernel(L).detach()
-    kernel[:, 0] += layer.D_skip.detach()
+    kernel = LAYERS[name].kernel(L).detach()
+    kernel[:, 0] += LAYERS[name].D_skip.detach()
     assert (M[name][..., 0] - kernel).abs().max() < 1e-12
 
 
 def test_a_state_of_n_numbers_bounds_the_rank_off_the_diagonal():
-    assert max(map(off_diagonal_rank, M["S4"])) <= N
-    assert max(map(off_diagonal_rank, M["S4D"])) <= N
+    for name in ("S4", "S4D"):
+        assert max(map(off_diagonal_rank, M[name])) <= N
     for name in ("attention", "SGConv", "Fourier"):
         assert max(map(off_diagonal_rank, M[name])) > N
     assert max(map(rank, M["MLP"])) <= 3
@@ -98,17 +89,17 @@ def test_measures_by_hand():
     assert off_diagonal_rank(upset) == 2
 
 
-def test_which_matrices_depend_on_the_input():
-    for name in ("S4", "S4D", "SGConv", "Fourier"):
-        assert change(MIXERS[name], X, OTHER) < 1e-12
-    for name in ("attention", "MLP"):
-        assert change(MIXERS[name], X, OTHER) > 0.1
+@pytest.mark.parametrize("name", LAYERS)
+def test_which_matrices_depend_on_the_input(name):
+    changed = change(LAYERS[name], X, inputs(L, D, 2))
+    if name in ("attention", "MLP"):
+        assert changed > 0.1
+    else:
+        assert changed < 1e-12
 
 
-def test_a_layer_that_is_no_template_is_found_out():
+def test_a_layer_that_mixes_channels_is_found_out():
     class Mixed(torch.nn.Module):
-        """Channels that read each other: no matrix a channel."""
-
         def __init__(self):
             super().__init__()
             torch.manual_seed(0)

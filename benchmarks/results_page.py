@@ -1,0 +1,395 @@
+"""Write RESULTS.md, and the numbers of README.md, from the files in results/.
+
+    python benchmarks/results_page.py            rewrite both
+    python benchmarks/results_page.py --check    exit status 1 if it is not what the files say
+
+Each section is a function that yields lines of Markdown; `source` names the command, hardware,
+torch version, date, commit and file behind the numbers above it.
+"""
+
+import argparse
+import json
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import claims
+import demo
+import judges
+from judges import KINDS, arm
+from measured import ROOT
+
+PAGE = ROOT / "RESULTS.md"
+REWRITE = "2026-11-27"  # earlier rows were measured before the files were rewritten
+PATHFINDER = ("step_time_gpu_pathfinder", "step_time_gpu_pathfinder_s4", "step_time_gpu_million")
+
+
+def load(name):
+    return json.loads((ROOT / f"results/{name}.json").read_text())
+
+
+# ---------------------------------------------------------------- Markdown
+
+
+def table(head, rows):
+    yield f"| {' | '.join(head)} |"
+    yield "|---" * len(head) + "|"
+    for row in rows:
+        yield f"| {' | '.join(map(str, row))} |"
+    yield ""
+
+
+def prose(text):
+    yield from textwrap.fill(" ".join(text.split()), 110, break_on_hyphens=False).splitlines()
+    yield ""
+
+
+def hardware(origin):
+    text = origin.get("hardware") or origin["cpu"]
+    if "NVIDIA" in text:
+        return text.split(", ")[-1]
+    kind = next((k for k in ("AMD EPYC", "Intel Xeon") if k.split()[1] in text), "x86-64")
+    cores = re.search(r"(\d+) cores", text)
+    return f"{cores[1] if cores else origin['cores']} cores of an {kind}"
+
+
+def source(*names):
+    """One line per results file: what made it."""
+    for name in names:
+        content = load(name)
+        origin = content if "command" in content else content["cells"][0]["run"]
+        command = origin["command"]
+        if len(command) > 120:  # the whole command stands in the file
+            scripts = [word for word in command.split() if word.startswith("benchmarks/")]
+            command = f"{scripts[0]} ..."
+        torch = origin.get("torch", "2.13.0").split("+")[0]
+        date = origin["date"][:10]
+        note = ", before the rewrite" if date < REWRITE else ""
+        if name in PATHFINDER and note:
+            note += " and before the correction of the Pathfinder pictures"
+        yield (
+            f"- [{name}.json](results/{name}.json): `{command}`, {hardware(origin)}, torch {torch}, "
+            f"{date}, commit {origin['commit']}{note}"
+        )
+    yield ""
+
+
+def picture(name, text):
+    yield f"![{text}](results/{name}.png)"
+    yield ""
+
+
+# ---------------------------------------------------------------- pretrain.py
+
+
+def demonstration():
+    """Pretraining on the lattice task"""
+    d = load("demo")
+    rows = []
+    for name, row in d["arms"].items():
+        scores = [f"{score:.1f}" for score in row["test"]]
+        rows.append([name, f"{row['parameters']:,}", *scores, arm(row), f"{row['seconds'][0]:.0f}"])
+    seeds = [f"seed {seed}" for seed in d["seeds"]]
+    yield from table(["test accuracy in %", "parameters", *seeds, "mean", "seconds (seed 0)"], rows)
+    yield from prose("""Learning rates were chosen on the validation split with one seed. From-scratch
+        runs take as many steps as pretraining and fine-tuning together.""")
+    yield from source("demo", "demo_grid")
+
+
+def step_time():
+    """Time per training step"""
+    names = ("step_time", "step_time_gpu", "step_time_gpu_pathfinder",
+             "step_time_gpu_pathfinder_s4", "step_time_gpu_million")  # fmt: skip
+    rows = []
+    for name in names:
+        d = load(name)
+        for row in d["rows"]:
+            peak = row.get("peak_memory_gib")
+            memory = f"{peak:.1f}" if peak else "–"
+            ms = f"{row['ms']['total']:.0f}"
+            model = f"{Path(row['settings']).stem}, {row['stage']}"
+            rows.append([name, model, ms, f"{row['share']:.1f} %", memory])
+    head = [
+        "file",
+        "settings, stage",
+        "ms per step",
+        "share of forward, backward, optimizer",
+        "GiB",
+    ]
+    yield from table(head, rows)
+    compiled = load("step_time_gpu_compile")["rows"]
+    plain = [row["ms"]["total"] for row in compiled if not row["compile"]]
+    fast = [row["ms"]["total"] for row in compiled if row["compile"]]
+    ratio = sorted(a / b for a, b in zip(plain, fast, strict=True))
+    yield from prose(f"""`--compile` makes the Transformer of `pathfinder32-transformer-small`
+        {ratio[0]:.2f} to {ratio[-1]:.2f} times as fast on an H100.""")
+    yield from source(*names, "step_time_gpu_compile")
+
+
+def listops_gpu():
+    """ListOps at its published length on one GPU"""
+    rows = []
+    for name, row in load("gpu_listops")["arms"].items():
+        rows.append([name, arm(row), f"{row['seconds'][0]:.0f}"])
+    yield from table(["arm", "test accuracy in %", "seconds (four runs shared the GPU)"], rows)
+    yield from source("gpu_listops")
+
+
+# ---------------------------------------------------------------- S4, SGConv
+
+
+def s4_kernel():
+    """S4 kernel: forward + backward, D 16, N 64, L 16384, float32"""
+    rows = []
+    for cell in load("s4_kernel")["cells"]:
+        if (cell["width"], cell["L"]) == (16, 16384):
+            error = f"{cell['error']:.1e}" if cell["error"] else "–"
+            rows.append([cell["form"], f"{1e3 * cell['seconds']:.0f}", f"{cell['mib']:.0f}", error])
+    yield from table(["kernel", "ms", "MiB", "error"], rows)
+    yield from picture("s4_kernel", "Time, memory and error of the S4 kernels against length")
+    yield from source("s4_kernel")
+
+
+def generation():
+    """Generation: S4 against a Transformer with a KV cache"""
+    for name in ("generation", "generation_gpu"):
+        d = load(name)
+        rows = []
+        for row in d["rows"]:
+            s4, other = row["S4"], row["Transformer"]
+            rows.append([
+                f"{row['context']:,}", f"{s4['tokens_a_second']:,.0f}",
+                f"{other['tokens_a_second']:,.0f}", f"{s4['batch']:,}", f"{other['batch']:,}",
+                f"{s4['ms_a_token_at_batch_1']:.1f}", f"{other['ms_a_token_at_batch_1']:.1f}",
+            ])  # fmt: skip
+        head = ["context", "tokens per s, S4", "Transformer", "batch, S4", "Transformer",
+                "ms per token alone, S4", "Transformer"]  # fmt: skip
+        yield from table(head, rows)
+        yield from prose(f"The states of a batch fit in {d['settings']['cap_gib']:g} GiB.")
+        yield from source(name)
+    yield from picture("generation_gpu", "Throughput and latency of generation on a GPU")
+
+
+def mixers():
+    """Token mixers: forward + backward in ms"""
+    for name in ("mixers_wall", "mixers_width256", "mixers_gpu"):
+        cells = [cell for cell in load(name)["cells"] if "seconds" in cell]
+        ms = {(c["mixer"], c["L"]): f"{1e3 * c['seconds']:.3g}" for c in cells}
+        lengths = sorted({c["L"] for c in cells})
+        rows = []
+        for mixer in dict.fromkeys(c["mixer"] for c in cells):
+            rows.append([mixer, *(ms.get((mixer, L), "–") for L in lengths)])
+        first = cells[0]
+        head = f"width {first['width']}, batch {first['batch']}"
+        yield from table([head, *(f"{L // 1024}k" for L in lengths)], rows)
+        yield from source(name)
+    yield from picture("mixers", "Time and memory of six mixers against length, forward + backward")
+    yield from source("mixers")
+
+
+def sgconv():
+    """SGConv against S4, and its ablation"""
+    d = load("sgconv_against_s4")
+    rows = [[name, arm(row)] for name, row in d["arms"].items()]
+    yield from table(["test accuracy in %, from scratch", "mean"], rows)
+    yield from prose(f"""Learning rates and kernel sizes were chosen on validation with one seed.
+        Ablation: {judges.both_principles(load("sgconv_ablation"))[0]}.""")
+    yield from source("sgconv_against_s4", "listops_tiny_rates", "sgconv_ablation")
+
+
+# ---------------------------------------------------------------- data
+
+
+def data():
+    """Generated data on one core"""
+    rows = []
+    for row in load("data_speed")["rows"]:
+        if "ms_cpu" in row:
+            disks = f"{100 * row['disks_alone']:.1f} %" if row["disks_alone"] else "–"
+            rows.append([row["task"], f"{row['ms_cpu']:.1f} ms per picture", disks])
+        elif "s_cpu" in row:
+            levels = row["levels"]
+            text = ", ".join(f"{100 * value:.1f} % {name}" for name, value in levels.items())
+            rows.append([row["task"], f"{row['s_cpu']:.0f} s for {row['n']:,} trees", text])
+    yield from table(["task", "processor time", "accuracy of trivial baselines"], rows)
+    yield from prose("The baseline of Pathfinder sees only the places of the two disks.")
+    yield from picture("pathfinder", "Pathfinder samples at four sizes")
+    yield from source("data_speed")
+
+
+# ---------------------------------------------------------------- attention
+
+
+def distributed():
+    """Attention over two ranks"""
+    row = next(r for r in load("distributed")["rows"] if r["L"] == 8192)
+    speed, ranks = row["speedup"], row["parallel"]
+    training = load("distributed_training")["rows"][0]["parallel"]
+    memory = load("distributed_memory")["rows"][0]
+    yield from prose(f"""8,192 tokens, 8 heads of 64, forward: causal {speed["causal"]:.1f} times
+        vanilla attention on one thread = {row["kernel"]:.1f} (fused kernel) x {row["mask"]:.1f} (no
+        mask written) x {row["skipping"]:.1f} (masked blocks skipped) x {ranks["causal"]:.1f} (two
+        ranks); without a mask {speed["full"]:.1f} = {row["kernel"]:.1f} x {ranks["full"]:.1f}. Most of
+        the speedup comes from the fused kernel, not from the second rank.""")
+    yield from prose(f"""Forward + backward at 16,384 tokens, two ranks against one with the fused
+        kernel: {training["full"]:.2f} times without a mask, {training["causal"]:.2f} times causal. One
+        head at 262,144 tokens: a rank peaks at {memory["peak"] / 1e6:.0f} MB; vanilla attention would
+        need {memory["vanilla"] / 1e9:.0f} GB.""")
+    for name in ("distributed_million", "distributed_million_gpu"):
+        yield from prose(judges.million(load(name))[0] + ".")
+    yield from picture("distributed", "Time of attention against length")
+    yield from picture("distributed_balance", "Work of each rank, contiguous and zigzag layout")
+    yield from source("distributed", "distributed_training", "distributed_memory",
+                      "distributed_million", "distributed_million_gpu")  # fmt: skip
+
+
+# ---------------------------------------------------------------- structured FFNs
+
+
+def byte_lm():
+    """Structured FFNs: a small byte-level language model"""
+    rows = []
+    for name, row in load("byte_lm")["summary"].items():
+        loss = f"{row['loss']:.4f} ± {row['sd']:.4f}"
+        rows.append([name, f"{row['params']:,}", f"{row['flops_over_dense']:.3f}", loss])
+    yield from table(["", "parameters", "FLOPs / dense", "held-out loss, nats per byte"], rows)
+    yield from picture("byte_lm", "Loss against training bytes")
+    yield from source("byte_lm")
+    yield from prose(f"""Scaling: {judges.steeper(load("ffn_scaling"))[0]}. Self-guided training,
+        {judges.self_guided(load("self_guided"))[0]}. On the language model at equal FLOPs:
+        {judges.guided_language(load("byte_lm_guided"))[0]}.""")
+    yield from picture("ffn_scaling", "Loss against training FLOPs")
+    yield from source("ffn_scaling", "self_guided", "byte_lm_guided")
+
+
+def ffn_layer():
+    """Structured FFNs: efficiency of one layer, 1024 -> 4096, one CPU thread"""
+    keys = {"forward, 2048": "forward, 2,048 tokens",
+            "forward + backward, 1024": "forward + backward, 1,024 tokens"}  # fmt: skip
+    files = {"ffn_latency": load("ffn_latency"), "ffn_latency_epyc": load("ffn_latency_epyc")}
+    head = ["kind, share of weights", "FLOPs / dense"]
+    head += [f"{text} ({name}.json)" for text in keys.values() for name in files]
+    rows = []
+    for ratio in ("0.625", "0.3125"):
+        for kind in KINDS:
+            cells = [d["layer"][key][f"{kind} {ratio}"] for key in keys for d in files.values()]
+            row = [f"{kind}, {100 * float(ratio):.0f} %", f"{cells[0]['share']:.2f}"]
+            rows.append(row + [f"{cell['efficiency']:.2f}" for cell in cells])
+    yield from table(head, rows)
+    yield from prose(f"""Efficiency = relative FLOPs / relative time; at 1.0 every FLOP saved is time
+        saved. The rest is memory traffic: the bias, the regrouping, and the output buffer, which is
+        reallocated on every call. A whole FFN, {judges.ffn_speed(files["ffn_latency"])[0]}.
+        {judges.merging(files["ffn_latency"])[0].capitalize()}.""")
+    yield from source(*files)
+
+
+def ffn_gpu():
+    """Structured FFNs on a GPU: a whole FFN at 31 % of the weights, bfloat16"""
+    d = load("ffn_latency_gpu")
+    rows = []
+    for key, row in d["ffn"].items():
+        width, tokens = key.split(", ")
+        speeds = [f"{row[f'{kind} speed']:.2f}" for kind in KINDS]
+        rows.append([width, f"{int(tokens):,}", f"{row['dense']:.2f}", *speeds])
+    yield from table(["width", "tokens", "dense, ms", *(f"{k}, times" for k in KINDS)], rows)
+    yield from prose(f"""The paper reports 2.6, 2.6 and 2.0 times at width 5120 with 30k tokens on an
+        A100. With few tokens, launch overhead dominates and times vary up to twofold between runs.
+        {judges.merging(d)[0].capitalize()}.""")
+    yield from picture("ffn_latency_gpu", "Speed of FFNs on a GPU against the number of tokens")
+    yield from source("ffn_latency_gpu")
+
+
+def token_mixing():
+    """One template for all token mixers"""
+    d = load("token_mixing")
+    ranks = {mixer["mixer"]: mixer["off-diagonal rank"] for mixer in d["mixers"]}
+    yield from prose(f"""Six mixers written as y = M(x) v, our reading of the unified view
+        (2302.06218). S4's state shows as the rank of any block off the diagonal ({ranks["S4"]} for S4,
+        {ranks["S4D"]} for S4D, with d_state {d["settings"]["N"]}), convolutions as Toeplitz matrices;
+        only attention and the MLP mixer change with their input.""")
+    yield from picture("token_mixing", "Mixing matrices of six layers")
+    yield from source("token_mixing")
+
+
+SECTIONS = (demonstration, step_time, listops_gpu, s4_kernel, generation, mixers, sgconv,
+            data, distributed, byte_lm, ffn_layer, ffn_gpu, token_mixing)  # fmt: skip
+
+
+def page():
+    """The text of RESULTS.md."""
+    lines = ["# Results", ""]
+    lines += prose("""Written by `python benchmarks/results_page.py` from the files in results/; do not
+        edit it by hand. Every file names its command, hardware, date, torch version and commit. Numbers
+        vary slightly between machines; expect single runs to differ by about one standard
+        deviation.""")
+    lines += ["## What the papers claim, and what came out here", ""]
+    lines += prose("""A difference counts when it exceeds two standard errors of the means over seeds
+        (the rules are in `benchmarks/judges.py`). Verdicts hold at this scale, a two-core machine or
+        minutes of one GPU, and no further. `python benchmarks/claims.py ROW --anew` measures a row
+        again. Minutes are the sum over all runs; ± is the standard deviation over seeds.""")
+    lines += [*claims.table(load("claims")), ""]
+    for section in SECTIONS:
+        lines += [f"## {section.__doc__}", "", *section()]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+# ---------------------------------------------------------------- README.md
+
+
+def demo_screen():
+    """What `python pretrain.py` prints after training, from demo.json, seed 0."""
+    results = {}
+    for name, row in load("demo")["arms"].items():
+        results[name] = {
+            "parameters": row["parameters"],
+            "config": row["settings"],
+            "test": {"accuracy": row["test"][0] / 100},
+        }
+    yield from demo.table(results)
+
+
+def front_page_numbers():
+    """The sentences of README.md that hold a measured number."""
+    forms = {(c["form"], c["width"], c["L"]): c["seconds"] for c in load("s4_kernel")["cells"]}
+    kernel = forms["naive Cauchy", 16, 16384] / forms["two-level", 16, 16384]
+    ffn = load("ffn_latency_gpu")["ffn"]["5120, 30720"]["lowrank speed"]
+    million = load("distributed_million")["rows"][0]["error"]
+    return [
+        f"At length 16,384 its kernel is {kernel:.0f} times faster on a CPU than plain Cauchy sums.",
+        f"runs a feed-forward layer of width 5120 {ffn:.1f} times as fast as dense",
+        f"wrong by at most {million:.1e}",
+    ]
+
+
+def update_readme():
+    """Rewrite the line counts of the file table and the screen of the demonstration."""
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+
+    def count(match):
+        lines = len((ROOT / match[1]).read_text(encoding="utf-8").splitlines())
+        return f"| [`{match[1]}`]({match[1]}) | {lines} |"
+
+    text = re.sub(r"\| \[`(\w+\.py)`\]\(\1\) \| [\d,]+ \|", count, text)
+    screen = "\n\n```\n" + "\n".join(demo_screen()) + "\n```"
+    text = re.sub(r"\n\n```\n.*?```", lambda _: screen, text, count=1, flags=re.S)
+    path.write_text(text, encoding="utf-8")
+
+
+def write():
+    PAGE.write_text(page(), encoding="utf-8")
+    update_readme()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="compare; change nothing")
+    if not parser.parse_args().check:
+        write()
+    elif PAGE.read_text(encoding="utf-8") != page():
+        sys.exit("RESULTS.md is not what results/ says: python benchmarks/results_page.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""README.md and RESULTS.md say what results/*.json hold, and name files and flags that exist."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from settings import Config
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import claims  # noqa: E402
+import judges  # noqa: E402
+import measured  # noqa: E402
+import results_page  # noqa: E402
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+FILES = sorted((ROOT / "results").glob("*.json"))
+
+
+def load(name):
+    return json.loads((ROOT / f"results/{name}.json").read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------- README.md
+
+
+def test_the_front_page_is_short():
+    assert len(README.encode()) <= 10_000
+
+
+def test_the_file_table_counts_the_lines():
+    rows = re.findall(r"^\| \[`(\w+\.py)`\]\(\1\) \| ([\d,]+) \|", README, re.M)
+    listed = {name: int(lines.replace(",", "")) for name, lines in rows}
+    counted = {p.name: len(p.read_text(encoding="utf-8").splitlines()) for p in ROOT.glob("*.py")}
+    assert listed == counted, "python benchmarks/results_page.py updates it"
+
+
+def test_the_measured_numbers_of_the_front_page_are_those_of_the_results():
+    """All of them: nine of the demonstration and one per claim that has a number."""
+    block = re.search(r"\n\n```\n(.*?)```", README, re.S)[1]
+    assert block.rstrip().splitlines() == list(results_page.demo_screen())
+    sentences = results_page.front_page_numbers()
+    assert [text for text in sentences if text not in README.replace("\n", " ")] == []
+    prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|^\|.*\|$", "", README, flags=re.S | re.M)
+    prose = prose[: prose.index("## Citations")].replace("\n", " ")
+    for text in sentences:
+        prose = prose.replace(text, "")
+    decimals = re.findall(r"\d+\.\d+(?!\d*\))", prose)
+    assert decimals == [], "a number of the front page that no test compares"
+
+
+@pytest.mark.parametrize("number", range(README.count("```python")))
+def test_a_snippet_runs_and_has_at_most_ten_lines(number, tmp_path):
+    snippet = re.findall(r"```python\n(.*?)```", README, re.S)[number]
+    assert len(snippet.strip().splitlines()) <= 10
+    path = tmp_path / "snippet.py"
+    path.write_text(snippet, encoding="utf-8")
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("text", [README, RESULTS], ids=["README.md", "RESULTS.md"])
+def test_every_file_and_picture_it_names_exists(text):
+    named = set(re.findall(r"\]\(((?!http)[^)#]+)\)", text))
+    named |= set(re.findall(r"(?:python|bash) ((?:benchmarks/)?[a-z_0-9]+\.py)", text))
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_picture_is_linked():
+    pictures = {path.name for path in (ROOT / "results").glob("*.png")}
+    assert pictures == set(re.findall(r"\(results/(\w+\.png)\)", README + RESULTS))
+
+
+def flags_of(script):
+    """The flags in a script's source; those of pretrain.py are the fields of Config."""
+    source = (ROOT / script).read_text(encoding="utf-8")
+    flags = set(re.findall(r'"(--[a-z][a-z-]*)"', source))
+    if script == "pretrain.py":
+        flags |= {"--" + field.name.replace("_", "-") for field in fields(Config)}
+        flags |= {"--settings", "--print-config", "--check"}
+    return flags
+
+
+def test_every_flag_of_the_front_page_exists():
+    commands = re.findall(r"^((?:python|torchrun) .*?)(?:  +#.*)?$", README, re.M)
+    commands += re.findall(r"`((?:python|torchrun) [^`]*)`", README)
+    seen = 0
+    for command in commands:
+        scripts = re.findall(r"(?:benchmarks/)?[a-z_0-9]+\.py", command)
+        if scripts:
+            options = command.partition(scripts[0])[2]
+            flags = set(re.findall(r"(?<=\s)--[a-z][a-z-]*", options))
+            assert flags <= flags_of(scripts[0]), command
+            seen += len(flags)
+    assert seen > 10
+
+
+# ---------------------------------------------------------------- RESULTS.md and results/
+
+
+def test_the_results_page_is_what_the_files_say():
+    assert RESULTS == results_page.page(), "python benchmarks/results_page.py writes it"
+
+
+def origins(content):
+    """Every record of origin in a results file."""
+    if isinstance(content, dict):
+        if "commit" in content:
+            yield content
+        for value in content.values():
+            yield from origins(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from origins(value)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_results_file_names_its_command_and_commit(path):
+    found = list(origins(json.loads(path.read_text(encoding="utf-8"))))
+    assert any("command" in origin for origin in found)
+    for origin in found:
+        assert re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", origin["commit"] or ""), origin["commit"]
+        if "command" in origin:
+            assert origin.get("hardware") or origin.get("cpu")
+
+
+def test_every_results_file_is_on_the_page():
+    named = set(re.findall(r"\(results/(\w+)\.json\)", RESULTS))
+    named |= {claim.file.removesuffix(".json") for claim in claims.CLAIMS}
+    assert {path.stem for path in FILES} - named == {"claims"}
+
+
+# ---------------------------------------------------------------- claims
+
+
+def test_verdicts_follow_from_the_results():
+    now = {claim.name: json.loads(json.dumps(claims.judge(claim))) for claim in claims.CLAIMS}
+    assert load("claims") == now
+
+
+def test_a_row_repeats_the_command_that_made_its_file():
+    for claim in claims.CLAIMS:
+        content = load(claim.file.removesuffix(".json")) if claim.judge else {}
+        if "command" in content:  # else a file of cells, each with its own
+            made = shlex.split(content["command"])
+            repeats = measured.essential(shlex.split(claim.command))
+            assert sorted(made) == sorted(repeats), claim.name
+
+
+def test_a_finished_row_says_that_nothing_was_run(capsys, monkeypatch):
+    monkeypatch.setattr(claims, "measure", lambda claim: pytest.fail("it was run"))
+    row = next(claim for claim in claims.CLAIMS if claim.name == "context")
+    claims.update(row, anew=False)
+    shown = capsys.readouterr().out
+    assert "nothing was run" in shown and "--anew" in shown
+
+
+def test_a_row_measured_again_shows_old_and_new(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    row = claims.Claim("x", "", "", "", "python x.py", "x.json", judges.tests_pass)
+    (tmp_path / "results").mkdir()
+    row.path.write_text('{"passed": 1, "failed": 2}')
+    monkeypatch.setattr(
+        claims, "measure", lambda claim: claim.path.write_text('{"passed": 9, "failed": 0}')
+    )
+    claims.update(row, anew=True)
+    shown = capsys.readouterr().out
+    assert "before: does not hold here: 1 tests pass" in shown and "9 tests pass" in shown
+
+
+def test_a_failed_command_keeps_the_old_file(monkeypatch, tmp_path):
+    def fail(claim):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    monkeypatch.setattr(claims, "measure", fail)
+    row = claims.Claim("x", "", "", "", "python x.py", "x.json", judges.tests_pass)
+    (tmp_path / "results").mkdir()
+    row.path.write_text('{"passed": 1, "failed": 2}')
+    with pytest.raises(RuntimeError):
+        claims.measure_anew(row)
+    assert json.loads(row.path.read_text())["failed"] == 2
+
+
+def an_arm(mean, spread=0.5, seeds=3):
+    return {"mean": float(mean), "spread": spread, "test": [float(mean)] * seeds}
+
+
+@pytest.mark.parametrize("mean, verdict", [(70, judges.NOT), (75, judges.PART), (79, judges.HOLDS)])
+def test_the_verdict_follows_the_gap_that_is_left(mean, verdict):
+    arms = {"S4-scratch": an_arm(80), "Transformer-scratch": an_arm(70)}
+    arms["Transformer-masked"] = an_arm(mean)
+    assert judges.gap_closes({"arms": arms})[1] == verdict
+
+
+def test_a_difference_counts_beyond_two_standard_errors():
+    assert judges.differs(an_arm(80.01, 5.0), an_arm(80.0, 5.0)) == 0
+    assert judges.differs(an_arm(81, 0.5), an_arm(80, 0.5)) == 1  # 2.4 standard errors
+    assert judges.differs(an_arm(80, 0.5), an_arm(81, 0.5)) == -1
+    assert judges.differs(an_arm(81, 0.7), an_arm(80, 0.7)) == 0  # 1.7
+    assert judges.differs(an_arm(90, None, 1), an_arm(10)) == 0  # one seed tells nothing
+
+
+@pytest.mark.parametrize(
+    "passed, failed, code, verdict",
+    [(3, 0, 0, judges.HOLDS), (0, 0, 0, judges.NOT), (3, 1, 1, judges.NOT), (3, 0, 2, judges.NOT)],
+)
+def test_tests_that_did_not_run_prove_nothing(passed, failed, code, verdict):
+    content = {"passed": passed, "failed": failed, "returncode": code}
+    assert judges.tests_pass(content)[1] == verdict
