@@ -220,7 +220,7 @@ class Cache:
         end = self.length + k.shape[2]
         capacity = self.k.shape[2]
         if end > capacity:
-            more = max(end, 2 * capacity) - capacity
+            more = max(capacity, end - capacity)
             self.k = F.pad(self.k, (0, 0, 0, more))
             self.v = F.pad(self.v, (0, 0, 0, more))
         self.k[:, :, self.length : end] = k
@@ -233,7 +233,7 @@ class Cache:
 class Attention(nn.Module):
     """Multi-head attention with its projections (arXiv:1706.03762v7, 3.2.2). (B, L, D) -> same.
 
-    n_kv_heads = G: each key and value head serves n_heads / G query heads.
+    n_kv_heads: G; each key and value head serves H / G query heads.
     attend(q, k, v, causal, keep): the attention function, may be replaced.
     """
 
@@ -269,7 +269,8 @@ class Attention(nn.Module):
         """x: (B, L, D); keep: (B, L) bool; positions: (L,) int64, 0 .. L-1 by default."""
         q, k, v = self.project(x, positions)
         out = self.attend(q, k, v, self.causal, keep)  # (B, H, L, E)
-        return self.out(out.transpose(1, 2).flatten(2))  # (B, H, L, E) -> (B, L, D)
+        out = out.transpose(1, 2).flatten(2)  # (B, H, L, E) -> (B, L, D)
+        return self.out(out)
 
     def initial_state(self, batch, capacity=256):
         """An empty KV cache for `capacity` tokens; it doubles when full."""
@@ -286,7 +287,8 @@ class Attention(nn.Module):
         q, k, v = self.project(x, positions)
         state = state.append(k, v)
         out = attention_newest(q, state.k[:, :, :total], state.v[:, :, :total])
-        return self.out(out.transpose(1, 2).flatten(2)), state  # (B, H, L, E) -> (B, L, D)
+        out = out.transpose(1, 2).flatten(2)  # (B, H, L, E) -> (B, L, D)
+        return self.out(out), state
 
     def step(self, x_t, state):
         """Append one token x_t (B, D), O(length). Returns (y_t (B, D), state)."""
@@ -422,30 +424,26 @@ class Transformer(nn.Module):
         y, state = self.prefill(x_t[:, None], state)
         return y[:, 0], state
 
-    def param_groups(self, lr, weight_decay):
-        """Optimizer groups: matrices decay, biases and norms do not.
-
-        Mixers with a convolution `kernel` (S4, SGConv) learn at most at 1e-3, without decay.
-        """
-        in_kernels = set()
+    def param_groups(self, lr, weight_decay):  # same as s4.py:S4Model.param_groups
+        """Return AdamW groups; kernels of S4 and SGConv learn at most at 1e-3, without decay."""
+        in_mixers = set()
         for module in self.modules():
             if hasattr(module, "kernel"):
-                in_kernels.update(module.parameters())
-        matrices = []
-        vectors = []
-        kernels = []
-        for p in self.parameters():
-            if p in in_kernels:
-                kernels.append(p)
-            elif p.ndim < 2:
-                vectors.append(p)
-            else:
-                matrices.append(p)
-        return [
-            {"params": matrices, "lr": lr, "weight_decay": weight_decay},
-            {"params": vectors, "lr": lr, "weight_decay": 0.0},
-            {"params": kernels, "lr": min(lr, 1e-3), "weight_decay": 0.0},
+                in_mixers.update(module.parameters())
+        groups = [
+            {"params": [], "lr": min(lr, 1e-3), "weight_decay": 0.0},  # kernels
+            {"params": [], "lr": lr, "weight_decay": 0.0},  # C and D of S4, biases, norms
+            {"params": [], "lr": lr, "weight_decay": weight_decay},  # linear maps, embeddings
         ]
+        for name, p in self.named_parameters():
+            if p in in_mixers and not name.endswith((".C", ".D_skip")):
+                group = 0
+            elif p in in_mixers or p.ndim < 2:
+                group = 1
+            else:
+                group = 2
+            groups[group]["params"].append(p)
+        return groups
 
 
 # ---------------------------------------------------------------- self-check
@@ -493,7 +491,7 @@ def check_layer(x):
     """RoPE, and recurrent mode against forward. x: (B, 33, 16)."""
     positions = torch.arange(1000, 1033, device=x.device)
     rotated = rotate(x[:, None], positions)[0, 0]
-    rotated_ref = rotate_ref(x[0].detach().double().cpu().numpy(), positions.tolist())
+    rotated_ref = rotate_ref(x[0].double().cpu().numpy(), positions.tolist())
     yield "RoPE == definition", rotated, rotated_ref
     layer = Attention(16, 4, causal=True, n_kv_heads=2, rope=True).to(x)
     state = layer.initial_state(len(x), capacity=4)
@@ -512,7 +510,7 @@ def self_check(dtype=torch.float64, device="cpu"):
     q = torch.randn(2, 4, 33, 8, **like)
     k = torch.randn(2, 1, 33, 8, **like)  # one head for all heads of q
     v = torch.randn(2, 1, 33, 8, **like)
-    x = torch.randn(2, 33, 16, **like)
+    x = torch.randn(2, 33, 16, dtype=dtype, device=device)
     keep = torch.ones(2, 33, dtype=torch.bool, device=device)
     keep[1, 20:] = False  # so this sequence sees nothing in the second block of keys
     rows = []

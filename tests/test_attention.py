@@ -318,16 +318,13 @@ def test_attend_is_called_in_every_block():
 
 
 def test_param_groups_hold_each_parameter_once():
-    class Convolution(nn.Linear):
-        kernel = None
-
-    for net in (model(), model(lambda c, i: Convolution(16, 16))):
-        matrices, vectors, kernels = net.param_groups(1e-2, 0.1)
-        everything = matrices["params"] + vectors["params"] + kernels["params"]
+    for net in (model(), model(lambda c, i: SGConv(16, 32, 4))):
+        kernels, vectors, matrices = net.param_groups(1e-2, 0.1)
+        everything = kernels["params"] + vectors["params"] + matrices["params"]
         assert sorted(map(id, everything)) == sorted(map(id, net.parameters()))
         assert {p.ndim for p in matrices["params"]} == {2} and matrices["weight_decay"] == 0.1
         assert {p.ndim for p in vectors["params"]} == {1} and vectors["weight_decay"] == 0.0
-    assert len(kernels["params"]) == 4 and kernels["params"][0] is net.blocks[0].mixer.weight
+    assert [id(p) for p in kernels["params"]] == [id(block.mixer.w) for block in net.blocks]
     assert kernels["lr"] == 1e-3 and kernels["weight_decay"] == 0.0
 
 
