@@ -243,6 +243,7 @@ class SGConv(nn.Module):
         self.register_buffer("norm", norm.to(self.w.dtype))
 
     def unscaled_kernel(self, w, L):
+        """The kernel before the division by Z: w (S, ..., D, d) -> (..., D, L)."""
         place = self.channel.to(w.dtype) / self.last_channel
         return multi_scale_kernel(w, L, place, self.decay, self.first_factor)
 

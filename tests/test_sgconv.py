@@ -159,11 +159,10 @@ def test_layer_is_a_direct_convolution(L, bidirectional):
 
 @CAUSAL_OR_NOT
 @EVERY_DECAY
-@pytest.mark.parametrize("L", [6, 11])
-def test_gradcheck(L, bidirectional, decay):
+def test_gradcheck(bidirectional, decay):
     torch.manual_seed(0)
     layer = SGConv(2, 12, 2, bidirectional, decay=decay).double()
-    u = torch.randn(2, L, 2, dtype=torch.float64, requires_grad=True)
+    u = torch.randn(2, 11, 2, dtype=torch.float64, requires_grad=True)
 
     def run(u, w, D_skip):
         return torch.func.functional_call(layer, {"w": w, "D_skip": D_skip}, (u,))
@@ -250,18 +249,6 @@ def test_channels_can_be_split(decay, bidirectional):
 # ---------------------------------------------------------------- model
 
 
-def test_every_parameter_is_in_one_group():
-    model = model_of(vocab_size=7)
-    kernels, vectors, matrices = model.param_groups(1e-2, 0.1)
-    assert [g["lr"] for g in (kernels, vectors, matrices)] == [1e-3, 1e-2, 1e-2]
-    assert [g["weight_decay"] for g in (kernels, vectors, matrices)] == [0, 0, 0.1]
-    assert [id(p) for p in kernels["params"]] == [id(block.mixer.w) for block in model.blocks]
-    assert {p.ndim for p in matrices["params"]} == {2}
-    assert {p.ndim for p in vectors["params"]} == {1}
-    grouped = kernels["params"] + vectors["params"] + matrices["params"]
-    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
-
-
 def test_config_hands_the_variant_to_every_mixer():
     torch.manual_seed(0)
     variant = dict(kernel_dim=64, first_factor=2, decay=sgconv.ramp_decay, init=sgconv.cosine_init)
@@ -294,7 +281,6 @@ LAYER = SGConv(3, 32, 4)
         (lambda: LAYER(torch.zeros(8, 3)), r"\(8, 3\)"),
         (lambda: LAYER(torch.zeros(2, 8, 3, dtype=torch.int64)), "int64"),
         (lambda: LAYER(torch.zeros(2, 8, 3), torch.ones(8) > 0), r"\(2, 8\).*\(8,\)"),
-        (lambda: LAYER(torch.zeros(2, 0, 3)), "32, got 0"),
         (lambda: LAYER.initial_state(2), "SGConv has no recurrent mode"),
         (lambda: model_of(vocab_size=3).initial_state(2), "SGConv has no recurrent mode"),
         (lambda: sgconv.SGConv2d(3, 4, 5, 2)(torch.zeros(1, 3, 5, 4)), "4, 5.*5, 4"),
