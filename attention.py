@@ -77,7 +77,7 @@ def attention_slow(q, k, v, causal=False, keep=None):
         future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)  # (Lq, Lk)
         scores = scores.masked_fill(future, -torch.inf)
     if keep is not None:
-        scores = scores.masked_fill(~keep[:, None, None, :], -torch.inf)
+        scores = scores.masked_fill(~keep[:, None, None], -torch.inf)
     return scores.softmax(-1) @ v  # (B, H, Lq, Lk) x (B, H, Lk, E) -> (B, H, Lq, E)
 
 
@@ -141,7 +141,7 @@ def attention(q, k, v, causal=False, keep=None):
         shape = (len(q), k.shape[2])
         if keep.shape != shape or keep.dtype != torch.bool:  # others might broadcast
             raise ValueError(f"expected keep {shape} bool, got {tuple(keep.shape)} {keep.dtype}")
-        mask = keep[:, None, None, :]  # (B, 1, 1, Lk)
+        mask = keep[:, None, None]  # (B, 1, 1, Lk)
         if causal:  # the kernel takes a mask or is_causal, not both
             past = keep.new_ones(q.shape[2], k.shape[2]).tril()
             mask = mask & past  # (B, 1, Lq, Lk)
@@ -160,7 +160,7 @@ def attention_newest(q, k, v, chunk=256):
     outs = []
     for queries in q.split(chunk, dim=2):
         n = queries.shape[2]
-        past = torch.ones(n, seen + n, dtype=torch.bool, device=q.device)
+        past = q.new_ones(n, seen + n, dtype=torch.bool)
         past = past.tril(seen)  # query i of the chunk sees keys 0 .. seen + i
         seen += n
         keys = k[:, :, :seen]
@@ -197,7 +197,8 @@ def rotate(x, positions=None):
     cos = angle.cos().to(x.dtype)
     sin = angle.sin().to(x.dtype)
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, H, L, E/2)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    rotated = [a * cos - b * sin, a * sin + b * cos]
+    return torch.stack(rotated, -1).flatten(-2)
 
 
 # ---------------------------------------------------------------- layer
@@ -490,9 +491,9 @@ def check_attention(q, k, v, keep):
 def check_layer(x):
     """RoPE, and recurrent mode against forward. x: (B, 33, 16)."""
     positions = torch.arange(1000, 1033, device=x.device)
-    rotated = rotate(x[:, None], positions)[0, 0]
-    rotated_ref = rotate_ref(x[0].double().cpu().numpy(), positions.tolist())
-    yield "RoPE == definition", rotated, rotated_ref
+    rotated = rotate(x[:, None], positions)  # (B, 1, 33, 16)
+    array = x[0].double().cpu().numpy()
+    yield "RoPE == definition", rotated[0, 0], rotate_ref(array, positions.tolist())
     layer = Attention(16, 4, causal=True, n_kv_heads=2, rope=True).to(x)
     state = layer.initial_state(len(x), capacity=4)
     y1, state = layer.prefill(x[:, :9], state)
@@ -513,8 +514,9 @@ def self_check(dtype=torch.float64, device="cpu"):
     x = torch.randn(2, 33, 16, dtype=dtype, device=device)
     keep = torch.ones(2, 33, dtype=torch.bool, device=device)
     keep[1, 20:] = False  # so this sequence sees nothing in the second block of keys
+    checks = [*check_attention(q, k, v, keep), *check_layer(x)]
     rows = []
-    for name, result, expected in [*check_attention(q, k, v, keep), *check_layer(x)]:
+    for name, result, expected in checks:
         rows.append((name, rel_err(result, expected), limit))
     return rows
 

@@ -131,7 +131,8 @@ def numbered(wrong):
     return lambda x, at=None: wrong(x, torch.arange(x.shape[-2]) if at is None else at)
 
 
-ANGLES, ROTATE = at.angles, at.rotate
+ANGLES = at.angles
+ROTATE = at.rotate
 FAULTS = {
     "zeros": ("attention", lambda *a, **k: 0 * attention_slow(*a, **k), "fused kernel =="),
     "no 1/sqrt(E)": ("attention", lambda q, *a, **k: attention_slow(3 * q, *a, **k), "kernel =="),
@@ -227,7 +228,8 @@ def test_merge_takes_other_types_infinities_and_nan():
 def test_rounding_of_many_blocks_stays_small():
     """The weights of the blocks carry no error of a log-sum-exp near ten."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 1, n, 32, generator=generator) for n in (64, 2**16, 2**16))
+    q = torch.randn(1, 1, 64, 32, generator=generator)
+    k, v = torch.randn(2, 1, 1, 2**16, 32, generator=generator)
     out, lse = attention_online(q, k[:, :, :1024], v[:, :, :1024], tile=1024)
     for block in torch.arange(1024, 2**16).split(1024):
         other = attention_online(q, k[:, :, block], v[:, :, block], tile=1024)
@@ -259,7 +261,8 @@ def test_the_layer_is_torchs_own_with_the_same_weights():
     theirs = [mha.in_proj_weight, mha.in_proj_bias, mha.out_proj.weight, mha.out_proj.bias]
     for ours, p in zip(layer.parameters(), theirs, strict=True):  # both stack q, k, v
         ours.copy_(p)
-    x, keep = draw(2, 9, 12), torch.arange(9) < torch.tensor([[9], [5]])
+    x = draw(2, 9, 12)
+    keep = torch.arange(9) < torch.tensor([[9], [5]])
     y = mha(x, x, x, key_padding_mask=~keep, need_weights=False)[0]
     assert rel_err(layer(x, keep), y) < 1e-13
 
@@ -294,7 +297,8 @@ def test_factories_build_the_sublayers():
         def forward(self, x, keep=None):
             return torch.zeros_like(x)
 
-    mixers, ffns = [], []
+    mixers = []
+    ffns = []
     net = model(
         lambda config, i: mixers.append(i) or Still(),
         lambda d_model, d_ff: ffns.append((d_model, d_ff)) or Still(),
