@@ -1,16 +1,17 @@
 """Scaled dot-product attention, multi-head, with RoPE and a KV cache; and the Transformer.
 
     out_i = sum_j softmax_j(q_i . k_j / sqrt(E)) v_j   Vaswani et al. 2017, arXiv:1706.03762v7
-    RoPE rotates q_i and k_j by i w and j w            Su et al. 2021, arXiv:2104.09864v5
+    RoPE rotates q_i by i w and k_j by j w             Su et al. 2021, arXiv:2104.09864v5
 
     paper symbol      code name                  shape
-    Q, K, V           q, k, v                    (B, H, L, E), (B, G, L, E) twice; G divides H
+    Q                 q                          (B, H, Lq, E)
+    K, V              k, v                       (B, G, Lk, E); G divides H
     d_model, h, d_k   d_model, n_heads, d_head   E = d_head
-    mask              keep                       (B, L) bool, True at real tokens
+    mask              keep                       (B, Lk) bool, True at real tokens
     pos               positions                  (L,) int64
 
-Differences from the paper, marked where they occur: pre-norm, GELU, no dropout on attention weights
-(a fused kernel never stores them).  Not included: cross-attention, sliding windows, paged caches.
+Differences from the paper are marked where they occur: pre-norm, GELU, no dropout on the attention
+weights.  Not included: cross-attention, sliding windows, paged caches.
 
     python attention.py            checks and a demo
     python attention.py --check    checks only
@@ -29,18 +30,17 @@ from torch import nn
 # ---------------------------------------------------------------- reference: numpy, float64
 
 
-def attention_ref(q, k, v, causal=False, keep=None, bias=None):
+def attention_ref(q, k, v, causal=False, keep=None):
     """Softmax attention (arXiv:1706.03762v7, eq. 1). Returns (out, log-sum-exp of the scores).
 
-    q: (..., Lq, E); k: (..., Lk, E); v: (..., Lk, Ev); keep: (..., Lk) bool, True at real tokens;
-    bias: (..., Lq, Lk), added to the scores.  causal: query i sees keys 0 .. i.
+    q: (..., Lq, E); k: (..., Lk, E); v: (..., Lk, Ev); keep: (..., Lk) bool, True at real tokens.
+    causal: query i sees keys 0 .. i.
     """
-    E = q.shape[-1]
+    Lq, E = q.shape[-2:]
+    Lk = k.shape[-2]
     scores = q @ k.swapaxes(-1, -2) / math.sqrt(E)  # (..., Lq, Lk)
-    if bias is not None:
-        scores = scores + bias
     if causal:
-        past = np.tri(*scores.shape[-2:], dtype=bool)
+        past = np.tri(Lq, Lk, dtype=bool)
         scores = np.where(past, scores, -np.inf)
     if keep is not None:
         scores = np.where(keep[..., None, :], scores, -np.inf)
@@ -51,8 +51,8 @@ def attention_ref(q, k, v, causal=False, keep=None, bias=None):
     return weights @ v / total, lse[..., 0]
 
 
-def rope_ref(x, positions):
-    """Rotate the pairs (x_2i, x_2i+1) by pos / 10000^(2i/E) (arXiv:2104.09864v5, eq. 34).
+def rotate_ref(x, positions):
+    """RoPE: rotate the pairs (x_2i, x_2i+1) by pos / 10000^(2i/E) (arXiv:2104.09864v5, eq. 34).
 
     x: (L, E), positions: (L,).  Returns (L, E).
     """
@@ -67,14 +67,17 @@ def rope_ref(x, positions):
 # ---------------------------------------------------------------- torch: plain to fast
 
 
-def attention_slow(q, k, v, causal=False, keep=None, bias=None):
+def attention_slow(q, k, v, causal=False, keep=None):
     """The formula written out, with all scores in memory: O(L^2). Arguments as `attention`."""
     group = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(group, dim=1)  # (B, G, Lk, E) -> (B, H, Lk, E)
     v = v.repeat_interleave(group, dim=1)
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, Lq, E) x (B, H, E, Lk) -> (B, H, Lq, Lk)
-    if causal or keep is not None or bias is not None:
-        scores = scores + score_bias(q, k, causal, keep, bias)
+    if causal:
+        future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)  # (Lq, Lk)
+        scores = scores.masked_fill(future, -torch.inf)
+    if keep is not None:
+        scores = scores.masked_fill(~keep[:, None, None], -torch.inf)
     return scores.softmax(-1) @ v  # (B, H, Lq, Lk) x (B, H, Lk, E) -> (B, H, Lq, E)
 
 
@@ -87,22 +90,23 @@ def attention_online(q, k, v, causal=False, keep=None, tile=128):
     group = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(group, dim=1)  # (B, G, Lk, E) -> (B, H, Lk, E)
     v = v.repeat_interleave(group, dim=1)
-    q = q / math.sqrt(q.shape[-1])
-    query = torch.arange(q.shape[2], device=q.device)[:, None]  # (Lq, 1)
-    out = q.new_zeros(*q.shape[:3], v.shape[-1])
-    total = q.new_zeros(q.shape[:3])  # sum of exp(score - largest)
-    largest = q.new_full(q.shape[:3], -torch.inf)
-    for key in torch.arange(k.shape[2], device=q.device).split(tile):  # (tile,)
-        scores = q @ k[:, :, key].mT  # (B, H, Lq, E) x (B, H, E, tile) -> (B, H, Lq, tile)
+    B, H, Lq, E = q.shape
+    q = q / math.sqrt(E)
+    out = q.new_zeros(B, H, Lq, v.shape[-1])  # sum of exp(score - largest) v
+    total = q.new_zeros(B, H, Lq)  # sum of exp(score - largest)
+    largest = q.new_full((B, H, Lq), -torch.inf)  # of the scores so far
+    i = torch.arange(Lq, device=q.device)[:, None]  # (Lq, 1)
+    for j in torch.arange(k.shape[2], device=q.device).split(tile):  # (tile,)
+        scores = q @ k[:, :, j].mT  # (B, H, Lq, E) x (B, H, E, tile) -> (B, H, Lq, tile)
         if causal:
-            scores = scores.masked_fill(key > query, -torch.inf)
+            scores = scores.masked_fill(j > i, -torch.inf)
         if keep is not None:
-            scores = scores + hide(keep[:, key], q.dtype)
+            scores = scores.masked_fill(~keep[:, None, None, j], -torch.inf)
         new_largest = torch.maximum(largest, scores.amax(-1))
-        shift = new_largest.masked_fill(new_largest == -torch.inf, 0)  # not -inf - -inf
+        shift = new_largest.masked_fill(new_largest == -torch.inf, 0)  # -inf - -inf would be nan
         weights = torch.exp(scores - shift[..., None])
         decay = torch.exp(largest - shift)  # rescales what was summed under the old maximum
-        out = out * decay[..., None] + weights @ v[:, :, key]
+        out = out * decay[..., None] + weights @ v[:, :, j]
         total = total * decay + weights.sum(-1)
         largest = new_largest
     lse = largest + total.log()
@@ -123,94 +127,77 @@ def merge(out, lse, out_block, lse_block):
     return out, torch.logaddexp(lse, lse_block)
 
 
-def attention(q, k, v, causal=False, keep=None, bias=None):
+def attention(q, k, v, causal=False, keep=None):
     """Softmax attention by PyTorch's fused kernel: O(L E) memory.
 
-    q: (B, H, Lq, E); k, v: (B, G, Lk, E), G divides H; keep: (B, Lk) bool, False at padding;
-    bias: floating, 4 dimensions that broadcast to (B, H, Lq, Lk), added to the scores.
+    q: (B, H, Lq, E); k, v: (B, G, Lk, E), G divides H; keep: (B, Lk) bool, False at padding.
     causal: query i sees keys 0 .. i.  Returns (B, H, Lq, E), meaningless at padding.
 
-    causal with keep or bias builds a mask of Lq x Lk per sequence.  If all padding is on the right,
-    leave keep out: no real token sees what comes after it.
-    PyTorch's CPU kernel returns 0 instead of nan for a nan query and fewer than 16 keys.
+    causal with keep builds a mask of Lq x Lk per sequence.  If all padding is on the right, leave
+    keep out: no real token sees what comes after it.
     """
-    if keep is not None or bias is not None:  # the kernel takes a mask or is_causal, not both
-        bias = score_bias(q, k, causal, keep, bias)
-        causal = False
-    grouped = k.shape[1] != q.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, enable_gqa=grouped)
+    mask = None
+    if keep is not None:
+        shape = (len(q), k.shape[2])
+        if keep.shape != shape or keep.dtype != torch.bool:  # others might broadcast
+            raise ValueError(f"expected keep {shape} bool, got {tuple(keep.shape)} {keep.dtype}")
+        mask = keep[:, None, None]  # (B, 1, 1, Lk)
+        if causal:  # the kernel takes a mask or is_causal, not both
+            past = keep.new_ones(q.shape[2], k.shape[2]).tril()
+            mask = mask & past  # (B, 1, Lq, Lk)
+            causal = False
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
 
 
-def attention_newest(q, k, v, chunk=128):
-    """Causal attention of the newest queries to all keys: O(Lk chunk) memory.
+def attention_newest(q, k, v, chunk=256):
+    """Causal attention of the newest queries to all keys, in chunks: O(Lk (E + chunk)) memory.
 
     q: (B, H, Lq, E); k, v: (B, G, Lk, E); query i sees keys 0 .. Lk - Lq + i.  (B, H, Lq, E).
     """
-    Lq = q.shape[2]
-    Lk = k.shape[2]
-    if Lq == Lk:
+    seen = k.shape[2] - q.shape[2]  # number of keys that precede the chunk
+    if seen == 0:
         return attention(q, k, v, causal=True)
-    rows = min(chunk, Lq)
-    future = q.new_full((rows, rows), -torch.inf).triu(1)
-    mask = q.new_zeros(rows, Lk)  # one for all chunks: only the triangle moves
     outs = []
-    seen = Lk - Lq
     for queries in q.split(chunk, dim=2):
         n = queries.shape[2]
-        diagonal = mask[:n, seen : seen + n]
-        diagonal.copy_(future[:n, :n])
+        past = q.new_ones(n, seen + n, dtype=torch.bool)
+        past = past.tril(seen)  # query i of the chunk sees keys 0 .. seen + i
         seen += n
-        bias = mask[None, None, :n, :seen]
-        outs.append(attention(queries, k[:, :, :seen], v[:, :, :seen], bias=bias))
-        diagonal.zero_()
+        keys = k[:, :, :seen]
+        values = v[:, :, :seen]
+        out = F.scaled_dot_product_attention(queries, keys, values, past, enable_gqa=True)
+        outs.append(out)
     return torch.cat(outs, dim=2)
 
 
-def score_bias(q, k, causal, keep, bias):
-    """Combine all masks into one bias that broadcasts to (B, H, Lq, Lk); -inf hides a key."""
-    shape = (q.shape[0], k.shape[2])
-    if keep is not None and (keep.shape != shape or keep.dtype != torch.bool):
-        raise ValueError(f"expected keep {shape} bool, got {tuple(keep.shape)} {keep.dtype}")
-    if bias is not None and (bias.ndim != 4 or not bias.is_floating_point()):
-        raise ValueError(f"expected a floating 4-D bias, got {tuple(bias.shape)} {bias.dtype}")
-    if bias is None:
-        bias = q.new_zeros(1, 1, 1, 1)
-    if keep is not None:
-        bias = bias + hide(keep, q.dtype)
-    if causal:
-        bias = bias + q.new_full((q.shape[2], k.shape[2]), -torch.inf).triu(1)
-    return bias
+def angles(x, positions=None):
+    """Return pos / 10000^(2i/D) (L, ceil(D/2)) in float64. x: (..., L, D); positions: (L,) int64.
 
-
-def hide(keep, dtype):
-    """Turn a padding mask (B, L) into a bias (B, 1, 1, L): 0 at real tokens, -inf at padding."""
-    bias = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
-    return bias.masked_fill(~keep, -torch.inf)[:, None, None, :]
-
-
-def sinusoids(x, positions=None):
-    """sin and cos of pos / 10000^(2i/D), interleaved (arXiv:1706.03762v7, 3.5).
-
-    x: (..., L, D); positions: (L,) int64, 0 .. L-1 by default.  Returns (L, D) in x's dtype.
+    In float32, the angles of positions near 10^6 would keep one digit.
     """
     L, D = x.shape[-2:]
     if positions is None:
         positions = torch.arange(L, device=x.device)
-    if positions.shape != (L,):
+    if positions.shape != (L,):  # one position would broadcast
         raise ValueError(f"expected positions of shape ({L},), got {tuple(positions.shape)}")
-    # float64: in float32 the angles of positions near 10^6 would keep one digit
-    i = torch.arange(0, D, 2, dtype=torch.float64, device=x.device)
-    frequency = 10000.0 ** (-i / D)  # (D/2,)
-    angle = torch.outer(positions.double(), frequency)  # (L, D/2)
-    table = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)  # (L, D), or D + 1 if D is odd
-    return table[:, :D].to(x.dtype)
+    even = torch.arange(0, D, 2, dtype=torch.float64, device=x.device)
+    return positions[:, None] * 10000.0 ** (-even / D)
 
 
-def rope(x, positions=None):
-    """Rotate queries or keys, as `rope_ref`. x: (B, H, L, E), E even; positions: (L,) int64."""
-    sin, cos = sinusoids(x, positions).unflatten(-1, (-1, 2)).unbind(-1)  # (L, E/2)
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, H, L, E/2)
-    rotated = [even * cos - odd * sin, even * sin + odd * cos]
+def sinusoids(x, positions=None):
+    """sin and cos of the angles, interleaved (arXiv:1706.03762v7, 3.5). Returns (L, D)."""
+    angle = angles(x, positions)
+    table = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
+    return table[:, : x.shape[-1]].to(x.dtype)  # without the last cosine if D is odd
+
+
+def rotate(x, positions=None):
+    """RoPE, as `rotate_ref`. x: queries or keys (B, H, L, E), E even; positions: (L,) int64."""
+    angle = angles(x, positions)  # (L, E/2)
+    cos = angle.cos().to(x.dtype)
+    sin = angle.sin().to(x.dtype)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, H, L, E/2)
+    rotated = [a * cos - b * sin, a * sin + b * cos]
     return torch.stack(rotated, -1).flatten(-2)
 
 
@@ -234,7 +221,7 @@ class Cache:
         end = self.length + k.shape[2]
         capacity = self.k.shape[2]
         if end > capacity:
-            more = max(end, 2 * capacity) - capacity
+            more = max(capacity, end - capacity)
             self.k = F.pad(self.k, (0, 0, 0, more))
             self.v = F.pad(self.v, (0, 0, 0, more))
         self.k[:, :, self.length : end] = k
@@ -247,7 +234,7 @@ class Cache:
 class Attention(nn.Module):
     """Multi-head attention with its projections (arXiv:1706.03762v7, 3.2.2). (B, L, D) -> same.
 
-    n_kv_heads = G: each key and value head serves n_heads / G query heads.
+    n_kv_heads: G; each key and value head serves H / G query heads.
     attend(q, k, v, causal, keep): the attention function, may be replaced.
     """
 
@@ -257,9 +244,9 @@ class Attention(nn.Module):
         super().__init__()
         if n_kv_heads is None:
             n_kv_heads = n_heads
-        if min(d_model, n_heads, n_kv_heads) < 1 or d_model % n_heads or n_heads % n_kv_heads:
+        if d_model % n_heads or n_heads % n_kv_heads:
             sizes = f"d_model {d_model}, n_heads {n_heads}, n_kv_heads {n_kv_heads}"
-            raise ValueError(f"{sizes}: each must be >= 1 and divisible by the next")
+            raise ValueError(f"{sizes}: each must be divisible by the next")
         self.n_heads = n_heads
         self.n_kv_heads = n_kv_heads
         self.d_head = d_model // n_heads
@@ -275,15 +262,16 @@ class Attention(nn.Module):
         heads = heads.transpose(1, 2)
         q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
         if self.rope:
-            q = rope(q, positions)
-            k = rope(k, positions)
+            q = rotate(q, positions)
+            k = rotate(k, positions)
         return q, k, v
 
     def forward(self, x, keep=None, positions=None):
         """x: (B, L, D); keep: (B, L) bool; positions: (L,) int64, 0 .. L-1 by default."""
         q, k, v = self.project(x, positions)
         out = self.attend(q, k, v, self.causal, keep)  # (B, H, L, E)
-        return self.out(out.transpose(1, 2).flatten(2))  # (B, H, L, E) -> (B, L, D)
+        out = out.transpose(1, 2).flatten(2)  # (B, H, L, E) -> (B, L, D)
+        return self.out(out)
 
     def initial_state(self, batch, capacity=256):
         """An empty KV cache for `capacity` tokens; it doubles when full."""
@@ -295,35 +283,18 @@ class Attention(nn.Module):
     @torch.no_grad()
     def prefill(self, x, state):
         """Append x (B, L, D). Returns (y (B, L, D), state). Memory is linear in all tokens."""
-        positions = state.length + torch.arange(x.shape[1], device=x.device)
+        total = state.length + x.shape[1]
+        positions = torch.arange(state.length, total, device=x.device)
         q, k, v = self.project(x, positions)
         state = state.append(k, v)
-        keys = state.k[:, :, : state.length]
-        values = state.v[:, :, : state.length]
-        out = attention_newest(q, keys, values)
-        return self.out(out.transpose(1, 2).flatten(2)), state  # (B, H, L, E) -> (B, L, D)
+        out = attention_newest(q, state.k[:, :, :total], state.v[:, :, :total])
+        out = out.transpose(1, 2).flatten(2)  # (B, H, L, E) -> (B, L, D)
+        return self.out(out), state
 
     def step(self, x_t, state):
         """Append one token x_t (B, D), O(length). Returns (y_t (B, D), state)."""
         y, state = self.prefill(x_t[:, None], state)
         return y[:, 0], state
-
-
-@torch.no_grad()
-def from_multihead(mha, causal=False):
-    """Build an `Attention` with the weights of an nn.MultiheadAttention; x is (B, L, D)."""
-    more_keys = mha.bias_k is not None or mha.add_zero_attn
-    if more_keys or not mha._qkv_same_embed_dim or mha.dropout > 0:
-        raise ValueError("Attention has no kdim, vdim, add_bias_kv, add_zero_attn or dropout")
-    layer = Attention(mha.embed_dim, mha.num_heads, causal).to(mha.in_proj_weight)
-    layer.qkv.weight.copy_(mha.in_proj_weight)  # both stack q, k, v
-    layer.out.weight.copy_(mha.out_proj.weight)
-    layer.qkv.bias.zero_()
-    layer.out.bias.zero_()
-    if mha.in_proj_bias is not None:
-        layer.qkv.bias.copy_(mha.in_proj_bias)
-        layer.out.bias.copy_(mha.out_proj.bias)
-    return layer
 
 
 # ---------------------------------------------------------------- model
@@ -343,11 +314,6 @@ class TransformerConfig:
     rope: bool = False
     dropout: float = 0.0
     n_kv_heads: int | None = None
-
-    def __post_init__(self):
-        if (self.vocab_size is None) == (self.n_channels is None):
-            got = f"{self.vocab_size} and {self.n_channels}"
-            raise ValueError(f"set exactly one of vocab_size and n_channels, got {got}")
 
 
 class FeedForward(nn.Module):
@@ -374,11 +340,12 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, keep, positions):
-        args = [self.norm_mixer(x), keep]  # differs from the paper: norm before the sublayer
-        if getattr(self.mixer, "rope", False):
-            args.append(positions)
-        # differs from the paper: dropout on the sublayers' outputs, not on the attention weights
-        x = x + self.dropout(self.mixer(*args))
+        h = self.norm_mixer(x)  # differs from the paper: norm before the sublayer, not after it
+        if isinstance(self.mixer, Attention):
+            mixed = self.mixer(h, keep, positions)
+        else:
+            mixed = self.mixer(h, keep)
+        x = x + self.dropout(mixed)  # differs from the paper: none on the attention weights
         return x + self.dropout(self.ffn(self.norm_ffn(x)))
 
     def prefill(self, x, state):
@@ -398,12 +365,14 @@ class Transformer(nn.Module):
 
     def __init__(self, config, ffn=None, mixer=None, attend=attention):
         super().__init__()
-        self.config = config
         c = config
-        if c.vocab_size is not None:
-            self.embed = nn.Embedding(c.vocab_size, c.d_model)
-        else:
+        if (c.vocab_size is None) == (c.n_channels is None):
+            raise ValueError(f"set exactly one of vocab_size and n_channels in {c}")
+        self.config = c
+        if c.vocab_size is None:
             self.embed = nn.Linear(c.n_channels, c.d_model)
+        else:
+            self.embed = nn.Embedding(c.vocab_size, c.d_model)
         if ffn is None:
             ffn = FeedForward
         self.blocks = nn.ModuleList()
@@ -433,10 +402,6 @@ class Transformer(nn.Module):
 
     def initial_state(self, batch):
         """The state of recurrent mode: (one state per block, number of tokens so far)."""
-        for block in self.blocks:
-            if not hasattr(block.mixer, "initial_state"):
-                name = type(block.mixer).__name__
-                raise ValueError(f"{name} has no recurrent mode: call forward on whole sequences")
         return [block.mixer.initial_state(batch) for block in self.blocks], 0
 
     @torch.no_grad()
@@ -447,36 +412,39 @@ class Transformer(nn.Module):
         used again, so deepcopy it to branch.
         """
         states, past = state
+        total = past + x.shape[1]
+        h = self.embed_at(x, torch.arange(past, total, device=x.device))
         new_states = []
-        h = self.embed_at(x, past + torch.arange(x.shape[1], device=x.device))
         for block, block_state in zip(self.blocks, states, strict=True):
             h, block_state = block.prefill(h, block_state)
             new_states.append(block_state)
-        return self.norm(h), (new_states, past + x.shape[1])
+        return self.norm(h), (new_states, total)
 
     def step(self, x_t, state):
         """Append one token x_t (B,) or (B, C). Returns (features (B, D), state)."""
         y, state = self.prefill(x_t[:, None], state)
         return y[:, 0], state
 
-    def param_groups(self, lr, weight_decay):
-        """Optimizer groups: matrices decay, biases and norms do not.
-
-        Mixers with a convolution `kernel` (S4, SGConv) learn at most at 1e-3, without decay.
-        """
-        in_kernels = set()
+    def param_groups(self, lr, weight_decay):  # same as s4.py:S4Model.param_groups
+        """Return AdamW groups; kernels of S4 and SGConv learn at most at 1e-3, without decay."""
+        in_mixers = set()
         for module in self.modules():
             if hasattr(module, "kernel"):
-                in_kernels.update(module.parameters())
-        kernels = [p for p in self.parameters() if p in in_kernels]
-        others = [p for p in self.parameters() if p not in in_kernels]
-        matrices = [p for p in others if p.ndim >= 2]
-        vectors = [p for p in others if p.ndim < 2]
-        return [
-            {"params": matrices, "lr": lr, "weight_decay": weight_decay},
-            {"params": vectors, "lr": lr, "weight_decay": 0.0},
-            {"params": kernels, "lr": min(lr, 1e-3), "weight_decay": 0.0},
+                in_mixers.update(module.parameters())
+        groups = [
+            {"params": [], "lr": min(lr, 1e-3), "weight_decay": 0.0},  # kernels
+            {"params": [], "lr": lr, "weight_decay": 0.0},  # C and D of S4, biases, norms
+            {"params": [], "lr": lr, "weight_decay": weight_decay},  # linear maps, embeddings
         ]
+        for name, p in self.named_parameters():
+            if p in in_mixers and not name.endswith((".C", ".D_skip")):
+                group = 0
+            elif p in in_mixers or p.ndim < 2:
+                group = 1
+            else:
+                group = 2
+            groups[group]["params"].append(p)
+        return groups
 
 
 # ---------------------------------------------------------------- self-check
@@ -490,91 +458,67 @@ def rel_err(a, b):
     return float((a - b).abs().max() / b.abs().max())
 
 
-def to_numpy(x):
-    return x.double().cpu().numpy()
+def check_attention(q, k, v, keep):
+    """Every form of attention against the definition. Yields (name, result, expected)."""
+    arrays = [x.detach().double().cpu().numpy() for x in (q, k, v)]
+    keep_ref = keep[:, None].cpu().numpy()  # (B, 1, L), for all heads
+    for kind, causal in (("full", False), ("causal", True)):
+        out, lse = attention_ref(*arrays, causal, keep_ref)
+        slow = attention_slow(q, k, v, causal, keep)
+        online, online_lse = attention_online(q, k, v, causal, keep, tile=7)
+        fused = attention(q, k, v, causal, keep)
+        yield f"{kind}: written out == definition", slow, out
+        yield f"{kind}: online softmax == definition", online, out
+        yield f"{kind}: log-sum-exp == definition", online_lse, lse
+        yield f"{kind}: fused kernel == definition", fused, out
+        slow_grads = torch.autograd.grad(slow.square().sum(), (q, k, v))
+        fused_grads = torch.autograd.grad(fused.square().sum(), (q, k, v))
+        for i, x in enumerate("qkv"):
+            yield f"{kind}: fused d{x} == written out", fused_grads[i], slow_grads[i]
 
-
-def check_attention(q, k, v, causal, keep):
-    """Every form of attention against the definition, and the gradients of the fused kernel."""
-    q_ref = to_numpy(q)
-    k_ref = to_numpy(k).repeat(2, axis=1)  # each key head serves two query heads
-    v_ref = to_numpy(v).repeat(2, axis=1)
-    keep_ref = keep[:, None].cpu().numpy()
-    out_ref, lse_ref = attention_ref(q_ref, k_ref, v_ref, causal, keep_ref)
-    online, lse = attention_online(q, k, v, causal, keep, tile=7)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    slow = attention_slow(*leaves, causal, keep)
-    fast = attention(*leaves, causal, keep)
-    slow_grads = torch.autograd.grad(slow, leaves, q)
-    fast_grads = torch.autograd.grad(fast, leaves, q)
-    name = "causal" if causal else "full"
-    return [
-        (f"{name}: written out == definition", slow, out_ref),
-        (f"{name}: online softmax == definition", online, out_ref),
-        (f"{name}: log-sum-exp == definition", lse, lse_ref),
-        (f"{name}: fused kernel == definition", fast, out_ref),
-        (f"{name}: dq of the fused kernel == written out", fast_grads[0], slow_grads[0]),
-        (f"{name}: dk of the fused kernel == written out", fast_grads[1], slow_grads[1]),
-        (f"{name}: dv of the fused kernel == written out", fast_grads[2], slow_grads[2]),
-    ]
-
-
-def check_blocks(q, k, v, keep):
-    """Two blocks of keys (one sequence sees nothing in the second); blocks of queries."""
-    ks = k.split([25, 8], dim=2)
-    vs = v.split([25, 8], dim=2)
-    keeps = keep.split([25, 8], dim=1)
-    block = attention_online(q, ks[0], vs[0], keep=keeps[0])
-    other = attention_online(q, ks[1], vs[1], keep=keeps[1])
-    out, lse = merge(*block, *other)
-    whole, whole_lse = attention_online(q, k, v, keep=keep)
+    k1, k2 = k.split([25, 8], dim=2)
+    v1, v2 = v.split([25, 8], dim=2)
+    keep1, keep2 = keep.split([25, 8], dim=1)
+    out, lse = attention_online(q, k1, v1, keep=keep1)
+    out_block, lse_block = attention_online(q, k2, v2, keep=keep2)
+    merged, _ = merge(out, lse, out_block, lse_block)
+    yield "merged blocks of keys == all keys", merged, attention_slow(q, k, v, keep=keep)
     newest = attention_newest(q[:, :, 9:], k, v, chunk=5)
-    causal = attention_slow(q, k, v, causal=True)
-    return [
-        ("merged blocks of keys == all keys", out, whole),
-        ("merged log-sum-exp", lse, whole_lse),
-        ("newest queries in chunks == causal", newest, causal[:, :, 9:]),
-    ]
+    slow = attention_slow(q, k, v, causal=True)
+    yield "newest queries in chunks == causal", newest, slow[:, :, 9:]
 
 
-def check_layer(u):
-    """RoPE, recurrent mode and PyTorch's own layer. u: (B, 33, 16)."""
-    at = torch.arange(1000, 1033, device=u.device)
-    rotated = rope(u[:, None], at)[0, 0]
-    rotated_ref = rope_ref(to_numpy(u[0]), at.tolist())
-
-    layer = Attention(16, 4, causal=True, n_kv_heads=2, rope=True).to(u)
-    u1, u2, u3 = u.split([9, 23, 1], dim=1)
-    state = layer.initial_state(len(u), capacity=4)
-    y1, state = layer.prefill(u1, state)
-    y2, state = layer.prefill(u2, state)
-    y3, state = layer.step(u3[:, 0], state)
+def check_layer(x):
+    """RoPE, and recurrent mode against forward. x: (B, 33, 16)."""
+    positions = torch.arange(1000, 1033, device=x.device)
+    rotated = rotate(x[:, None], positions)  # (B, 1, 33, 16)
+    array = x[0].double().cpu().numpy()
+    yield "RoPE == definition", rotated[0, 0], rotate_ref(array, positions.tolist())
+    layer = Attention(16, 4, causal=True, n_kv_heads=2, rope=True).to(x)
+    state = layer.initial_state(len(x), capacity=4)
+    y1, state = layer.prefill(x[:, :9], state)
+    y2, state = layer.prefill(x[:, 9:32], state)
+    y3, state = layer.step(x[:, 32], state)
     y = torch.cat([y1, y2, y3[:, None]], 1)
-
-    mha = nn.MultiheadAttention(16, 4, batch_first=True).to(u)
-    theirs = mha(u, u, u, need_weights=False)[0]
-    return [
-        ("RoPE == definition", rotated, rotated_ref),
-        ("prefill and step == forward", y, layer(u)),
-        ("weights of nn.MultiheadAttention", from_multihead(mha)(u), theirs),
-    ]
+    yield "prefill and step == forward", y, layer(x)
 
 
 def self_check(dtype=torch.float64, device="cpu"):
     """Check every step against a slower one. Returns [(name, error, limit)]."""
-    limit = {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
+    limit = 1e-12 if dtype == torch.float64 else 1e-5
     torch.manual_seed(0)
-    q = torch.randn(2, 4, 33, 8).to(device, dtype)
-    k = torch.randn(2, 2, 33, 8).to(device, dtype)
-    v = torch.randn(2, 2, 33, 8).to(device, dtype)
-    u = torch.randn(2, 33, 16).to(device, dtype)
+    like = {"dtype": dtype, "device": device, "requires_grad": True}
+    q = torch.randn(2, 4, 33, 8, **like)
+    k = torch.randn(2, 1, 33, 8, **like)  # one head for all heads of q
+    v = torch.randn(2, 1, 33, 8, **like)
+    x = torch.randn(2, 33, 16, dtype=dtype, device=device)
     keep = torch.ones(2, 33, dtype=torch.bool, device=device)
-    keep[1, 20:] = False
-    pairs = check_attention(q, k, v, False, keep)
-    pairs += check_attention(q, k, v, True, keep)
-    pairs += check_blocks(q, k, v, keep)
-    pairs += check_layer(u)
-    return [(name, rel_err(a, b), limit) for name, a, b in pairs]
+    keep[1, 20:] = False  # so this sequence sees nothing in the second block of keys
+    checks = [*check_attention(q, k, v, keep), *check_layer(x)]
+    rows = []
+    for name, result, expected in checks:
+        rows.append((name, rel_err(result, expected), limit))
+    return rows
 
 
 def print_table(rows):

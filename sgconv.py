@@ -6,16 +6,16 @@
 Every sub-kernel w_i has the same d numbers, stretched linearly over d, d, 2d, 4d, 8d, ... lags and
 damped by alpha^i: the near past gets a fine description, the far past a coarse and faint one.
 
-    paper symbol   code name          shape
-    L              max_len            longest input; kernel(L) is a prefix of kernel(max_len)
-    d              kernel_dim         numbers per sub-kernel
-    N (scales)     n_scales, S        1 + ceil(log2(max_len / (first_factor kernel_dim)))
-    w_i            w[i]               (D, d), or (2, D, d) if bidirectional; w is (S, ..., D, d)
-    alpha^i        decay(i, lags, h)  broadcasts to (D, lags); h (D, 1) goes from 0 to 1
-    Z              norm               (..., D, 1): |k|_2 = 1 at construction, constant afterwards
-    k              kernel(L)          (D, L), or (2, D, L): row 0 lags 0, 1, ..., row 1 -1, -2, ...
+    paper symbol   code name               shape
+    L              max_len                 longest input
+    d              kernel_dim              numbers per sub-kernel
+    N (scales)     n_scales, S             1 + ceil(log2(max_len / (first_factor kernel_dim)))
+    w_i            w[i]                    (D, d), or (2, D, d) if bidirectional
+    alpha^i        decay(i, lags, place)   broadcasts to (D, lags); place (D, 1) goes from 0 to 1
+    Z              norm                    (D, 1), or (2, D, 1): |k|_2 = 1 at construction
+    k              kernel(L)               (D, L), or (2, D, L): lags 0, 1, ... and lags -1, -2, ...
 
-Differences from the paper are marked on their lines: the number of scales is rounded up, and every
+Differences from the paper are marked where they occur: the number of scales is rounded up, and each
 channel has its own Z. Left out: a recurrent mode (this kernel is no small state space model),
 sub-kernels summed instead of concatenated, learned decays, BatchNorm (LayerNorm here).
 
@@ -73,36 +73,34 @@ def conv_ref(u, k, k_back=None):
     return y
 
 
-# ---------------------------------------------------------------- decays and initializations
-# The defaults are the paper's text, the others come from the authors' code for Long Range Arena.
+# ---------------------------------------------------------------- decays and initialization
+# constant_decay and w ~ N(0, 1) are the paper's text, the others are in the authors' code.
 
 
-def constant_decay(scale, lags, h):
+def constant_decay(scale, lags, place):
     """alpha^i with alpha = 1/2 (arXiv:2210.09298, section 3.2). Returns a number."""
     return 0.5**scale
 
 
-def ramp_decay(scale, lags, h, slowest=1.0, fastest=3.0):
-    """alpha_h^i with 1 / alpha_h from `slowest` to `fastest` over the channels (Path-X): (D, 1)."""
-    return (slowest + (fastest - slowest) * h) ** -scale
+def ramp_decay(scale, lags, place, slowest=1.0, fastest=3.0):
+    """alpha^i with 1 / alpha from `slowest` to `fastest` over the channels (Path-X): (D, 1)."""
+    return (slowest + (fastest - slowest) * place) ** -scale
 
 
-def power_law_decay(scale, lags, h, power=1.0):
+def power_law_decay(scale, lags, place, power=1.0):
     """(lag + 1)^-power, the same for every scale (Image): (lags,)."""
     return (lags + 1.0) ** -power
 
 
-def normal_init(shape):
-    """w ~ N(0, 1). shape: (S, ..., D, d)."""
-    return torch.randn(shape)
-
-
 def cosine_init(shape):
-    """Channel h starts as h cycles of a cosine over its d samples, channels shuffled (Path-X)."""
+    """Channel h starts as h cycles of a cosine, channels shuffled in each sub-kernel (Path-X)."""
     d_model, d = shape[-2:]
-    waves = torch.cos(torch.arange(d_model)[:, None] * torch.linspace(0, 2 * math.pi, d))  # (D, d)
-    shuffled = [waves[torch.randperm(d_model)] for _ in range(math.prod(shape[:-2]))]
-    return torch.stack(shuffled).reshape(shape)
+    cycles = torch.arange(d_model)[:, None]
+    waves = torch.cos(cycles * torch.linspace(0, 2 * math.pi, d))  # (D, d)
+    w = torch.empty(shape)
+    for sub_kernel in w.view(-1, d_model, d):
+        sub_kernel.copy_(waves[torch.randperm(d_model)])
+    return w
 
 
 # ---------------------------------------------------------------- torch
@@ -111,8 +109,8 @@ def cosine_init(shape):
 def upsample(w, factor):
     """Interpolate linearly, (..., d) -> (..., factor d), as upsample_ref.
 
-    Every new sample is the old one plus a step along the slope toward its nearer neighbor.
-    F.interpolate computes the same, but its backward is slower, and not deterministic on a GPU.
+    A new sample is the old one of its cell plus a step toward the nearer neighbor.  F.interpolate
+    computes the same, but its backward is slower, and not deterministic on a GPU.
     """
     offset = (torch.arange(factor, dtype=w.dtype, device=w.device) + 0.5) / factor - 0.5
     before = torch.cat([w[..., :1], w[..., :-1]], -1)
@@ -122,18 +120,15 @@ def upsample(w, factor):
     return (w[..., None] + toward_before + toward_after).flatten(-2)
 
 
-def multi_scale_kernel(w, L, h, decay=constant_decay, first_factor=1):
-    """w (S, ..., D, d) -> (..., D, L): the first L lags of kernel_ref, in O(D L).
-
-    decay(scale, lags, h) is the damping of one sub-kernel and broadcasts to (D, lags).
-    """
+def multi_scale_kernel(w, L, place, decay=constant_decay, first_factor=1):
+    """w (S, ..., D, d) -> (..., D, L): the first L lags of kernel_ref, in O(D L)."""
     pieces = []
     start = 0
     for scale, w_i in enumerate(w):
         piece = upsample(w_i, first_factor * 2 ** max(scale - 1, 0))  # (..., D, lags)
         stop = start + piece.shape[-1]
         lags = torch.arange(start, stop, dtype=w.dtype, device=w.device)
-        pieces.append(piece * decay(scale, lags, h))
+        pieces.append(piece * decay(scale, lags, place))
         start = stop
         if start >= L:
             break
@@ -171,8 +166,8 @@ class CircularConv(torch.autograd.Function):  # same as s4.py:CircularConv
         U, K_f = ctx.saved_tensors
         n, u_length, k_length = ctx.lengths
         G = torch.fft.rfft(grad, n)  # (B, D, n/2 + 1)
-        grad_u = torch.fft.irfft(G * K_f.conj(), n)[..., :u_length]
         grad_k = torch.fft.irfft((G * U.conj()).sum(0), n)[..., :k_length]
+        grad_u = torch.fft.irfft(G.mul_(K_f.conj()), n)[..., :u_length]  # in place: G is large
         return grad_u, grad_k, None
 
 
@@ -210,7 +205,7 @@ class SGConv(nn.Module):
     kernel_dim: numbers per sub-kernel, at most max_len / first_factor (a larger one is reduced).
     decay, init, first_factor: the published variants.
     Kernel and FFT are computed in float32 or better. `norm` is rounded when the layer is built: one
-    built in float32 and then converted to float64 keeps a float32 gain (relative error 5e-8).
+    built in float32 and then converted to float64 keeps a float32 norm.
     """
 
     channel_axes = {"w": -2, "norm": -2}  # noqa: RUF012 (the axis of channels where it is not 0)
@@ -222,7 +217,7 @@ class SGConv(nn.Module):
         kernel_dim=64,
         bidirectional=False,
         decay=constant_decay,
-        init=normal_init,
+        init=torch.randn,
         first_factor=1,
     ):
         super().__init__()
@@ -231,23 +226,26 @@ class SGConv(nn.Module):
         self.bidirectional = bidirectional
         self.decay = decay
         self.first_factor = first_factor
+        # a layer split over ranks has some of the channels; each keeps its place among all of them
+        self.register_buffer("channel", torch.arange(d_model)[:, None], persistent=False)  # (D, 1)
+        self.last_channel = max(1, d_model - 1)
+
         kernel_dim = min(kernel_dim, math.ceil(max_len / first_factor))
         first_len = first_factor * kernel_dim
         # differs from the paper: ceil(log2(L/d)), not floor, so that the kernel reaches max_len
-        n_scales = 1 + ((max_len - 1) // first_len).bit_length()
-        rows = (2,) if bidirectional else ()
-        self.w = nn.Parameter(init((n_scales, *rows, d_model, kernel_dim)))  # (S, ..., D, d)
+        n_scales = 1 + max(0, math.ceil(math.log2(max_len / first_len)))
+        directions = (2,) if bidirectional else ()
+        self.w = nn.Parameter(init((n_scales, *directions, d_model, kernel_dim)))
         self.D_skip = nn.Parameter(torch.randn(d_model))
-        full_len = first_len * 2 ** (n_scales - 1)  # >= max_len
-        w = self.w.detach().double()
-        h = torch.linspace(0, 1, d_model, dtype=w.dtype, device=w.device)[:, None]
-        k = multi_scale_kernel(w, full_len, h, decay, first_factor)  # (..., D, full_len)
+        k = self.unscaled_kernel(self.w.detach().double(), first_len * 2 ** (n_scales - 1))
         # differs from the paper: one Z per channel; a buffer, because a trained w depends on its Z
         norm = k.norm(dim=-1, keepdim=True)
-        self.register_buffer("norm", norm.to(self.w.dtype))  # (..., D, 1)
-        # a layer split over ranks has only some channels; each keeps its place among all of them
-        self.n_channels = d_model
-        self.register_buffer("channel", torch.arange(d_model, device=w.device), persistent=False)
+        self.register_buffer("norm", norm.to(self.w.dtype))
+
+    def unscaled_kernel(self, w, L):
+        """The kernel before the division by Z: w (S, ..., D, d) -> (..., D, L)."""
+        place = self.channel.to(w.dtype) / self.last_channel
+        return multi_scale_kernel(w, L, place, self.decay, self.first_factor)
 
     def kernel(self, L):
         """Return the impulse response without the skip: (D, L), or (2, D, L) if bidirectional.
@@ -258,8 +256,7 @@ class SGConv(nn.Module):
             raise ValueError(f"the length must be 1 to max_len = {self.max_len}, got {L}")
         dtype = torch.promote_types(self.w.dtype, torch.float32)  # bfloat16 cannot count the lags
         w = self.w.to(dtype) / self.norm.to(dtype)
-        h = self.channel[:, None].to(dtype) / max(1, self.n_channels - 1)
-        return multi_scale_kernel(w, L, h, self.decay, self.first_factor)
+        return self.unscaled_kernel(w, L)
 
     def forward(self, x, keep=None):
         """x (B, L, D); keep (B, L) bool, False at padding. Returns (B, L, D) in the dtype of x."""
@@ -278,9 +275,8 @@ class SGConv(nn.Module):
 class SGConv2d(nn.Module):
     """SGConv over an image read row by row, both ways: (B, D, H, W) -> (B, D, H, W), as nn.Conv2d.
 
-    Replaces a depthwise convolution such as ConvNeXt's 7 x 7 (arXiv:2210.09298, section 4). The lag
-    from pixel (s, t) to pixel (i, j) is (i - s) width + j - t, so what is learned belongs to one
-    image size; any other is a ValueError.
+    Replaces a depthwise convolution such as ConvNeXt's 7 x 7 (arXiv:2210.09298, section 4).  It is
+    bound to one image size, because one row down is a lag of `width`.
     """
 
     def __init__(self, d_model, height, width, kernel_dim=64, **variant):
@@ -295,7 +291,7 @@ class SGConv2d(nn.Module):
         return y.transpose(1, 2).unflatten(2, self.size)  # (B, D, H, W)
 
 
-class SGConvBlock(nn.Module):  # same as s4.py:S4Block, without its recurrent mode
+class SGConvBlock(nn.Module):  # as s4.py:S4Block, without its recurrent mode
     """Pre-norm residual block: x + GLU(GELU(mixer(norm(x)))), with dropout before the GLU."""
 
     def __init__(self, d_model, mixer, dropout=0.0):
@@ -307,11 +303,9 @@ class SGConvBlock(nn.Module):  # same as s4.py:S4Block, without its recurrent mo
 
     def forward(self, x, keep=None):
         """x (B, L, D), keep (B, L) bool -> (B, L, D)."""
-        return x + self.gate(self.mixer(self.norm(x), keep))
-
-    def gate(self, y):
+        y = self.mixer(self.norm(x), keep)
         y = self.dropout(F.gelu(y))
-        return F.glu(self.out(y), dim=-1)
+        return x + F.glu(self.out(y), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -327,14 +321,14 @@ class SGConvConfig:
     causal: bool = False
     dropout: float = 0.0
     decay: Callable = constant_decay
-    init: Callable = normal_init
+    init: Callable = torch.randn
     first_factor: int = 1
 
 
 def sgconv_mixer(config, i):
-    """Return the mixer of block i."""
-    variant = (config.decay, config.init, config.first_factor)
-    return SGConv(config.d_model, config.max_len, config.kernel_dim, not config.causal, *variant)
+    """Build the mixer of block i."""
+    c = config
+    return SGConv(c.d_model, c.max_len, c.kernel_dim, not c.causal, c.decay, c.init, c.first_factor)
 
 
 class SGConvModel(nn.Module):
@@ -350,8 +344,9 @@ class SGConvModel(nn.Module):
             self.embed = nn.Linear(config.n_channels, D)
         else:
             self.embed = nn.Embedding(config.vocab_size, D)
-        blocks = [SGConvBlock(D, mixer(config, i), config.dropout) for i in range(config.n_layers)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList()
+        for i in range(config.n_layers):
+            self.blocks.append(SGConvBlock(D, mixer(config, i), config.dropout))
         self.norm = nn.LayerNorm(D)
 
     def forward(self, x, keep=None):
@@ -363,7 +358,7 @@ class SGConvModel(nn.Module):
 
     initial_state = SGConv.initial_state  # raises: no recurrent mode
 
-    def param_groups(self, lr, weight_decay):  # as s4.py:S4Model.param_groups
+    def param_groups(self, lr, weight_decay):  # same as s4.py:S4Model.param_groups
         """Return AdamW groups; kernels use a learning rate of at most 1e-3 and no weight decay."""
         in_mixers = set()
         for module in self.modules():
@@ -413,23 +408,21 @@ def self_check(dtype=torch.float64, device="cpu"):
     rows = []
     w = torch.randn(5, 3, 4, device=device, dtype=dtype)  # (S, D, d)
     w_ref = w.double().cpu().numpy()
-    h = torch.linspace(0, 1, 3, device=device, dtype=dtype)[:, None]
+    place = torch.linspace(0, 1, 3, device=device, dtype=dtype)[:, None]
     for decay, alphas, power, factor in (
         (constant_decay, [1 / 2, 1 / 2, 1 / 2], 0, 1),
         (ramp_decay, [1, 1 / 2, 1 / 3], 0, 2),
         (power_law_decay, [1, 1, 1], 1, 1),
     ):
-        ref = np.stack([kernel_ref(w_ref[:, d], alphas[d], power, factor) for d in range(3)])
-        error = rel_err(multi_scale_kernel(w, 64 * factor, h, decay, factor), ref)
-        rows.append((f"kernel, {decay.__name__} == reference", error, limit))
-    for bidirectional in (False, True):
-        layer = SGConv(3, 40, 4, bidirectional).to(device, dtype)
-        u = torch.randn(1, 37, 3, device=device, dtype=dtype)
+        K = multi_scale_kernel(w, 64 * factor, place, decay, factor)
+        ref = [kernel_ref(w_ref[:, d], alphas[d], power, factor) for d in range(3)]
+        rows.append((f"kernel, {decay.__name__} == reference", rel_err(K, np.stack(ref)), limit))
+    u = torch.randn(1, 37, 3, device=device, dtype=dtype)
+    for kind in ("causal", "bidirectional"):
+        layer = SGConv(3, 40, 4, kind == "bidirectional").to(device, dtype)
         K = layer.kernel(37).detach().double().cpu().numpy()
-        kernels = K if bidirectional else [K]
-        ref = conv_ref(u[0].double().cpu().numpy(), *kernels)
-        error = rel_err(layer(u)[0] - layer.D_skip * u[0], ref)
-        kind = "bidirectional" if bidirectional else "causal"
+        y = conv_ref(u[0].double().cpu().numpy(), *K.reshape(-1, 3, 37))
+        error = rel_err(layer(u)[0] - layer.D_skip * u[0], y)
         rows.append((f"{kind} layer == direct convolution", error, limit))
     return rows
 
@@ -443,7 +436,7 @@ def demo(device, L=512, steps=80):
     model = SGConvModel(SGConvConfig(d_model=32, max_len=L, n_channels=1)).to(device)
     head = nn.Linear(32, 8).to(device)
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=1e-2)
-    accuracy = []
+    right = []
     for step in range(1, steps + 1):
         label = torch.randint(8, (16, 1))
         cycles = torch.arange(L) / (8 * 2 ** (label / 2)) + torch.rand(16, 1)  # periods 8 to 91
@@ -454,10 +447,11 @@ def demo(device, L=512, steps=80):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        accuracy.append((logits.argmax(-1) == label).float().mean().item())
+        right.append((logits.argmax(-1) == label).float().mean().item())
         if step % 20 == 0:
-            print(f"  step {step:3}  loss {loss.item():.3f}  accuracy {np.mean(accuracy[-10:]):.2f}")
-    return np.mean(accuracy[-10:])
+            accuracy = np.mean(right[-10:])
+            print(f"  step {step:3}  loss {loss:.3f}  accuracy {accuracy:.2f}")
+    return accuracy
 
 
 def main(argv=None):

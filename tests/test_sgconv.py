@@ -3,6 +3,7 @@
 import ast
 import copy
 import json
+import re
 from pathlib import Path
 
 import make_golden
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-import attention
+import s4
 import sgconv
 from sgconv import SGConv, SGConvConfig, SGConvModel, conv_ref, multi_scale_kernel, rel_err
 
@@ -20,7 +21,7 @@ GOLDEN = json.loads((ROOT / "tests/golden/sgconv.json").read_text())
 GOLDEN = {k: torch.tensor(v, dtype=torch.float64) for k, v in GOLDEN.items() if k != "input"}
 W = torch.cos(1.7 * torch.arange(12, dtype=torch.float64) + 0.3).view(4, 1, 3)  # (S, D, d)
 U = torch.from_numpy(np.sin(0.9 * np.arange(24) ** 1.1)).view(1, 24, 1)  # (B, L, D)
-H = torch.zeros(1, 1, dtype=torch.float64)  # place of the only channel
+PLACE = torch.zeros(1, 1, dtype=torch.float64)  # of the only channel
 CAUSAL_OR_NOT = pytest.mark.parametrize("bidirectional", [False, True])
 DECAYS = [sgconv.constant_decay, sgconv.ramp_decay, sgconv.power_law_decay]
 EVERY_DECAY = pytest.mark.parametrize("decay", DECAYS)
@@ -31,11 +32,6 @@ def model_of(**fields):
     return SGConvModel(SGConvConfig(d_model=6, max_len=40, kernel_dim=4, **fields)).double()
 
 
-def transformer():
-    config = attention.TransformerConfig(d_model=4, n_layers=2, vocab_size=7, causal=True)
-    return attention.Transformer(config, mixer=lambda config, i: SGConv(config.d_model, 32, 4))
-
-
 # ---------------------------------------------------------------- kernel
 
 
@@ -44,17 +40,17 @@ def test_kernel_by_hand():
     by_hand = np.array([4, 8, 6, 8, 5, 5.25, 5.75, 6])
     w = torch.arange(1.0, 7.0, dtype=torch.float64).view(3, 1, 2)
     assert rel_err(4 * sgconv.kernel_ref(w[:, 0].numpy()), by_hand) < 1e-12
-    assert rel_err(4 * multi_scale_kernel(w, 8, H)[0], by_hand) < 1e-12
+    assert rel_err(4 * multi_scale_kernel(w, 8, PLACE)[0], by_hand) < 1e-12
     layer = SGConv(1, 8, 2, init=lambda shape: w.view(shape))
     assert rel_err(layer.kernel(8)[0], by_hand / 301.625**0.5) < 1e-12
 
 
 def test_kernel_golden():
     constant, ramp, power_law = DECAYS
-    third = lambda i, lags, h: ramp(i, lags, h, 3.0, 3.0)  # noqa: E731
-    assert rel_err(multi_scale_kernel(W, 24, H, constant)[0], GOLDEN["constant"]) < 1e-12
-    assert rel_err(multi_scale_kernel(W, 48, H, third, 2)[0], GOLDEN["ramp_third"]) < 1e-12
-    assert rel_err(multi_scale_kernel(W, 24, H, power_law)[0], GOLDEN["power_law"]) < 1e-12
+    third = lambda i, lags, place: ramp(i, lags, place, 3.0, 3.0)  # noqa: E731
+    assert rel_err(multi_scale_kernel(W, 24, PLACE, constant)[0], GOLDEN["constant"]) < 1e-12
+    assert rel_err(multi_scale_kernel(W, 48, PLACE, third, 2)[0], GOLDEN["ramp_third"]) < 1e-12
+    assert rel_err(multi_scale_kernel(W, 24, PLACE, power_law)[0], GOLDEN["power_law"]) < 1e-12
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3, 4, 64])
@@ -64,12 +60,6 @@ def test_upsample_against_numpy_and_torch(factor, d):
     ours = sgconv.upsample(w, factor)
     assert rel_err(ours, np.stack([sgconv.upsample_ref(row, factor) for row in w.numpy()])) < 1e-12
     assert rel_err(ours, interpolate(w[None], scale_factor=factor, mode="linear")[0]) < 1e-12
-
-
-def test_ramp_decay_differs_by_channel():
-    h = torch.linspace(0, 1, 5)[:, None]
-    gain = sgconv.ramp_decay(2, torch.arange(3.0), h)  # 1, 1.5, 2, 2.5, 3 to the power -2
-    assert rel_err(gain[:, 0], [1, 1 / 2.25, 1 / 4, 1 / 6.25, 1 / 9]) < 1e-6
 
 
 def test_cosine_init_is_a_shuffled_set_of_cosines():
@@ -85,24 +75,19 @@ def test_cosine_init_is_a_shuffled_set_of_cosines():
 
 @CAUSAL_OR_NOT
 @EVERY_DECAY
-def test_norm_is_one_at_construction(decay, bidirectional):
+def test_norm_is_one_at_construction_only(decay, bidirectional):
     torch.manual_seed(0)
     layer = SGConv(16, 1024, 32, bidirectional, decay, sgconv.cosine_init, first_factor=2)
     K = layer.kernel(1024)
     assert K.shape == ((2, 16, 1024) if bidirectional else (16, 1024))
     assert (K.double().norm(dim=-1) - 1).abs().max() < 1e-6
-
-
-def test_norm_is_constant_after_construction():
-    layer = SGConv(3, 32, 4)
-    before = layer.kernel(32).clone()
     with torch.no_grad():
         layer.w *= 10
-    assert rel_err(layer.kernel(32), 10 * before) < 1e-6
+    assert rel_err(layer.kernel(1024), 10 * K) < 1e-6  # the normalizer is constant
 
 
 @CAUSAL_OR_NOT
-@pytest.mark.parametrize("L", [1, 4, 5, 17, 63])
+@pytest.mark.parametrize("L", [1, 4, 17])
 def test_short_kernel_is_the_beginning_of_the_long_one(L, bidirectional):
     layer = SGConv(3, 64, 4, bidirectional)
     assert torch.equal(layer.kernel(L), layer.kernel(64)[..., :L])
@@ -132,8 +117,11 @@ def test_parameters_grow_with_log_length():
     assert SGConv(2, 65, 8).w.numel() == 2 * 8 * 5  # one lag above 64: one more scale
 
 
-@pytest.mark.parametrize(("max_len", "first_factor", "d"), [(1, 1, 1), (49, 1, 49), (49, 2, 25)])
+@pytest.mark.parametrize(
+    ("max_len", "first_factor", "d"), [(1, 1, 1), (1, 4, 1), (49, 1, 49), (49, 2, 25)]
+)
 def test_a_sub_kernel_is_never_longer_than_the_input(max_len, first_factor, d):
+    """7 x 7 pixels is the last stage of every ConvNeXt: fewer than kernel_dim."""
     layer = SGConv(2, max_len, first_factor=first_factor)  # kernel_dim 64
     assert layer.w.shape == (1, 2, d)
     assert layer.kernel(max_len).shape == (2, max_len)
@@ -159,7 +147,7 @@ def layer_ref(layer, u):
 
 
 @CAUSAL_OR_NOT
-@pytest.mark.parametrize("L", [1, 2, 7, 31, 100, 257])
+@pytest.mark.parametrize("L", [1, 2, 31, 257])
 def test_layer_is_a_direct_convolution(L, bidirectional):
     torch.manual_seed(L)
     layer = SGConv(2, 257, 4, bidirectional).double()
@@ -171,11 +159,10 @@ def test_layer_is_a_direct_convolution(L, bidirectional):
 
 @CAUSAL_OR_NOT
 @EVERY_DECAY
-@pytest.mark.parametrize("L", [6, 11])
-def test_gradcheck(L, bidirectional, decay):
+def test_gradcheck(bidirectional, decay):
     torch.manual_seed(0)
     layer = SGConv(2, 12, 2, bidirectional, decay=decay).double()
-    u = torch.randn(2, L, 2, dtype=torch.float64, requires_grad=True)
+    u = torch.randn(2, 11, 2, dtype=torch.float64, requires_grad=True)
 
     def run(u, w, D_skip):
         return torch.func.functional_call(layer, {"w": w, "D_skip": D_skip}, (u,))
@@ -262,29 +249,16 @@ def test_channels_can_be_split(decay, bidirectional):
 # ---------------------------------------------------------------- model
 
 
-def test_every_parameter_is_in_one_group():
-    model = model_of(vocab_size=7)
-    names = {p: name for name, p in model.named_parameters()}
-    kernels, vectors, matrices = model.param_groups(1e-2, 0.1)
-    assert [g["lr"] for g in (kernels, vectors, matrices)] == [1e-3, 1e-2, 1e-2]
-    assert [g["weight_decay"] for g in (kernels, vectors, matrices)] == [0, 0, 0.1]
-    assert [names[p] for p in kernels["params"]] == ["blocks.0.mixer.w", "blocks.1.mixer.w"]
-    expected = ["embed.weight", "blocks.0.out.weight", "blocks.1.out.weight"]
-    assert [names[p] for p in matrices["params"]] == expected
-    grouped = kernels["params"] + vectors["params"] + matrices["params"]
-    assert sorted(names[p] for p in grouped) == sorted(names.values())
-
-
 def test_config_hands_the_variant_to_every_mixer():
     torch.manual_seed(0)
     variant = dict(kernel_dim=64, first_factor=2, decay=sgconv.ramp_decay, init=sgconv.cosine_init)
     config = SGConvConfig(d_model=6, max_len=256, vocab_size=7, causal=True, **variant)
-    h = torch.linspace(0, 1, 6, dtype=torch.float64)[:, None]
+    place = torch.linspace(0, 1, 6, dtype=torch.float64)[:, None]
     for block in SGConvModel(config).blocks:
         layer = block.mixer
         assert layer.w.shape == (2, 6, 64)  # 256 = 2 * 64 * 2: two scales
         w = (layer.w / layer.norm).detach().double()
-        K = multi_scale_kernel(w, 256, h, sgconv.ramp_decay, 2)
+        K = multi_scale_kernel(w, 256, place, sgconv.ramp_decay, 2)
         assert rel_err(layer.kernel(256), K) < 1e-5
         assert rel_err(layer.w[0].sort(0)[0], sgconv.cosine_init((1, 6, 64))[0].sort(0)[0]) < 1e-6
 
@@ -307,10 +281,8 @@ LAYER = SGConv(3, 32, 4)
         (lambda: LAYER(torch.zeros(8, 3)), r"\(8, 3\)"),
         (lambda: LAYER(torch.zeros(2, 8, 3, dtype=torch.int64)), "int64"),
         (lambda: LAYER(torch.zeros(2, 8, 3), torch.ones(8) > 0), r"\(2, 8\).*\(8,\)"),
-        (lambda: LAYER(torch.zeros(2, 0, 3)), "32, got 0"),
         (lambda: LAYER.initial_state(2), "SGConv has no recurrent mode"),
         (lambda: model_of(vocab_size=3).initial_state(2), "SGConv has no recurrent mode"),
-        (lambda: transformer().initial_state(2), "SGConv has no recurrent mode"),
         (lambda: sgconv.SGConv2d(3, 4, 5, 2)(torch.zeros(1, 3, 5, 4)), "4, 5.*5, 4"),
         (lambda: SGConvModel(SGConvConfig()), "vocab_size=None, n_channels=None"),
         (lambda: model_of(vocab_size=3, n_channels=2), "vocab_size=3, n_channels=2"),
@@ -324,19 +296,6 @@ def test_what_would_be_silently_wrong_is_refused(call, message):
 # ---------------------------------------------------------------- plug-ins
 
 
-def test_token_mixer_of_a_transformer():
-    """Blocks hold SGConv in place of attention; the first output is a direct convolution."""
-    torch.manual_seed(0)
-    model = transformer().double()
-    assert not any(isinstance(m, attention.Attention) for m in model.modules())
-    mixer = model.blocks[0].mixer
-    calls = []
-    mixer.register_forward_hook(lambda module, args, y: calls.append((args[0], y)))
-    model(torch.randint(7, (1, 20)))
-    mixer_in, mixer_out = calls[0]
-    assert rel_err(mixer_out[0], layer_ref(mixer, mixer_in[0])) < 1e-10
-
-
 def test_sgconv2d_reads_row_by_row_both_ways():
     torch.manual_seed(0)
     layer = sgconv.SGConv2d(2, 3, 5, 4).double()
@@ -347,31 +306,38 @@ def test_sgconv2d_reads_row_by_row_both_ways():
         assert rel_err(y, layer_ref(layer.conv, rows).T.reshape(2, 3, 5)) < 1e-10
 
 
-def test_sgconv2d_takes_small_images_with_its_defaults():
-    """7 x 7 is the last stage of every ConvNeXt: fewer pixels than kernel_dim."""
-    assert sgconv.SGConv2d(96, 7, 7)(torch.randn(2, 96, 7, 7)).shape == (2, 96, 7, 7)
-
-
 # ---------------------------------------------------------------- copies, checks, command line
 
 
 def tree(file, name):
-    """Syntax tree of a function, class or Class.method, without its own name."""
-    body = ast.parse((ROOT / file).read_text()).body
+    """Syntax tree of a function, class or Class.method, without its own name and docstring."""
+    node = ast.parse((ROOT / file).read_text())
     for part in name.split("."):
-        node = next(n for n in body if getattr(n, "name", None) == part)
-        body = node.body
+        node = next(n for n in node.body if getattr(n, "name", None) == part)
     node.name = ""
+    node.body = node.body[1:] if ast.get_docstring(node) else node.body
     return ast.dump(node)
 
 
-COPIES = "fft_length CircularConv fft_conv check_input rel_err print_table device_of"
-METHODS = "SGConvBlock.__init__ SGConvBlock.forward SGConvBlock.gate SGConvModel.forward"
+MARKED = re.findall("same as s4.py:(.*)", (ROOT / "sgconv.py").read_text())
 
 
-@pytest.mark.parametrize("name", f"{COPIES} {METHODS}".split())
-def test_same_as_s4(name):
-    assert tree("sgconv.py", name) == tree("s4.py", name.replace("SGConv", "S4"))
+@pytest.mark.parametrize("name", [*MARKED, "rel_err", "print_table"])
+def test_what_is_marked_as_the_same_is_the_same(name):
+    ours = tree("sgconv.py", name.replace("S4", "SGConv"))
+    assert ours == tree("s4.py", name)
+    if name == "S4Model.param_groups":
+        assert ours == tree("attention.py", "Transformer.param_groups")
+
+
+def test_the_block_is_that_of_s4():
+    mixer = SGConv(6, 20, 4)
+    ours = sgconv.SGConvBlock(6, mixer)
+    theirs = s4.S4Block(6, mixer)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 20, 6)
+    keep = torch.arange(20).expand(2, 20) < 9
+    assert torch.equal(ours(x, keep), theirs(x, keep))
 
 
 def test_command_line_check(capsys):
