@@ -293,7 +293,7 @@ def merge(out, lse, out_block, lse_block):  # same as attention.py:merge
     return out, torch.logaddexp(lse, lse_block)
 
 
-def hide(keep, dtype):  # same as attention.py:hide
+def hide(keep, dtype):
     """Turn a padding mask (B, L) into a bias (B, 1, 1, L): 0 at real tokens, -inf at padding."""
     bias = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
     return bias.masked_fill(~keep, -torch.inf)[:, None, None, :]
