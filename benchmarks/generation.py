@@ -13,7 +13,6 @@ the number of blocks that matches the Transformer's parameters.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -139,16 +138,12 @@ def parse():
     add("--budget", type=float, default=1.0, help="seconds per measurement (1)")
     add("--device", default="cpu", help="torch device (cpu)")
     add("--out", type=Path, default=ROOT / "results/generation.json", help="results file")
-    add("--plot", action="store_true", help="draw the picture of --out instead")
     return parser.parse_args()
 
 
 @torch.no_grad()
 def main():
     args = parse()
-    if args.plot:
-        rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"]
-        return plot(rows, args.out.with_suffix(".png"))
     torch.set_num_threads(args.threads)
     origin = provenance()
     models = {name: m.to(args.device) for name, m in build(args.width, args.layers).items()}
@@ -157,7 +152,7 @@ def main():
     print(f"parameters {sizes}, blocks {blocks}")
     print(f"{'context':>8} {'model':12} {'batch':>6} {'tokens/s':>9} {'ms at batch 1':>14}")
     rows = [measure(models, L, args) for L in args.contexts]
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "plot")}
+    settings = {k: v for k, v in vars(args).items() if k != "out"}
     found = {"settings": settings, "parameters": sizes, "blocks": blocks, "rows": rows}
     save(args.out, {**origin, **found})
     if args.device != "cpu":
