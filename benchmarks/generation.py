@@ -29,7 +29,7 @@ def parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def build(width, layers):
+def build(width=256, layers=4):
     """The Transformer, and the S4Model closest to it in number of parameters."""
     sizes = {"vocab_size": 256, "causal": True}
     transformer = Transformer(TransformerConfig(width, layers, n_heads=width // 64, **sizes))
@@ -129,8 +129,6 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--contexts", type=int, nargs="+", default=CONTEXTS, help="context lengths in tokens")
-    add("--width", type=int, default=256, help="channels (256)")
-    add("--layers", type=int, default=4, help="layers of the Transformer (4)")
     add("--cap-gib", type=float, default=1.0, help="memory for the states of a batch (1)")
     add("--max-batch", type=int, default=1024, help="largest batch size (1024)")
     add("--threads", type=int, default=2, help="CPU threads (2)")
@@ -146,7 +144,7 @@ def main():
     args = parse()
     torch.set_num_threads(args.threads)
     origin = provenance()
-    models = {name: m.to(args.device) for name, m in build(args.width, args.layers).items()}
+    models = {name: m.to(args.device) for name, m in build().items()}
     sizes = {name: parameters(model) for name, model in models.items()}
     blocks = {name: len(model.blocks) for name, model in models.items()}
     print(f"parameters {sizes}, blocks {blocks}")

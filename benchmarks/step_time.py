@@ -4,15 +4,10 @@
     python benchmarks/step_time.py --device cuda --precision bfloat16 --task pathfinder32 \\
         --batch-size 128 --settings pathfinder32-s4-small --compile
 
-data        make_batch: gather, mask
-forward     loss_sums: model, head, loss
-backward    Tensor.backward
-optimizer   gradient clipping, AdamW, zero_grad
-rest        everything else in the loop: order, seeds, learning rate, metrics
-
-The first steps of a stage are left out because they allocate memory, the last one because it
-validates.  On a GPU the clock waits for the device before and after each part, so nothing overlaps.
-Writes results/step_time.json.
+The parts are data (make_batch), forward (loss_sums), backward, optimizer (clipping and AdamW), and
+the rest of the loop (order, seeds, learning rate, metrics).  The first steps of a stage are left
+out because they allocate memory, the last one because it validates.  On a GPU the clock waits for
+the device before and after each part, so nothing overlaps.
 """
 
 import argparse
