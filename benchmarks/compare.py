@@ -19,9 +19,8 @@ from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import torch
-from measured import ROOT, provenance, save
+from measured import ROOT, over_seeds, provenance, save
 from tqdm import tqdm
 
 import pretrain
@@ -93,11 +92,8 @@ def parse_arms(texts):
 
 def describe(results):
     """Results of one arm over its seeds -> row of the table, in %."""
-    test = [100 * r["test"]["accuracy"] for r in results]
     return {
-        "test": [round(t, 2) for t in test],
-        "mean": round(float(np.mean(test)), 2),
-        "spread": round(float(np.std(test, ddof=1)), 2) if len(test) > 1 else None,
+        **over_seeds([100 * r["test"]["accuracy"] for r in results]),
         "validation": [round(100 * r["finetune"]["accuracy"], 2) for r in results],
         "seconds": [r["speed"]["seconds"] for r in results],
         "commits": [r["commit"] for r in results],

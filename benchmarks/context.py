@@ -64,7 +64,7 @@ def losses(model, data, context, n):
 
 
 def measure(data, seed, steps, lr, n):
-    """Train one seed; return its losses for the results file."""
+    """Train one seed and predict n held-out bytes; return the losses for the results file."""
     start = time.process_time()
     model = train(data[0], seed, steps, lr)
     seconds = time.process_time() - start
@@ -81,17 +81,12 @@ def measure(data, seed, steps, lr, n):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--steps", type=int, default=500, help="optimizer steps of 4 x 512 bytes (500)")
-    add("--lr", type=float, default=3e-3, help="peak learning rate (3e-3)")
-    add("--seeds", type=int, default=3, help="number of seeds (3)")
-    add("--targets", type=int, default=1024, help="held-out bytes to predict (1024)")
     add("--max-runs", type=int, default=10**9, help="stop after this many seeds")
     add("--out", type=Path, default=ROOT / "results" / "context.json", help="results file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = corpus()
-    run = {"steps": args.steps, "lr": args.lr, "n": args.targets}
-    keys = [{"seed": seed, **run} for seed in range(args.seeds)]
+    keys = [{"seed": seed, "steps": 500, "lr": 3e-3, "n": 1024} for seed in range(3)]
     settings = {"contexts": CONTEXTS, "L": L, "batch": BATCH, "bytes": [len(d) for d in data]}
     settings["params"] = count(CONFIG, L)["params"]
     runs = complete(args.out, keys, partial(measure, data), args.max_runs, settings)["runs"]

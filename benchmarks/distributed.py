@@ -8,9 +8,8 @@
 
 vanilla: one rank, with scores and softmax written out.  fused: one rank, with PyTorch's fused
 kernel, which the ring uses too.  ring: all ranks, zigzag layout.  Cells of one length take turns;
-each is the minimum over rounds.  CPU seconds are those of the busiest rank.  Factors come from wall
-seconds or, if others use the machine too, from CPU seconds (--clock cpu), which leave out waiting
-for messages.  vanilla is skipped where it needs more than --memory-limit.
+each is the minimum over rounds.  Factors come from wall seconds; CPU seconds, those of the busiest
+rank, leave out waiting for messages.  vanilla is skipped if it needs more than --memory-limit.
 """
 
 import argparse
@@ -30,6 +29,7 @@ import dist_attention as da
 
 LENGTHS = [1024, 2048, 4096, 8192, 16384]
 MASKS = {"full": False, "causal": True}
+D_HEAD = 64
 
 # ---------------------------------------------------------------- cells
 
@@ -51,7 +51,7 @@ def tensors(L, args, rank=0, world=1):
     for seed in range(3):
         parts = []
         for start, stop in da.chunks(L, rank, world, "zigzag"):
-            parts.append(da.random_tokens(seed, start, stop, args.heads, args.d_head))
+            parts.append(da.random_tokens(seed, start, stop, args.heads, D_HEAD))
         q_k_v.append(torch.cat(parts, 2).requires_grad_(args.backward))
     return q_k_v
 
@@ -104,9 +104,9 @@ def measure(L, args, rank, world):
     return cells
 
 
-def factors(cells, clock):
+def factors(cells):
     """Speedups over vanilla, and what they are products of."""
-    seconds = {name: cell[clock] for name, cell in cells.items()}
+    seconds = {name: cell["wall"] for name, cell in cells.items()}
     out = {"parallel": {m: seconds[f"fused {m}"] / seconds[f"ring {m}"] for m in MASKS}}
     out["skipping"] = seconds["fused full"] / seconds["fused causal"]
     if "vanilla full" in seconds:
@@ -123,7 +123,7 @@ def table(args, rank, world):
     rows = []
     for L in args.lengths:
         cells = measure(L, args, rank, world)
-        rows.append({"L": L, **cells, **factors(cells, args.clock)})
+        rows.append({"L": L, **cells, **factors(cells)})
         if rank == 0:
             for name, cell in cells.items():
                 sent = cell["bytes"] / 1e6
@@ -133,16 +133,14 @@ def table(args, rank, world):
 
 
 def print_factors(row):
+    """The factors of ring over vanilla (without vanilla: over fused)."""
     ranks = row["parallel"]
-    if "speedup" not in row:
-        text = f"{ranks['full']:.2f} x fused, causal {ranks['causal']:.2f} x"
-        print(f"{'':9}vanilla needs too much memory; ring {text}", flush=True)
-        return
-    full = f"{row['kernel']:.2f} kernel x {ranks['full']:.2f} ranks"
-    causal = f"{row['kernel']:.2f} kernel x {row['mask']:.2f} no mask written"
-    causal += f" x {row['skipping']:.2f} skipping x {ranks['causal']:.2f} ranks"
-    print(f"{'':9}full   {row['speedup']['full']:6.2f} x vanilla = {full}")
-    print(f"{'':9}causal {row['speedup']['causal']:6.2f} x vanilla = {causal}", flush=True)
+    full = causal = ""
+    if "speedup" in row:
+        full = f"{row['kernel']:.2f} kernel x "
+        causal = f"{full}{row['mask']:.2f} no mask written x {row['skipping']:.2f} skipping x "
+    print(f"{'':9}full    {full}{ranks['full']:.2f} ranks")
+    print(f"{'':9}causal  {causal}{ranks['causal']:.2f} ranks", flush=True)
 
 
 # ---------------------------------------------------------------- memory
@@ -165,7 +163,7 @@ def memory(args, rank, world):
     wall, used = largest([wall, float(peak_bytes() - before)])
     vanilla = vanilla_bytes(L, args)
     if rank == 0:
-        print(f"{L:,} tokens, {args.heads} heads of {args.d_head}, {world} ranks, causal:")
+        print(f"{L:,} tokens, {args.heads} heads of {D_HEAD}, {world} ranks, causal:")
         print(f"  {used / 1e6:.0f} MB per rank, {wall:.1f} s")
         print(f"  vanilla would need {vanilla / 1e9:.0f} GB")
     return [{"L": L, "wall": wall, "peak": used, "vanilla": vanilla}]
@@ -186,14 +184,13 @@ def plot_times():
     fig, ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for cell, (label, color) in curves.items():
         rows = [row for row in data["rows"] if cell in row]
-        seconds = [row[cell][data["clock"]] for row in rows]
+        seconds = [row[cell]["wall"] for row in rows]
         ax.loglog([row["L"] for row in rows], seconds, "o-", color=COLORS[color], label=label)
     lengths = [row["L"] for row in data["rows"]]
     ax.set_xticks(lengths, [f"{L // 1024}k" for L in lengths])
     ax.minorticks_off()
     ax.grid(alpha=0.3)
-    ax.set_xlabel("length in tokens")
-    ax.set_ylabel({"cpu": "CPU seconds per rank", "wall": "seconds"}[data["clock"]])
+    ax.set(xlabel="length in tokens", ylabel="seconds")
     ax.set_title("The fused kernel saves most of the time, more ranks the rest", fontsize=11)
     ax.legend(title=f"causal, forward, {data['heads'][0]} heads of {data['heads'][2]}")
     fig.savefig(ROOT / "results/distributed.png")
@@ -238,9 +235,7 @@ def parse(argv):
     add = parser.add_argument
     add("--lengths", type=int, nargs="+", default=LENGTHS, help="lengths in tokens")
     add("--heads", type=int, default=8, help="heads (8)")
-    add("--d-head", type=int, default=64, help="head size (64)")
     add("--rounds", type=int, default=3, help="calls per cell; the fastest counts (3)")
-    add("--clock", choices=["wall", "cpu"], default="wall", help="clock of the factors")
     add("--backward", action="store_true", help="time forward + backward")
     add("--memory-limit", type=float, default=8, help="skip vanilla above this many GB (8)")
     add("--memory", type=int, help="measure the peak memory at this length instead")
@@ -262,7 +257,7 @@ def main(argv=None):
     with da.process_group(args.device, args.timeout) as (rank, world, device):
         if args.tokens:
             name = "distributed_tokens"
-            rows = [da.run(args.tokens, args.heads, args.d_head, device, rank, world)]
+            rows = [da.run(args.tokens, args.heads, D_HEAD, device, rank, world)]
             if rank == 0:
                 da.print_run(rows[0])
         elif args.memory:
@@ -274,8 +269,7 @@ def main(argv=None):
         if rank == 0:
             origin["world"] = world
             origin["threads"] = torch.get_num_threads()
-            origin["clock"] = args.clock
-            origin["heads"] = [args.heads, args.heads, args.d_head]
+            origin["heads"] = [args.heads, args.heads, D_HEAD]
             save(ROOT / f"results/{args.name or name}.json", {**origin, "rows": rows})
 
 

@@ -13,7 +13,6 @@ the number of blocks that matches the Transformer's parameters.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -30,7 +29,7 @@ def parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def build(width, layers):
+def build(width=256, layers=4):
     """The Transformer, and the S4Model closest to it in number of parameters."""
     sizes = {"vocab_size": 256, "causal": True}
     transformer = Transformer(TransformerConfig(width, layers, n_heads=width // 64, **sizes))
@@ -130,8 +129,6 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--contexts", type=int, nargs="+", default=CONTEXTS, help="context lengths in tokens")
-    add("--width", type=int, default=256, help="channels (256)")
-    add("--layers", type=int, default=4, help="layers of the Transformer (4)")
     add("--cap-gib", type=float, default=1.0, help="memory for the states of a batch (1)")
     add("--max-batch", type=int, default=1024, help="largest batch size (1024)")
     add("--threads", type=int, default=2, help="CPU threads (2)")
@@ -139,25 +136,21 @@ def parse():
     add("--budget", type=float, default=1.0, help="seconds per measurement (1)")
     add("--device", default="cpu", help="torch device (cpu)")
     add("--out", type=Path, default=ROOT / "results/generation.json", help="results file")
-    add("--plot", action="store_true", help="draw the picture of --out instead")
     return parser.parse_args()
 
 
 @torch.no_grad()
 def main():
     args = parse()
-    if args.plot:
-        rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"]
-        return plot(rows, args.out.with_suffix(".png"))
     torch.set_num_threads(args.threads)
     origin = provenance()
-    models = {name: m.to(args.device) for name, m in build(args.width, args.layers).items()}
+    models = {name: m.to(args.device) for name, m in build().items()}
     sizes = {name: parameters(model) for name, model in models.items()}
     blocks = {name: len(model.blocks) for name, model in models.items()}
     print(f"parameters {sizes}, blocks {blocks}")
     print(f"{'context':>8} {'model':12} {'batch':>6} {'tokens/s':>9} {'ms at batch 1':>14}")
     rows = [measure(models, L, args) for L in args.contexts]
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "plot")}
+    settings = {k: v for k, v in vars(args).items() if k != "out"}
     found = {"settings": settings, "parameters": sizes, "blocks": blocks, "rows": rows}
     save(args.out, {**origin, **found})
     if args.device != "cpu":

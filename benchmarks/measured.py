@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shlex
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -75,6 +76,16 @@ def provenance():
     load = {"load": round(os.getloadavg()[0], 2)} if hasattr(os, "getloadavg") else {}
     what = {"command": command(), "hardware": hardware(), "date": time.strftime("%Y-%m-%d")}
     return what | load | versions()
+
+
+def over_seeds(scores, digits=2):
+    """One score per seed, their mean and standard deviation (None for a single seed)."""
+    spread = statistics.stdev(scores) if len(scores) > 1 else None
+    return {
+        "test": [round(score, digits) for score in scores],
+        "mean": round(statistics.fmean(scores), digits),
+        "spread": spread if spread is None else round(spread, digits),
+    }
 
 
 def save(path, result):

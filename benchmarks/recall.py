@@ -18,11 +18,10 @@ import math
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from byte_lm import complete, load
-from measured import ROOT, save
+from measured import ROOT, over_seeds, save
 from torch import nn
 
 from attention import Transformer, TransformerConfig
@@ -32,6 +31,7 @@ KINDS = 4  # of symbols
 SYMBOLS = 4  # per sequence
 SECONDS = {1024: 12, 4096: 25, 16384: 60}  # CPU seconds of training, by length
 SHORTEST = min(SECONDS)
+SEEDS = 3
 SETTINGS = {  # (positions, learning rate) to choose from
     "S4": [("", 3e-3), ("", 1e-2)],
     "Transformer": list(itertools.product(("RoPE", "sinusoids"), (3e-3, 1e-2))),
@@ -136,16 +136,11 @@ def table(runs):
             continue
         positions, lr = best_setting(runs, model)
         mine = [run for run in mine if (run["positions"], run["lr"]) == (positions, lr)]
-        test = np.array([run["test"] for run in mine])
-        named = {"L": L, "model": model, "budget": budget, "positions": positions, "lr": lr}
-        scores = {
-            "test": test.round(4).tolist(),
-            "mean": round(float(test.mean()), 4),
-            "spread": round(float(test.std(ddof=1)), 4) if len(test) > 1 else None,
-            "steps": [run["steps"] for run in mine],
-            "cpu_s": [run["cpu_s"] for run in mine],
-        }
-        rows.append({**named, **scores})
+        row = {"L": L, "model": model, "budget": budget, "positions": positions, "lr": lr}
+        row.update(over_seeds([run["test"] for run in mine], digits=4))
+        row["steps"] = [run["steps"] for run in mine]
+        row["cpu_s"] = [run["cpu_s"] for run in mine]
+        rows.append(row)
     return rows
 
 
@@ -153,19 +148,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--lengths", type=int, nargs="+", default=[*SECONDS], choices=[*SECONDS], help="tokens")
-    add("--seeds", type=int, default=3, help="seeds per arm (3)")
-    add("--share", type=float, default=1.0, help="share of the CPU seconds, for a trial (1)")
     add("--extra", action="store_true", help="also the Transformer for S4's steps, at 1,024 tokens")
     add("--max-runs", type=int, default=10**9, help="stop after this many runs")
     add("--out", type=Path, default=ROOT / "results" / "recall.json", help="results file")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    settings = {"seconds": SECONDS, "share": args.share, "clock": "CPU seconds, shared machine"}
+    settings = {"seconds": SECONDS, "clock": "CPU seconds, shared machine"}
     before = len(load(args.out)["runs"])
 
     def measure(model, L, positions, lr, seed, budget):
         if budget == "seconds":
-            return train(model, L, positions, lr, seed, seconds=args.share * SECONDS[L])
+            return train(model, L, positions, lr, seed, seconds=SECONDS[L])
         s4 = [row for row in table(load(args.out)["runs"]) if (row["L"], row["model"]) == (L, "S4")]
         return train(model, L, positions, lr, seed, steps=s4[0]["steps"][seed])
 
@@ -176,7 +169,7 @@ def main():
     for model in SETTINGS:
         runs = run([key(model, SHORTEST, setting, 0) for setting in SETTINGS[model]])
     best = {model: best_setting(runs, model) for model in SETTINGS}
-    for L, seed in itertools.product(args.lengths, range(args.seeds)):
+    for L, seed in itertools.product(args.lengths, range(SEEDS)):
         run([key(model, L, best[model], seed) for model in SETTINGS])
         if args.extra and L == SHORTEST:
             run([key("Transformer", L, best["Transformer"], seed, "steps")])

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from byte_lm import complete, load
-from measured import ROOT, save
+from measured import ROOT, over_seeds, save
 from torch import nn
 
 import lra_data
@@ -31,6 +31,8 @@ from sgconv import SGConvConfig, SGConvModel, constant_decay
 
 KERNEL_DIM = 4  # parameters per scale
 RATES = (1e-3, 3e-3)
+STEPS = 800  # of 32 examples
+SEEDS = 3
 
 
 def no_decay(scale, lags, d_model):
@@ -55,7 +57,7 @@ ARMS = {  # parameters per scale (None: one scale as long as the sequence), damp
 
 
 class Classifier(nn.Module):
-    """SGConvModel, mean over real tokens, linear: tokens, keep (B, L) -> logits (B, classes)."""
+    """SGConvModel, mean over the positions, linear: tokens (B, L) -> logits (B, classes)."""
 
     def __init__(self, data, arm):
         super().__init__()
@@ -65,28 +67,20 @@ class Classifier(nn.Module):
         self.body = SGConvModel(SGConvConfig(64, 2, L, **sizes))
         self.head = nn.Linear(64, data.n_classes)
 
-    def forward(self, tokens, keep):
-        h = self.body(tokens, keep) * keep[..., None]  # (B, L, D)
-        return self.head(h.sum(1) / keep.sum(1, keepdim=True))
+    def forward(self, tokens):
+        return self.head(self.body(tokens).mean(1))
 
 
-def batch(split, index):
-    """Return tokens (B, L) int64, keep (B, L) bool, labels (B,), cut to the longest example."""
-    lengths = torch.from_numpy(np.asarray(split.lengths)[index]).long()
-    L = int(lengths.max())
-    tokens = torch.from_numpy(split.tokens[index, :L]).long()
-    keep = torch.arange(L) < lengths[:, None]
-    return tokens, keep, torch.from_numpy(split.labels[index]).long()
+def tensors(split):
+    """tokens (n, L) and labels (n,) of a split; in `lattice` all examples have the same length."""
+    return torch.from_numpy(split.tokens).long(), torch.from_numpy(split.labels).long()
 
 
 @torch.no_grad()
 def accuracy(net, split):
-    correct = 0
-    for start in range(0, len(split), 250):
-        index = np.arange(start, min(start + 250, len(split)))
-        tokens, keep, labels = batch(split, index)
-        correct += int((net(tokens, keep).argmax(-1) == labels).sum())
-    return correct / len(split)
+    tokens, labels = tensors(split)
+    guess = torch.cat([net(part).argmax(-1) for part in tokens.split(250)])
+    return (guess == labels).double().mean().item()
 
 
 def measure(data, arm, seed, lr, steps):
@@ -102,11 +96,12 @@ def measure(data, arm, seed, lr, steps):
         return rise * math.cos(math.pi * step / steps / 2)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    tokens, labels = tensors(data.train)
     start = time.process_time()
     losses = []
     for _ in range(steps):
-        tokens, keep, labels = batch(data.train, rng.integers(len(data.train), size=32))
-        loss = F.cross_entropy(net(tokens, keep), labels)
+        index = rng.integers(len(tokens), size=32)
+        loss = F.cross_entropy(net(tokens[index]), labels[index])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -136,11 +131,8 @@ def summary(runs):
         mine = [run for run in runs if run["arm"] == arm and run["lr"] == lr]
         if not mine:
             continue
-        test = 100 * np.array([run["test"] for run in mine])
         rows[arm] = {
-            "test": test.round(2).tolist(),
-            "mean": round(float(test.mean()), 2),
-            "spread": round(float(test.std(ddof=1)), 2) if len(test) > 1 else None,
+            **over_seeds([100 * run["test"] for run in mine]),
             "train_loss": [run["train_loss"] for run in mine],
             "kernel_parameters": mine[0]["kernel_parameters"],
             "lr": lr,
@@ -151,8 +143,6 @@ def summary(runs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--steps", type=int, default=800, help="optimizer steps of 32 examples (800)")
-    add("--seeds", type=int, default=3, help="seeds per arm (3)")
     add("--max-runs", type=int, default=10**9, help="stop after this many runs")
     add("--out", type=Path, default=ROOT / "results/sgconv_ablation.json", help="results file")
     args = parser.parse_args()
@@ -167,11 +157,11 @@ def main():
         return complete(args.out, keys, partial(measure, data), left, settings)["runs"]
 
     def key(arm, seed, lr):
-        return {"arm": arm, "seed": seed, "lr": lr, "steps": args.steps}
+        return {"arm": arm, "seed": seed, "lr": lr, "steps": STEPS}
 
     runs = run([key("as published", 0, lr) for lr in RATES])
     lr = best_rate(runs)
-    runs = run([key(arm, seed, lr) for seed in range(args.seeds) for arm in ARMS])
+    runs = run([key(arm, seed, lr) for seed in range(SEEDS) for arm in ARMS])
     rows = summary(runs)
     save(args.out, {**load(args.out), "arms": rows})
     for arm, row in rows.items():

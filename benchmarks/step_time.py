@@ -4,15 +4,10 @@
     python benchmarks/step_time.py --device cuda --precision bfloat16 --task pathfinder32 \\
         --batch-size 128 --settings pathfinder32-s4-small --compile
 
-data        make_batch: gather, mask
-forward     loss_sums: model, head, loss
-backward    Tensor.backward
-optimizer   gradient clipping, AdamW, zero_grad
-rest        everything else in the loop: order, seeds, learning rate, metrics
-
-The first steps of a stage are left out because they allocate memory, the last one because it
-validates.  On a GPU the clock waits for the device before and after each part, so nothing overlaps.
-Writes results/step_time.json.
+The parts are data (make_batch), forward (loss_sums), backward, optimizer (clipping and AdamW), and
+the rest of the loop (order, seeds, learning rate, metrics).  The first steps of a stage are left
+out because they allocate memory, the last one because it validates.  On a GPU the clock waits for
+the device before and after each part, so nothing overlaps.
 """
 
 import argparse
@@ -127,8 +122,6 @@ def parse():
     add("--precision", default="float32", help="precision (float32)")
     add("--device", default="cpu", help="torch device (cpu)")
     add("--compile", action="store_true", help="measure compiled models too")
-    add("--threads", type=int, default=2, help="CPU threads (2)")
-    add("--data-dir", default="data", help="folder of the data sets")
     add("--out", type=Path, default=ROOT / "results/step_time.json", help="results file")
     args = parser.parse_args()
     if args.steps < WARM_UP + 2:
@@ -138,13 +131,12 @@ def parse():
 
 def main():
     args = parse()
-    torch.set_num_threads(args.threads)
     origin = provenance()
     options = {key: value for key, value in vars(args).items() if key != "out"}
-    given = {key: options[key] for key in ("task", "batch_size", "precision", "device", "data_dir")}
+    given = {key: options[key] for key in ("task", "batch_size", "precision", "device")}
     given["pretrain_batch_size"] = args.batch_size
     given.update(dict.fromkeys(("pretrain_steps", "finetune_steps", "eval_every"), args.steps))
-    print(f"{'ms per step':47}" + "".join(f"{part:>10}" for part in ALL))
+    print(f"{'ms per step':47}" + "".join(f"{part:>10}" for part in ALL) + "   model and optimizer")
     rows = []
     for name, compiled in itertools.product(args.settings, (False, True)):
         if compiled and not args.compile:
@@ -158,8 +150,9 @@ def main():
             rows.append({**row, "share": share(ms), "peak_memory_gib": peak / 2**30})
             label = f"{Path(name).stem} compiled" if compiled else Path(name).stem
             times = "".join(f"{ms[part]:10.2f}" for part in ALL)
-            print(f"{label:38}{stage:9}{times}   {share(ms):.1f} % in the model", flush=True)
-    save(args.out, {**origin, "threads": args.threads, "options": options, "rows": rows})
+            print(f"{label:38}{stage:9}{times}{share(ms):8.1f} %", flush=True)
+    origin["threads"] = torch.get_num_threads()
+    save(args.out, {**origin, "options": options, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -7,12 +7,6 @@ Modeling Million-Scale Dependencies" (Hè and Kabic 2023, arXiv:2302.06218).  v 
 token: a channel of the input or, for attention, a channel of a head's values.  Mixers differ in M:
 whether it changes with the input x, and which structure makes it cheaper than L x L numbers.
 
-    attention   lower triangular; any weights that sum to 1; another M for every x
-    S4, S4D     lower triangular, Toeplitz; blocks below the diagonal have rank <= d_state
-    SGConv      lower triangular, Toeplitz; coarser and fainter with distance
-    Fourier     the real part of the discrete Fourier transform, no parameters
-    MLP         an MLP across tokens: rank at most its hidden width; its gates change with x
-
 M is found by probing the layers, not from formulas: `probe` adds unit impulses to the input of a
 convolution, `probe_attention` passes the unit matrix as values.  Then M v is compared with the
 layer's output.

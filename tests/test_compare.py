@@ -12,6 +12,8 @@ from settings import Config
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import compare
+import demo
+import measured
 
 
 @pytest.fixture
@@ -87,6 +89,7 @@ def test_an_arm_is_a_name_and_flags_of_pretrain():
 def test_nonsense_on_the_command_line_is_refused_in_one_line(monkeypatch, arms, message):
     flags = [word for arm in arms for word in ("--arm", arm)]
     monkeypatch.setattr(sys, "argv", ["compare.py", "--name", "x", *flags])
+    monkeypatch.setattr(compare, "compare", lambda *args: pytest.fail("it was run"))
     with pytest.raises(SystemExit, match=message):
         compare.main()
 
@@ -94,3 +97,15 @@ def test_nonsense_on_the_command_line_is_refused_in_one_line(monkeypatch, arms, 
 def test_a_pretrained_path_follows_the_seed(trained, tmp_path):
     rows = compare.compare({"a": Config(pretrained="w-{seed}.pt")}, [4], str(tmp_path))
     assert rows["a"]["settings"]["pretrained"] == "w-4.pt"
+
+
+def test_only_processors_that_may_be_used_count(monkeypatch):
+    """Containers and schedulers grant fewer than the machine has."""
+    workers = []
+    monkeypatch.setattr(demo, "usable_cpus", lambda: 3)
+    monkeypatch.setattr(demo, "side_by_side", lambda jobs, n: workers.append(n) or [{}] * len(jobs))
+    monkeypatch.setattr(demo, "table", lambda results: [])
+    demo.demo(seed=0, out="no such folder")
+    assert workers == [1 if demo.DEMO.device == "cuda" else 3]
+    monkeypatch.setattr(measured, "usable_cpus", lambda: 3)
+    assert ", 3 cores" in measured.hardware()
