@@ -1,17 +1,22 @@
-"""Pathfinder pictures: do the two disks sit on the ends of one dashed snake, or of two?
+"""Pathfinder: are the two disks in a picture the ends of one dashed snake, or of two?
 
 Linsley et al. 2018, "Learning long-range spatial dependencies with horizontal gated recurrent
 units", arXiv:1805.08315, with the parameters of the Long Range Arena, arXiv:2011.04006v1:
-32 and 64 pixels, 128 (Path-X), 256 (PathX-256).
+32 or 64 pixels per side, 128 (Path-X) or 256 (PathX-256).
 
-Two dashed snakes of `contour` segments start near the middle of the picture and grow in turn
-without touching older segments; short snakes distract.  One disk sits on the start of a snake,
-the other on the end of the same snake (label 1) or of the other one (label 0).
+Two dashed snakes of `contour` segments start near the middle of a picture and grow in turn
+without touching older segments; then short snakes are added to distract.  One disk sits on the
+start of a snake, the other on the end of the same (label 1) or of the other snake (label 0).
 
-    pictures that grow in lock-step    lanes      rows of every array below
-    a segment: its tip, its direction  at, way    (lanes, segments): place on a map, index in Brush
-    what is occupied, 0 .. 255         taken      (lanes * side^2,): the picture inside a rim
-    where no tip may lie               near       (lanes * side^2,): taken, dilated by the margin
+    taken  (n, side^2) uint8   maps of n pictures that grow in lock-step: 255 where occupied
+    at     (n, segments)       place where a segment ends: a flat index into its map
+    way    (n, segments)       its direction: one of 360 free angles, or that of a ring place
+    pivot  (n, 2)              center (row, column) of the ring of places where one can end
+
+The pictures are distributed as those of the published generator (drewlinsley/pathfinder on
+GitHub, with the image functions of scipy 0.19 and Pillow), quirks included: "as published".
+Differences are marked where they occur and do not show in the statistics that the tests compare.
+Not included: distractors of a single segment, which the Long Range Arena does not use.
 
     python pathfinder.py 32 --n 1000    writes pathfinder32.npz: images (n, 32, 32), labels (n,)
     python pathfinder.py --check        the check table
@@ -21,6 +26,7 @@ the other on the end of the same snake (label 1) or of the other one (label 0).
 import argparse
 import multiprocessing
 import os
+import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
@@ -28,39 +34,45 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.lib.format import open_memmap as open_npy
+from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
-VERSION = "v1"  # of the generator: pictures of different versions are different data sets
+VERSION = "v2"  # of the generator: pictures of different versions are different data sets
 CONTOURS = (6, 9, 14)  # segments per snake: easy, intermediate, hard (the Long Range Arena)
 SHARD = 500  # pictures drawn from one seed
-LANES = 256  # pictures that grow in lock-step
+MEMORY = 2**22  # bytes of maps in which snakes grow in lock-step
+BATCH = 64  # pictures that get their distractors together
 SCALE = 2  # shapes are drawn this much larger, then shrunk
+TRIES = 3  # per segment
+ATTEMPTS = 5  # per distractor
+FREE = 76  # a first segment may lie where at most 0.3 * 255 is taken
+FREE_ANGLES = np.arange(-180, 180) * np.pi / 180
 
 
 class Sheet(NamedTuple):
     """The published parameters of one picture size, in pixels."""
 
-    border: int  # nothing is drawn this close to the edge
+    border: int  # width of the empty border
     length: int  # of a segment ("paddle")
     thickness: float  # of a segment
     margins: tuple[int, ...]  # half the gap between segments; drawn per picture
     seed_distance: int  # between the starts of the two snakes
     marker: float  # radius of the disks
     stiffness: float  # "continuity": a segment bends by at most 90 degrees / stiffness
-    paddles: int  # segments of all distractor snakes together
-    contrast: float  # of the segments; disks have 1
+    paddles: int  # segments of all distractors together
+    contrast: float  # of the two snakes; disks have 1
+    distractor_contrast: float
 
 
 SHEETS = {
-    32: Sheet(1, 2, 0.5, (1,), 7, 1.5, 1.0, 20, 1.5),
-    64: Sheet(1, 5, 1.0, (1,), 12, 2.5, 1.8, 22, 0.6),
-    128: Sheet(1, 5, 1.5, (2, 3), 20, 3.0, 1.8, 35, 0.9),
-    256: Sheet(22, 5, 2.0, (3,), 27, 5.0, 1.8, 30, 1.0),
+    32: Sheet(1, 2, 0.5, (1,), 7, 1.5, 1.0, 20, 1.5, 2.0),
+    64: Sheet(1, 5, 1.0, (1,), 12, 2.5, 1.8, 22, 0.8, 0.8),
+    128: Sheet(1, 5, 1.5, (2, 3), 20, 3.0, 1.8, 35, 0.9, 0.9),
+    256: Sheet(22, 5, 2.0, (3,), 27, 5.0, 1.8, 30, 1.0, 1.0),
 }
 
 
-# ------------------------------------------------------------------------------- shapes and stamps
+# ------------------------------------------------------------------------------------------ shapes
 
 
 def unit(angle):
@@ -68,366 +80,391 @@ def unit(angle):
     return np.stack([np.sin(angle), np.cos(angle)], -1)
 
 
-def shrink(image, side):
-    """Lanczos resampling of a square image of 0 .. 255, rounded to 8 bits after each axis."""
-    n = len(image)
-    scale = n / side
-    x = (np.arange(n) + 0.5) / scale - (np.arange(side)[:, None] + 0.5)
-    weight = np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0)
-    weight /= weight.sum(1, keepdims=True)
-    across = np.clip(np.round(image @ weight.T), 0, 255)
-    return np.clip(np.round(weight @ across), 0, 255).astype(np.uint8)
+def opposite(angle):
+    """The angle that points back, from -pi to pi."""
+    return angle - np.copysign(np.pi, angle)
 
 
-def dilate(images, radius):
-    """The maximum over a disk around every pixel of (..., side, side)."""
-    side = images.shape[-1]
-    padding = [(0, 0)] * (images.ndim - 2) + [(radius, radius)] * 2
-    around = np.pad(images, padding)
-    out = images.copy()
-    for y in range(-radius, radius + 1):
-        for x in range(-radius, radius + 1):
-            if y * y + x * x <= radius * radius:
-                rows = slice(radius + y, radius + y + side)
-                columns = slice(radius + x, radius + x + side)
-                np.maximum(out, around[..., rows, columns], out=out)
+def disk(radius, side):
+    """(side, side) bool: a disk around the pixel (side // 2, side // 2)."""
+    y, x = np.mgrid[:side, :side] - side // 2
+    return y * y + x * x <= radius * radius
+
+
+def round_away(x):
+    """Round to integers, halves away from 0."""
+    return (np.sign(x) * np.floor(np.abs(x) + 0.5)).astype(int)
+
+
+def bar(side, end, width):
+    """(side, side) bool: a bar from the middle to `end`, rows and columns from the middle.
+
+    Has exactly the pixels of a line of Pillow.
+    """
+    y, x = np.mgrid[:side, :side] - side // 2
+    if width == 1:  # one pixel per step along the longer axis
+        steps = np.abs(end).max()
+        line = round_away(np.arange(steps + 1)[:, None] * end / steps)
+        return ((y[..., None] == line[:, 0]) & (x[..., None] == line[:, 1])).any(-1)
+    # the corners are whole pixels: of an even width, one side of the middle gets more
+    across = np.array([end[1], -end[0]]) / np.hypot(*end)
+    across[1] *= 1 - 1e-9  # halves of a column round towards 0
+    left = round_away(across * [width // 2, (width - 1) // 2])
+    right = round_away(-across * [(width - 1) // 2, width // 2])
+    corners = np.array([left, left + end, right + end, right])
+    crossings = []  # of the edges with each row
+    for (y0, x0), (y1, x1) in zip(corners, np.roll(corners, -1, 0), strict=True):
+        if y0 != y1:  # the ends of a level edge belong to its neighbors too
+            spanned = (y - y0) * (y - y1) <= 0
+            crossings.append(np.where(spanned, x0 + (y - y0) * (x1 - x0) / (y1 - y0), np.nan))
+    first = np.fmin.reduce(crossings) - 0.5 + 1e-6
+    last = np.fmax.reduce(crossings) + 0.5 - 1e-6
+    return (first < x) & (x < last)
+
+
+def dilate(image, radius):
+    """The maximum over a disk around every pixel of (side, side)."""
+    out = np.zeros_like(image)
+    around = np.pad(image, radius)
+    for y, x in np.argwhere(disk(radius, 2 * radius + 1)):
+        out = np.maximum(out, around[y : y + len(image), x : x + len(image)])
     return out
 
 
+def shrink(image, side):
+    """Lanczos resampling of a square bool image to 0 .. 255, rounded after each axis."""
+    scale = len(image) / side
+    x = (np.arange(len(image)) + 0.5) / scale - (np.arange(side)[:, None] + 0.5)
+    weight = np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0)
+    weight /= weight.sum(1, keepdims=True)
+    across = np.clip(np.round(255 * image @ weight.T), 0, 255)
+    return np.clip(np.round(weight @ across), 0, 255).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------- stamps
+
+
 class Brush:
-    """Everything that can be stamped on a picture of one size and margin, by direction.
+    """Everything that depends on the picture size and the margin alone.
 
-    A direction is an index: 0 .. n_ring - 1 for the places of the ring around a pivot, where a
-    next segment ends, then 360 for the free angles of first segments.  Places are flat indices
-    into a map of `side` rows, the picture inside a rim that is wide enough for every stamp.
-    A stamp is a row of offsets and a row of values; short rows repeat an entry.
+    A map holds the picture inside a rim that is wide enough for every stamp; offsets are
+    differences of places.  A stamp is a pair (offsets, values) of arrays (n, pixels), one row
+    per direction; short rows repeat entries.
 
-    ring    (n_ring,) places around a pivot      weight  (ways, n_ring), how likely each is next
-    step    (ways,) from a pivot to the next     pivot   (360,) from the start of a first segment
-    line    stamp: what is seen of a segment     mask    stamp: what it occupies
-    wide    stamp: where no tip may lie          room    how full the pixels of mask may be before
-    dot     stamp: a marker                      blank   (2, side^2) maps of an empty picture
+    tips, turns, weight   (ways, K): where a next segment can end, from its pivot, its direction,
+                          and how likely it is where nothing is taken
+    near                  offsets that should be free around a tip
+    line, mask, dot       stamps: a segment as seen, a segment as occupied, a marker
+    room                  (ways, pixels): how much of the pixels of a mask may be taken
+    seed                  (360, pixels): offsets that must be free for a first segment
+    usable                (360,) bool: the free angles that first segments can have
+    home, home_size       (360, 2): first place and number of places (rows, columns) for the
+                          first segment of a picture
     """
 
     def __init__(self, size, margin):
         self.sheet = SHEETS[size]
         self.size = size
         self.margin = margin
-        self.reach = self.sheet.length + margin  # from a pivot to the tip of its segment
+        self.reach = self.sheet.length + margin  # from a pivot to the end of its segment
         self.radius = self.reach + int(np.ceil(self.sheet.thickness))  # of a stamp
         self.rim = self.radius + 2 * margin + 3
         self.side = size + 2 * self.rim
-        self.free_angle = np.deg2rad(np.arange(360))
+        self.window = np.flatnonzero(self.frame(0) == 0)  # the places in the picture
+        self.blank = self.frame(self.sheet.border)
         self.make_ring()
         self.make_stamps()
-        self.make_borders()
-
-    def flat(self, steps):
-        """Rows and columns (n, 2) as flat offsets (n,)."""
-        return steps.astype(np.int64) @ [self.side, 1]
-
-    def make_ring(self):
-        """Where segments can end, how likely that is, and where the next pivot lies."""
-        turns = np.arange(0, 2 * np.pi, 1 / self.reach)  # one pixel of arc
-        ring = np.unique(np.floor(self.reach * unit(turns) + 1e-9).astype(int), axis=0)
-        self.n_ring = len(ring)
-        self.ring = self.flat(ring)
-        self.ring_angle = np.arctan2(ring[:, 0], ring[:, 1])
-        angle = np.concatenate([self.ring_angle, self.free_angle])
-        bend = np.abs((angle[:, None] - self.ring_angle + np.pi) % (2 * np.pi) - np.pi)
-        bend = np.minimum(self.sheet.stiffness * bend, np.pi / 2)
-        self.weight = np.cos(bend) ** 2
-        self.step = self.flat(np.ceil((self.reach + self.margin) * unit(angle) - 1e-9))
-        forward = np.ceil(self.sheet.length * unit(self.free_angle))
-        back = np.ceil(-self.reach * unit(self.free_angle))
-        self.pivot = self.flat(forward + back)
-
-    def make_stamps(self):
-        """A segment at each angle, what it covers with its margin, and the disk of a marker."""
-        angles = np.concatenate([self.ring_angle + np.pi, self.free_angle])
-        large = np.stack([self.segment(angle) for angle in angles])
-        lines = self.shrink_all(large)
-        masks = self.shrink_all(dilate(large, self.margin * SCALE))
-        padding = [(0, 0), (self.margin, self.margin), (self.margin, self.margin)]
-        wide = dilate(np.pad(masks, padding), self.margin)
-        self.line = self.sparse(lines)
-        self.mask = self.sparse(masks)
-        self.wide = self.sparse(wide)
-        # a segment hits what is there where old + new >= 1.8 of full, that is old > room
-        self.room = np.clip(458 - self.mask[1].astype(int), 0, 255).astype(np.uint8)
-        self.dot = self.sparse(self.disk()[None])
-
-    def shrink_all(self, images):
-        return np.stack([shrink(image, 2 * self.radius + 1) for image in images])
-
-    def segment(self, angle):
-        """One enlarged segment that starts in the middle of a square: 0 or 255."""
-        reach = self.radius * SCALE
-        y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
-        sin, cos = unit(angle)
-        along = sin * y + cos * x
-        across = sin * x - cos * y
-        width = max(1, round(self.sheet.thickness * SCALE))
-        half = width / 2
-        end = self.sheet.length * SCALE + 1e-9
-        if width == 1:  # no double pixels
-            half *= max(abs(sin), abs(cos))
-            end += 0.5 - 1e-9
-        inside = (across > 1e-9 - half) & (across < half + 1e-9) & (along > -1e-9) & (along < end)
-        return (255 * inside).astype(np.uint8)
-
-    def disk(self):
-        radius = int(np.ceil(self.sheet.marker)) + 1
-        y, x = np.mgrid[-radius * SCALE : radius * SCALE + 1, -radius * SCALE : radius * SCALE + 1]
-        large = 255 * (y * y + x * x <= (self.sheet.marker * SCALE) ** 2)
-        return shrink(large, 2 * radius + 1)
-
-    def sparse(self, images):
-        """Offsets (n, most) and values (n, most) uint8 of the pixels that are not 0."""
-        middle = images.shape[-1] // 2
-        most = np.arange((images > 0).sum((1, 2)).max())
-        offsets = np.zeros((len(images), len(most)), np.int64)
-        values = np.zeros(offsets.shape, np.uint8)
-        for i, image in enumerate(images):
-            y, x = np.nonzero(image)
-            chosen = most % len(y)
-            offsets[i] = ((y - middle) * self.side + x - middle)[chosen]
-            values[i] = image[y, x][chosen]
-        return offsets, values
+        self.make_seeds()
 
     def frame(self, border):
-        """A map (side, side) that is 255 in the rim and this close to the edge."""
+        """The map of a picture of which only the border is taken."""
         inside = np.zeros((self.size - 2 * border,) * 2, np.uint8)
-        return np.pad(inside, self.rim + border, constant_values=255)
+        return np.pad(inside, self.rim + border, constant_values=255).ravel()
 
-    def make_borders(self):
-        """Maps of what is occupied from the start, and where first segments may lie."""
-        edge = self.frame(self.sheet.border)
-        self.blank = np.stack([edge.ravel(), dilate(edge, self.margin).ravel()])
-        self.edge = self.frame(self.sheet.border + 1).ravel()
-        self.places = np.flatnonzero(self.edge == 0)
-        # the two snakes start in the middle, 2 seed_distance away from all edges
-        middle = 2 * self.sheet.seed_distance
-        end = np.round(self.sheet.length * unit(self.free_angle)).astype(int)
-        self.home = middle - np.minimum(0, end)  # (360, 2) first row and column
-        self.home_span = self.size - 2 * middle - np.abs(end)
+    def offset(self, steps):
+        """Rows and columns (..., 2) to go as differences of places."""
+        return steps.astype(np.int64) @ [self.side, 1]
+
+    def place(self, where):
+        """Rows and columns (..., 2) in the picture as places."""
+        return self.offset(where + self.rim)
+
+    def where(self, place):
+        """Places as rows and columns (..., 2) in the picture."""
+        return np.stack(np.divmod(place, self.side), -1) - self.rim
+
+    def make_ring(self):
+        arc = np.arange(0, 2 * np.pi, 1 / self.reach)  # steps of one pixel
+        ring = np.unique(np.floor(self.reach * unit(arc) + 1e-9), axis=0)
+        ring_angle = np.arctan2(ring[:, 0], ring[:, 1])
+        angle = np.concatenate([FREE_ANGLES, ring_angle])
+        self.step = (self.reach + self.margin) * unit(angle)  # from a pivot to the next
+        bend = np.abs((angle[:, None] - ring_angle + np.pi) % (2 * np.pi) - np.pi)
+        weight = np.cos(np.minimum(self.sheet.stiffness * bend, np.pi / 2)) ** 2
+        # keep the places that are possible for each way, in order
+        possible = weight > 1e-9
+        kept = np.argsort(~possible, axis=1, kind="stable")[:, : possible.sum(1).max()]
+        self.tips = self.offset(ring)[kept]
+        self.turns = len(FREE_ANGLES) + kept
+        self.weight = np.take_along_axis(weight, kept, 1)
+        # a first segment is drawn from its place on, one of the ring from its end back
+        self.drawn = unit(np.concatenate([FREE_ANGLES, opposite(ring_angle)]))
+        self.near = self.offset(np.argwhere(disk(self.margin, 2 * self.margin + 1)) - self.margin)
+
+    def make_stamps(self):
+        side = 2 * self.radius + 1
+        middle = self.radius * SCALE
+        width = max(1, round(self.sheet.thickness * SCALE))
+        lines = []
+        masks = []
+        for step in self.sheet.length * SCALE * self.drawn:
+            # the sum before ceil, as published: the rounding of sin and cos moves some ends
+            end = np.ceil(middle + step).astype(int) - middle
+            segment = bar(2 * middle + 1, end, width)
+            lines.append(shrink(segment, side))
+            masks.append(shrink(dilate(segment, self.margin * SCALE), side))
+        self.full = np.stack(masks[: len(FREE_ANGLES)]) == 255
+        self.line = self.stamp(lines)
+        self.mask = self.stamp(masks)
+        # a segment hits what is there where old + new >= 1.8 * 255
+        self.room = np.clip(458 - self.mask[1].astype(int), 0, 255).astype(np.uint8)
+        # as published, the middle of a marker lies a quarter of a pixel up and left
+        # differs from the published code: there, a disk at an edge is up to 5 % brighter or darker
+        side = 2 * int(np.ceil(self.sheet.marker)) + 7
+        large = np.pad(disk(self.sheet.marker * SCALE, side * SCALE - 1), (0, 1))
+        self.dot = self.stamp([shrink(large, side)])
+
+    def stamp(self, images):
+        """Offsets and values (n, pixels) of the pixels of square images that are not 0."""
+        most = np.arange(max(np.count_nonzero(image) for image in images))
+        offsets = []
+        values = []
+        for image in images:
+            pixels = np.argwhere(image)
+            pixels = pixels[most % len(pixels)]
+            offsets.append(self.offset(pixels - len(image) // 2))
+            values.append(image[pixels[:, 0], pixels[:, 1]])
+        return np.stack(offsets), np.stack(values)
+
+    def make_seeds(self):
+        """Where first segments can lie.
+
+        As published, the pixels that must be free are those that the mask fills, but one down
+        and right of it; and an angle is never used if at a corner of the picture all of them
+        lie outside.  At size 32 that leaves 30 of 360 angles.
+        """
+        reach = self.reach
+        outer = self.radius - reach
+        seed = np.roll(self.full, 1, (1, 2))[:, outer:-outer, outer:-outer]
+        self.seed, _ = self.stamp(seed)
+        up = seed[:, : reach + 1]
+        down = seed[:, reach:]
+        corners = [up[..., : reach + 1], up[..., reach:], down[..., : reach + 1], down[..., reach:]]
+        self.usable = np.all([corner.any((1, 2)) for corner in corners], 0)
+        # the seed of the first snake keeps 2 seed_distance away from all edges
+        border = 2 * self.sheet.seed_distance
+        rows = seed.any(2)
+        columns = seed.any(1)
+        before = np.stack([rows.argmax(1), columns.argmax(1)], 1)
+        after = np.stack([rows[:, ::-1].argmax(1), columns[:, ::-1].argmax(1)], 1)
+        self.home = border + reach - before
+        self.home_size = self.size - 2 * border - (2 * reach - before - after)
 
 
 make_brush = cache(Brush)
 
 
-# ------------------------------------------------------------------------------------------ growth
+def look(maps, row, place):
+    """The pixels of maps (n, side^2) at places; row and place broadcast."""
+    return maps.reshape(-1)[row * maps.shape[1] + place]
 
 
-class Scene:
-    """Maps (2, n, side^2) of n pictures: what is `taken` and, dilated, where no tip may lie."""
-
-    def __init__(self, brush, maps):
-        self.brush = brush
-        self.maps = np.ascontiguousarray(maps)
-        self.taken = self.maps[0].reshape(-1)  # flat views of the same memory
-        self.near = self.maps[1].reshape(-1)
-        self.base = np.arange(maps.shape[1]) * brush.side**2
-
-    def occupy(self, lanes, at, way):
-        """Add the segments of direction `way` at `at` to the pictures `lanes`."""
-        press(self.taken, self.base[lanes] + at, self.brush.mask, way)
-        press(self.near, self.base[lanes] + at, self.brush.wide, way)
+def press(maps, row, place, stamp, which):
+    """Put rows `which` of a stamp on maps (n, side^2), in place: the larger value wins."""
+    offsets, values = stamp
+    pixels = (row * maps.shape[1] + place)[:, None] + offsets[which]
+    flat = maps.reshape(-1)
+    flat[pixels] = np.maximum(flat[pixels], values[which])
 
 
-def press(maps, at, stamps, which):
-    """Put stamps on flat maps: the larger value wins."""
-    offsets, values = stamps
-    pixels = at[:, None] + offsets[which]
-    maps[pixels] = np.maximum(maps[pixels], values[which])
+# ------------------------------------------------------------------------------------------- growth
 
 
 def snake_pairs(rng, brush, contour, n):
-    """Grow n pairs of snakes; yield batches (Scene, at, way), at and way (batch, 2 contour).
-
-    Segment 2 i + s is the i-th of snake s; `at` is its tip (of a first segment the start).
-    All lanes take one step at a time; a lane whose snake is stuck starts anew, a finished one is
-    handed out and starts anew.  Every pair takes the same number of steps, so there is no
-    selection in who finishes first.
-    """
-    last = 2 * contour
-    scene = Scene(brush, np.repeat(brush.blank[:, None], LANES, 1))
-    at = np.zeros((LANES, last), np.int64)
-    way = np.zeros((LANES, last), np.int64)
-    pivot = np.zeros((LANES, 2), np.int64)
-    step = np.full(LANES, last)  # "finished": all lanes start below
-    lane = np.arange(LANES)
+    """Yield batches (taken, at, way) of n pairs of snakes; at and way are (batch, 2 contour)."""
+    taken = np.empty((MEMORY // len(brush.blank), len(brush.blank)), np.uint8)
     batch = []
     while n > 0:
-        anew = np.flatnonzero(step == last)
-        scene.maps[:, anew] = brush.blank[:, None]
-        at[anew, :2], way[anew, :2] = first_segments(rng, brush, len(anew))
-        pivot[anew] = at[anew, :2] + brush.pivot[way[anew, :2] - brush.n_ring]
-        step[anew] = 2
-
-        snake = step % 2
-        tip, turn, ahead = extend(rng, scene, lane, pivot[lane, snake], way[lane, step - 2])
-        step[turn < 0] = last
-        ok = np.flatnonzero(turn >= 0)
-        now = step[ok]
-        # only now does the segment before count: neighbors in a snake may touch
-        scene.occupy(ok, at[ok, now - 2], way[ok, now - 2])
-        at[ok, now] = tip[ok]
-        way[ok, now] = turn[ok]
-        pivot[ok, snake[ok]] = ahead[ok]
-        step[ok] += 1
-
-        done = ok[step[ok] == last][:n]
-        if len(done) == 0:
-            continue
+        taken[:] = brush.blank
+        start, way = first_segments(rng, brush, len(taken))
+        at, way = grow(rng, brush, taken, start, way, contour)
+        done = np.flatnonzero(way[:, -1] >= 0)[:n]  # few
         n -= len(done)
-        # as published, the last segment of the second snake counts, that of the first does not
-        scene.occupy(done, at[done, last - 1], way[done, last - 1])
-        batch.append((scene.maps[:, done], at[done], way[done]))
-        if n == 0 or sum(len(ats) for _, ats, _ in batch) >= LANES // 4:
-            maps, ats, ways = zip(*batch, strict=True)
-            yield Scene(brush, np.concatenate(maps, 1)), np.concatenate(ats), np.concatenate(ways)
+        batch.append((taken[done], at[done], way[done]))
+        if n == 0 or sum(len(ways) for _, _, ways in batch) >= BATCH:
+            yield [np.concatenate(arrays) for arrays in zip(*batch, strict=True)]
             batch = []
 
 
 def first_segments(rng, brush, n):
-    """Starts and directions of the first segments of n pairs, (n, 2) each."""
-    angle = rng.randint(0, 360, (n, 2))
-    start = brush.home[angle[:, 0]] + (rng.random_sample((n, 2)) * brush.home_span[angle[:, 0]])
-    away = brush.sheet.seed_distance * unit(np.deg2rad(rng.randint(0, 360, n)))
-    start = brush.rim + start.astype(np.int64)  # (n, 2) row and column
-    places = [brush.flat(start), brush.flat(start + np.round(away))]
-    return np.stack(places, 1), brush.n_ring + angle
+    """Starts (n, 2, 2), in rows and columns, and directions (n, 2) of the first segments."""
+    angles = np.flatnonzero(brush.usable & (brush.home_size > 0).all(1))
+    angle = rng.choice(angles, n)
+    home = brush.home[angle] + np.floor(rng.random_sample((n, 2)) * brush.home_size[angle])
+    around = FREE_ANGLES[rng.randint(0, 360, n)]
+    second = np.round(home + brush.sheet.seed_distance * unit(around))
+    way = np.stack([angle, rng.randint(0, 360, n)], 1)
+    return np.stack([home, second], 1), way
 
 
-def extend(rng, scene, lanes, pivot, way, tries=3):
-    """One more segment in each of the lanes: tip, direction (-1 if none fits), next pivot.
+def grow(rng, brush, taken, start, way, length):
+    """Grow snakes of `length` segments in turn in all maps `taken` (n, side^2), changing these.
 
-    The pivot moves one segment and gap straight on.  The tip is drawn from the ring around it,
-    with probability cos^2(stiffness x bend) where `near` is free, and refused if the segment,
-    which runs back from the tip, hits one that is there.
+    start (n, snakes, 2), in rows and columns, and way (n, snakes) are those of first segments.
+    Returns at and way (n, snakes * length), segment i of snake s in column snakes * i + s; at of
+    a first segment is its start; way is -1 from a failure on.
     """
-    brush = scene.brush
-    ahead = pivot + brush.step[way]
-    base = scene.base[lanes] + ahead
-    free = 255 - scene.near[base[:, None] + brush.ring]  # (lanes, n_ring)
-    weight = np.cumsum(brush.weight[way] * free, 1)
-    total = weight[:, -1]
-    turn = np.full(len(pivot), -1)
-    todo = np.flatnonzero(total > 255e-4)
-    for _ in range(tries):
-        drawn = rng.random_sample(len(todo)) * total[todo]
-        choice = (weight[todo] <= drawn[:, None]).sum(1)
-        corner = base[todo] + brush.ring[choice]
-        pixels = corner[:, None] + brush.mask[0][choice]
-        good = (scene.taken[pixels] <= brush.room[choice]).all(1)
-        turn[todo[good]] = choice[good]
-        todo = todo[~good]
-    return ahead + brush.ring[turn], turn, ahead
-
-
-def distract(rng, scene, length):
-    """Add short snakes: at and way (pictures, snakes x length), way -1 where there is none.
-
-    Each has 5 attempts; where they fail, the picture gets no more.
-    """
-    n = len(scene.base)
-    count = scene.brush.sheet.paddles // length
-    at = np.zeros((n, count, length), np.int64)
-    way = np.full((n, count, length), -1)
-    alive = np.arange(n)
-    for snake in range(count):
-        todo = alive
-        for _ in range(5):
-            saved = scene.maps[:, todo]
-            at[todo, snake], way[todo, snake] = grow_one(rng, scene, todo, length)
-            failed = way[todo, snake, -1] < 0
-            scene.maps[:, todo[failed]] = saved[:, failed]
-            todo = todo[failed & (at[todo, snake, 0] >= 0)]
-        grown = way[alive, snake, -1] >= 0
-        way[alive[~grown], snake] = -1
-        alive = alive[grown]
-    return at.reshape(n, -1), way.reshape(n, -1)
-
-
-def grow_one(rng, scene, lanes, length):
-    """One short snake in each lane: at and way (lanes, length), way -1 from a failure on."""
-    brush = scene.brush
-    at = np.zeros((len(lanes), length), np.int64)
-    way = np.full((len(lanes), length), -1)
-    angle = rng.randint(0, 360, len(lanes))
-    at[:, 0] = free_places(rng, scene, lanes, angle)
-    row = np.flatnonzero(at[:, 0] >= 0)
-    way[row, 0] = brush.n_ring + angle[row]
-    pivot = at[:, 0] + brush.pivot[angle]
-    for i in range(1, length):
-        tip, turn, ahead = extend(rng, scene, lanes[row], pivot[row], way[row, i - 1], 1)
-        good = turn >= 0
-        row = row[good]
-        at[row, i] = tip[good]
-        way[row, i] = turn[good]
-        pivot[row] = ahead[good]
-        scene.occupy(lanes[row], at[row, i - 1], way[row, i - 1])
-    scene.occupy(lanes[row], at[row, -1], way[row, -1])
+    n, snakes = way.shape
+    later = np.full((n, snakes * (length - 1)), -1)
+    at = np.concatenate([brush.place(start), later], 1)
+    # the sums before ceil, as published: near the edges 1e-16 more makes a pixel
+    end = np.ceil(start + brush.sheet.length * unit(FREE_ANGLES[way]))
+    pivot = np.ceil(end + brush.reach * unit(opposite(FREE_ANGLES[way])))  # (n, snakes, 2)
+    way = np.concatenate([way, later], 1)
+    row = np.arange(n)
+    for i in range(snakes, snakes * length):
+        snake = i % snakes
+        last = way[row, i - snakes]
+        tip, turn, ahead = extend(rng, brush, taken, row, pivot[row, snake], last)
+        ok = turn >= 0
+        row = row[ok]
+        at[row, i] = tip[ok]
+        way[row, i] = turn[ok]
+        pivot[row, snake] = ahead[ok]
+        # only now is the segment before taken: neighbors in a snake may touch
+        press(taken, row, at[row, i - snakes], brush.mask, last[ok])
+    # as published, of two snakes only the second one's last segment is ever taken
+    press(taken, row, at[row, -1], brush.mask, way[row, -1])
     return at, way
 
 
-def free_places(rng, scene, lanes, angle):
-    """A uniform free place for a first segment in each lane, -1 where 100 probes find none."""
-    brush = scene.brush
-    place = np.full(len(lanes), -1)
-    todo = np.arange(len(lanes))
-    for _ in range(10):
-        probe = brush.places[rng.randint(0, len(brush.places), (len(todo), 10))]
-        pixels = probe[:, :, None] + brush.wide[0][brush.n_ring + angle[todo], None]
-        base = scene.base[lanes[todo], None, None]
-        free = ~(scene.taken[base + pixels] | brush.edge[pixels]).any(2)
-        good = free.any(1)
-        place[todo[good]] = probe[good, free[good].argmax(1)]
-        todo = todo[~good]
-    return place
+def extend(rng, brush, taken, row, pivot, way):
+    """One more segment in rows of taken: its tip, its direction (-1 if none fits), next pivot.
+
+    The pivot moves one segment and gap straight on.  The tip is drawn from the ring around it,
+    with probability cos^2(stiffness * bend) times how free its surroundings are, and refused if
+    the segment, which runs back from the tip, hits one that is there.
+    """
+    ahead = np.ceil(pivot + brush.step[way])
+    tips = brush.place(ahead)[:, None] + brush.tips[way]  # (rows, K)
+    near = look(taken, row[:, None], tips + brush.near[:, None, None]).max(0)
+    weight = np.cumsum(brush.weight[way] * (255 - near), 1)
+    tip = np.zeros(len(row), np.int64)
+    turn = np.full(len(row), -1)
+    todo = np.flatnonzero(weight[:, -1] > 255e-4)
+    for _ in range(TRIES):
+        drawn = rng.random_sample(len(todo)) * weight[todo, -1]
+        choice = (weight[todo] <= drawn[:, None]).sum(1)
+        tip[todo] = tips[todo, choice]
+        new = brush.turns[way[todo], choice]
+        pixels = tip[todo, None] + brush.mask[0][new]
+        fits = (look(taken, row[todo, None], pixels) <= brush.room[new]).all(1)
+        turn[todo[fits]] = new[fits]
+        todo = todo[~fits]
+    return tip, turn, ahead
 
 
-# ---------------------------------------------------------------------------------------- pictures
+def distract(rng, brush, taken, length):
+    """Add short snakes: at and way (n, snakes * length), way -1 where there is none."""
+    n = len(taken)
+    count = brush.sheet.paddles // length
+    at = np.zeros((n, count, length), np.int64)
+    way = np.full((n, count, length), -1)
+    for snake in range(count):
+        todo = np.arange(n)
+        for _ in range(ATTEMPTS):
+            start, angle, found = free_starts(rng, brush, taken[todo])
+            tried = todo[found]
+            maps = taken[tried]
+            new_at, new_way = grow(rng, brush, maps, start[:, None], angle[:, None], length)
+            good = new_way[:, -1] >= 0
+            grown = tried[good]
+            at[grown, snake] = new_at[good]
+            way[grown, snake] = new_way[good]
+            taken[grown] = maps[good]
+            todo = np.setdiff1d(todo, grown)
+    return at.reshape(n, -1), way.reshape(n, -1)
+
+
+def free_starts(rng, brush, taken):
+    """Random free first segments: starts (m, 2), angles (m,), and the rows (m,) that have one.
+
+    differs from the published code: where the segment would leave the picture, another place is
+    drawn; there, another angle (less than 5 % of the places at some angles, none at size 32).
+    """
+    angle = rng.randint(0, 360, len(taken))
+    place = np.full(len(taken), -1)
+    todo = np.flatnonzero(brush.usable[angle])
+    # first 20 random places: mostly, one is free
+    tried = rng.choice(brush.window, (len(todo), 20))
+    pixels = tried[..., None] + brush.seed[angle[todo], None]
+    free = (look(taken, todo[:, None, None], pixels) <= FREE).all(2)
+    place[todo] = np.where(free.any(1), tried[np.arange(len(todo)), free.argmax(1)], -1)
+    for row in todo[place[todo] < 0]:
+        pixels = brush.window[:, None] + brush.seed[angle[row]]
+        free = brush.window[(taken[row, pixels] <= FREE).all(1)]
+        if len(free) > 0:
+            place[row] = rng.choice(free)
+    found = np.flatnonzero(place >= 0)
+    return brush.where(place[found]), angle[found], found
+
+
+# ----------------------------------------------------------------------------------------- pictures
+
+
+def scenes(rng, size, contour, n):
+    """Yield batches (brush, at, way) of n scenes: the two snakes, then the distractors."""
+    margins = SHEETS[size].margins
+    counts = np.bincount(rng.randint(0, len(margins), n), minlength=len(margins))
+    for margin, count in zip(margins, counts, strict=True):
+        brush = make_brush(size, margin)
+        for taken, at, way in snake_pairs(rng, brush, contour, count):
+            more_at, more_way = distract(rng, brush, taken, contour // 3)
+            yield brush, np.concatenate([at, more_at], 1), np.concatenate([way, more_way], 1)
 
 
 def paint(rng, brush, contour, at, way):
-    """Pictures (n, size, size) uint8, labels (n,), markers (n, 2, 2) of finished scenes."""
-    n = len(at)
+    """Pictures (n, size, size) uint8, labels (n,), row and column of the markers (n, 2, 2)."""
+    n, segments = at.shape
+    canvas = np.zeros((n, brush.side**2), np.float32)
+    offsets, values = brush.line
+    snakes = (offsets, values * brush.sheet.contrast)
+    distractors = (offsets, values * brush.sheet.distractor_contrast)
+    for i in range(segments):
+        line = snakes if i < 2 * contour else distractors
+        drawn = np.flatnonzero(way[:, i] >= 0)
+        press(canvas, drawn, at[drawn, i], line, way[drawn, i])
+
     row = np.arange(n)
-    base = row * brush.side**2
-    lines = np.zeros(n * brush.side**2, np.uint8)
-    dots = np.zeros(n * brush.side**2, np.uint8)
-    for i in range(at.shape[1]):
-        there = np.flatnonzero(way[:, i] >= 0)
-        press(lines, base[there] + at[there, i], brush.line, way[there, i])
-    labels, snake = rng.randint(0, 2, (2, n))
-    end = 2 * contour - 2 + np.where(labels == 1, snake, 1 - snake)
-    marks = np.stack([at[row, snake], at[row, end]], 1)  # (n, 2) flat
-    for mark in marks.T:
-        press(dots, base + mark, brush.dot, np.zeros(n, np.int64))
-    pictures = np.maximum(lines * brush.sheet.contrast, dots).reshape(n, brush.side, brush.side)
-    pictures = np.round(pictures * (255 / pictures.max((1, 2), keepdims=True))).astype(np.uint8)
-    inside = slice(brush.rim, -brush.rim)
-    markers = np.stack(np.divmod(marks, brush.side), -1) - brush.rim
-    return pictures[:, inside, inside], labels, markers
+    labels, first = rng.randint(0, 2, (2, n))
+    second = np.where(labels == 1, first, 1 - first)
+    markers = np.stack([at[row, first], at[row, 2 * contour - 2 + second]], 1)
+    for i in (0, 1):
+        press(canvas, row, markers[:, i], brush.dot, np.zeros(n, int))
+
+    pictures = canvas[:, brush.window]
+    scale = 255 / pictures.max(1, keepdims=True)  # as published, the brightest pixel is 255
+    pictures = (pictures * scale + 0.5).astype(np.uint8)
+    return pictures.reshape(n, brush.size, brush.size), labels, brush.where(markers)
 
 
 def draw_pictures(rng, size, contour, n):
     """n pictures (n, size, size) uint8, labels (n,), row and column of the markers (n, 2, 2)."""
-    margins = SHEETS[size].margins
-    counts = np.bincount(rng.randint(0, len(margins), n), minlength=len(margins))
     parts = []
-    for margin, count in zip(margins, counts, strict=True):
-        brush = make_brush(size, margin)
-        for scene, at, way in snake_pairs(rng, brush, contour, count):
-            more_at, more_way = distract(rng, scene, contour // 3)
-            at = np.concatenate([at, more_at], 1)
-            way = np.concatenate([way, more_way], 1)
-            parts.append(paint(rng, brush, contour, at, way))
+    for brush, at, way in scenes(rng, size, contour, n):
+        parts.append(paint(rng, brush, contour, at, way))
     order = rng.permutation(n)
-    pictures, labels, markers = zip(*parts, strict=True)
-    return [np.concatenate(part)[order] for part in (pictures, labels, markers)]
+    return [np.concatenate(arrays)[order] for arrays in zip(*parts, strict=True)]
 
 
 # ------------------------------------------------------------------------- data sets, kept on disk
@@ -440,96 +477,108 @@ def generate(n, size=32, contour=14, seed=0, processes=None):
     a script that calls this needs `if __name__ == "__main__":`.
     Raises ValueError for an unknown size or contour, or n < 1.
     """
-    check(n, size, contour)
-    draw = partial(draw_shard, n, size, contour, seed)
-    shards = list(run_all(draw, range(n_shards(n)), processes, f"pathfinder{size}"))
-    images, labels = zip(*shards, strict=True)
+    draw = plan(n, size, contour, seed)
+    parts = run_all(draw, shards(n), processes, f"pathfinder{size}")
+    images, labels = zip(*parts, strict=True)
     return np.concatenate(images), np.concatenate(labels)
 
 
 def load(data_dir, n, size=32, contour=14, seed=0, processes=None):
     """The same as `generate`, kept in a folder of data_dir; see `cached`."""
-    check(n, size, contour)
+    draw = plan(n, size, contour, seed)
     folder = Path(data_dir) / f"pathfinder{size}-{contour}-{n}-seed{seed}-{VERSION}"
-    draw = partial(draw_shard, n, size, contour, seed)
     return cached(folder, n, size, draw, processes)
 
 
-def cached(folder, n, size, make, processes=None):
-    """Images (n, size, size) uint8 and labels (n,) from a folder, made there if missing.
-
-    make(i) returns the pictures and labels of shard i; it must be picklable and deterministic.
-    A killed run goes on where it stopped.  More than 1 GiB stays on disk, memory-mapped.
-    """
-    folder = Path(folder)
-    if not folder.exists():
-        create(folder, n, size)
-    done = np.load(folder / "labels.npy").reshape(-1) >= 0
-    missing = [i for i in range(n_shards(n)) if not done[i * SHARD : (i + 1) * SHARD].all()]
-    for _ in run_all(partial(fill, folder, make), missing, processes, folder.name):
-        pass
-    images = np.load(folder / "images.npy", mmap_mode="r")
-    labels = np.load(folder / "labels.npy")
-    if images.shape != (n, size, size) or labels.shape != (n,):
-        raise ValueError(f"{folder}: holds other pictures {images.shape}: delete it and try again")
-    if images.nbytes <= 2**30:
-        images = np.array(images)
-    return images, labels
-
-
-def create(folder, n, size):
-    """An empty data set.  Label -1: not drawn yet."""
-    part = folder.with_name(f"{folder.name}.part{os.getpid()}")
-    part.mkdir(parents=True)
-    open_npy(part / "images.npy", "w+", np.uint8, (n, size, size)).flush()
-    open_npy(part / "labels.npy", "w+", np.int64, (n,))[:] = -1
-    part.rename(folder)
-
-
-def fill(folder, make, i):
-    """Write shard i to its place, the labels last: they say that it is done.
-
-    No lock: two processes that draw the same shard write the same bytes.
-    """
-    pictures, labels = make(i)
-    rows = slice(i * SHARD, i * SHARD + len(labels))
-    images = open_npy(folder / "images.npy", "r+")
-    images[rows] = pictures
-    images.flush()
-    open_npy(folder / "labels.npy", "r+")[rows] = labels
+def plan(n, size, contour, seed):
+    """The function that draws a shard."""
+    if size not in SHEETS or contour not in CONTOURS or n < 1:
+        raise ValueError(
+            f"size {size}, contour {contour}, n {n}: expected a size of {list(SHEETS)}, "
+            f"a contour of {list(CONTOURS)}, n >= 1"
+        )
+    return partial(draw_shard, n, size, contour, seed)
 
 
 def draw_shard(n, size, contour, seed, i):
-    """The pictures and labels of shard i."""
-    rng = np.random.RandomState([seed, 3, i])
+    """Pictures and labels of shard i: the examples i * SHARD .. (i + 1) * SHARD - 1."""
+    rng = np.random.RandomState([seed, 3, i])  # its stream is the same in all versions of numpy
     pictures, labels, _ = draw_pictures(rng, size, contour, min(SHARD, n - i * SHARD))
     return pictures, labels
 
 
-def n_shards(n):
-    return -(-n // SHARD)
+def shards(n):
+    return range(-(-n // SHARD))
 
 
-def check(n, size, contour):
-    if size not in SHEETS or contour not in CONTOURS or n < 1:
-        raise ValueError(
-            f"size {size}, contour {contour}, n {n}: size must be one of {list(SHEETS)}, "
-            f"contour one of {CONTOURS}, n at least 1"
-        )
+def cached(folder, n, size, make, processes=None):
+    """Images (n, size, size) uint8 and labels (n,) int64 of a folder; makes what is missing.
+
+    make(i) returns the pictures and labels of shard i; it is picklable and always returns the
+    same.  A killed run goes on where it stopped.  Images above 1 GiB stay on disk, memory-mapped.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        create(folder, n, size)
+    _, labels = read(folder, n, size)
+    missing = [i for i in shards(n) if labels[i * SHARD : (i + 1) * SHARD].min() < 0]
+    for _ in run_all(partial(fill, folder, make), missing, processes, folder.name):
+        pass
+    images, labels = read(folder, n, size)
+    if images.nbytes <= 2**30:
+        images = np.array(images)
+    return images, np.array(labels)
+
+
+def create(folder, n, size):
+    """Make an empty data set.  Label -1: not made yet."""
+    part = folder.with_name(f"{folder.name}.part{os.getpid()}")
+    part.mkdir(parents=True, exist_ok=True)
+    open_memmap(part / "images.npy", "w+", np.uint8, (n, size, size)).flush()
+    open_memmap(part / "labels.npy", "w+", np.int64, (n,))[:] = -1
+    try:
+        part.rename(folder)
+    except OSError:  # another process was faster: its folder is as good
+        shutil.rmtree(part)
+        if not folder.exists():
+            raise
+
+
+def read(folder, n, size):
+    """The images and labels of a folder, memory-mapped.  Raises ValueError if damaged."""
+    try:
+        images = open_memmap(folder / "images.npy", "r")
+        labels = open_memmap(folder / "labels.npy", "r")
+        if images.shape != (n, size, size) or labels.shape != (n,):
+            raise ValueError(f"images {images.shape}, labels {labels.shape}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: damaged ({error}); delete it to make it again") from error
+    return images, labels
+
+
+def fill(folder, make, i):
+    """Write a shard to its place, the labels last: they say that it is done.
+
+    There is no lock: two processes that make the same shard write the same bytes.
+    """
+    pictures, labels = make(i)
+    shard = slice(i * SHARD, i * SHARD + len(labels))
+    images = open_memmap(folder / "images.npy", "r+")
+    images[shard] = pictures
+    images.flush()
+    open_memmap(folder / "labels.npy", "r+")[shard] = labels
 
 
 def usable_cpus():
-    """How many processes may run at once: the CPUs this process may use, at most 61 (Windows)."""
+    """How many CPUs this process may use."""
     if hasattr(os, "sched_getaffinity"):
-        count = len(os.sched_getaffinity(0))
-    else:
-        count = os.cpu_count() or 1
-    return min(count, 61)
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def run_all(function, jobs, processes, name):
-    """Yield function(job) of every job in order, on several processes, with a progress bar."""
-    processes = min(processes or usable_cpus(), len(jobs))
+    """Yield function(job) for every job, in order, on several processes, with a progress bar."""
+    processes = min(processes or usable_cpus(), len(jobs), 61)  # 61: the limit of Windows
     bar = partial(tqdm, desc=name, total=len(jobs), unit=" shards", disable=None)
     if processes <= 1:
         yield from bar(map(function, jobs))
@@ -581,9 +630,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("size", nargs="?", type=int, choices=SHEETS, help="pixels per side")
     parser.add_argument("--n", type=int, default=1000, help="number of pictures")
-    parser.add_argument(
-        "--contour", type=int, default=14, choices=CONTOURS, help="segments per snake"
-    )
+    parser.add_argument("--contour", type=int, default=14, choices=CONTOURS, help="segments")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--processes", type=int, help="default: one per usable CPU")
     parser.add_argument("--out", type=Path, help="file to write (default: pathfinder<size>.npz)")
