@@ -109,7 +109,6 @@ def bar(side, end, width):
         return ((y[..., None] == line[:, 0]) & (x[..., None] == line[:, 1])).any(-1)
     # the corners are whole pixels: of an even width, one side of the middle gets more
     across = np.array([end[1], -end[0]]) / np.hypot(*end)
-    across[1] *= 1 - 1e-9  # halves of a column round towards 0
     left = round_away(across * [width // 2, (width - 1) // 2])
     right = round_away(-across * [(width - 1) // 2, width // 2])
     corners = np.array([left, left + end, right + end, right])
