@@ -98,25 +98,31 @@ def round_away(x):
 
 
 def bar(side, end, width):
-    """(side, side) bool: a bar from the middle to `end`, rows and columns from the middle.
+    """(side, side) bool: a bar from the middle to `end`, in (row, column) from the middle.
 
-    Has exactly the pixels of a line of Pillow.
+    It has the pixels of a line that Pillow draws.
     """
-    y, x = np.mgrid[:side, :side] - side // 2
+    middle = side // 2
     if width == 1:  # one pixel per step along the longer axis
         steps = np.abs(end).max()
-        line = round_away(np.arange(steps + 1)[:, None] * end / steps)
-        return ((y[..., None] == line[:, 0]) & (x[..., None] == line[:, 1])).any(-1)
+        row, column = middle + round_away(np.outer(np.arange(steps + 1) / steps, end)).T
+        image = np.zeros((side, side), bool)
+        image[row, column] = True
+        return image
     # the corners are whole pixels: of an even width, one side of the middle gets more
     across = np.array([end[1], -end[0]]) / np.hypot(*end)
-    left = round_away(across * [width // 2, (width - 1) // 2])
-    right = round_away(-across * [(width - 1) // 2, width // 2])
-    corners = np.array([left, left + end, right + end, right])
-    crossings = []  # of the edges with each row
-    for (y0, x0), (y1, x1) in zip(corners, np.roll(corners, -1, 0), strict=True):
+    a = round_away(across * [width // 2, (width - 1) // 2])
+    b = a + end
+    d = round_away(-across * [(width - 1) // 2, width // 2])
+    c = d + end
+    y, x = np.mgrid[:side, :side] - middle
+    crossings = []  # of each row with each edge
+    for (y0, x0), (y1, x1) in ((a, b), (b, c), (c, d), (d, a)):
         if y0 != y1:  # the ends of a level edge belong to its neighbors too
-            spanned = (y - y0) * (y - y1) <= 0
-            crossings.append(np.where(spanned, x0 + (y - y0) * (x1 - x0) / (y1 - y0), np.nan))
+            crossing = x0 + (y - y0) * (x1 - x0) / (y1 - y0)
+            outside = (y - y0) * (y - y1) > 0
+            crossing[outside] = np.nan
+            crossings.append(crossing)
     first = np.fmin.reduce(crossings) - 0.5 + 1e-6
     last = np.fmax.reduce(crossings) + 0.5 - 1e-6
     return (first < x) & (x < last)
@@ -159,6 +165,7 @@ class Brush:
     seed                  (360, pixels): offsets that must be free for a first segment
     usable                (360,) bool: the free angles that first segments can have
     home, home_size       (360, 2): where the first segment of a picture starts, rows and columns
+    home_angles           the angles that it can have
     """
 
     def __init__(self, size, margin):
@@ -202,13 +209,15 @@ class Brush:
         weight = np.cos(np.minimum(self.sheet.stiffness * bend, np.pi / 2)) ** 2
         # keep the places that are possible for each way, in order
         possible = weight > 1e-9
-        kept = np.argsort(~possible, axis=1, kind="stable")[:, : possible.sum(1).max()]
+        most = possible.sum(1).max()
+        kept = np.argsort(~possible, axis=1, kind="stable")[:, :most]
         self.tips = self.offset(ring)[kept]
         self.turns = len(FREE_ANGLES) + kept
         self.weight = np.take_along_axis(weight, kept, 1)
         # a first segment is drawn from its place on, one of the ring from its end back
         self.drawn = unit(np.concatenate([FREE_ANGLES, opposite(ring_angle)]))
-        self.near = self.offset(np.argwhere(disk(self.margin, 2 * self.margin + 1)) - self.margin)
+        around = np.argwhere(disk(self.margin, 2 * self.margin + 1))
+        self.near = self.offset(around - self.margin)
 
     def make_stamps(self):
         side = 2 * self.radius + 1
@@ -227,7 +236,7 @@ class Brush:
         self.line = (offsets, values * self.sheet.contrast)
         self.distractor_line = (offsets, values * self.sheet.distractor_contrast)
         # a segment hits what is there where old + new >= 1.8 * 255
-        self.room = np.clip(458 - self.mask[1].astype(int), 0, 255).astype(np.uint8)
+        self.room = 458 - self.mask[1].astype(np.int16)
         # as published, the middle of a marker lies a quarter of a pixel up and left
         # differs from the published code: there, a disk at an edge is up to 5 % brighter or darker
         side = 2 * int(np.ceil(self.sheet.marker)) + 7
@@ -266,6 +275,7 @@ class Brush:
         border = 2 * self.sheet.seed_distance
         self.home = border - seed.min(1)  # first row and column
         self.home_size = self.size - 2 * border - np.ptp(seed, 1)
+        self.home_angles = np.flatnonzero(self.usable & (self.home_size > 0).all(1))
 
 
 make_brush = cache(Brush)
@@ -289,29 +299,33 @@ def press(maps, row, place, stamp, which):
 
 def snake_pairs(rng, brush, contour, n):
     """Yield batches (taken, at, way) of n pairs of snakes; at and way are (batch, 2 contour)."""
-    taken = np.empty((MEMORY // len(brush.blank), len(brush.blank)), np.uint8)
+    lanes = MEMORY // len(brush.blank)
+    taken = np.empty((lanes, len(brush.blank)), np.uint8)
     batch = []
+    waiting = 0
     while n > 0:
         taken[:] = brush.blank
-        start, way = first_segments(rng, brush, len(taken))
+        start, way = first_segments(rng, brush, lanes)
         at, way = grow(rng, brush, taken, start, way, contour)
         done = np.flatnonzero(way[:, -1] >= 0)[:n]  # few
         n -= len(done)
+        waiting += len(done)
         batch.append((taken[done], at[done], way[done]))
-        if n == 0 or sum(len(ways) for _, _, ways in batch) >= BATCH:
+        if n == 0 or waiting >= BATCH:
             yield [np.concatenate(arrays) for arrays in zip(*batch, strict=True)]
             batch = []
+            waiting = 0
 
 
 def first_segments(rng, brush, n):
     """Starts (n, 2, 2), in rows and columns, and directions (n, 2) of the first segments."""
-    angles = np.flatnonzero(brush.usable & (brush.home_size > 0).all(1))
-    angle = rng.choice(angles, n)
-    home = brush.home[angle] + np.floor(rng.random_sample((n, 2)) * brush.home_size[angle])
-    around = FREE_ANGLES[rng.randint(0, 360, n)]
-    second = np.round(home + brush.sheet.seed_distance * unit(around))
-    way = np.stack([angle, rng.randint(0, 360, n)], 1)
-    return np.stack([home, second], 1), way
+    way = rng.randint(0, 360, (n, 2))
+    way[:, 0] = rng.choice(brush.home_angles, n)
+    size = brush.home_size[way[:, 0]]
+    first = brush.home[way[:, 0]] + np.floor(size * rng.random_sample((n, 2)))
+    around = unit(rng.choice(FREE_ANGLES, n))
+    second = np.round(first + brush.sheet.seed_distance * around)
+    return np.stack([first, second], 1), way
 
 
 def grow(rng, brush, taken, start, way, length):
@@ -324,10 +338,11 @@ def grow(rng, brush, taken, start, way, length):
     n, snakes = way.shape
     later = np.full((n, snakes * (length - 1)), -1)
     at = np.concatenate([brush.place(start), later], 1)
-    # the sums before ceil, as published: near the edges 1e-16 more makes a pixel
-    end = np.ceil(start + brush.sheet.length * unit(FREE_ANGLES[way]))
-    pivot = np.ceil(end + brush.reach * unit(opposite(FREE_ANGLES[way])))  # (n, snakes, 2)
+    angle = FREE_ANGLES[way]
     way = np.concatenate([way, later], 1)
+    # the sums before ceil, as published: near the edges 1e-16 more makes a pixel
+    end = np.ceil(start + brush.sheet.length * unit(angle))
+    pivot = np.ceil(end + brush.reach * unit(opposite(angle)))  # (n, snakes, 2)
     row = np.arange(n)
     for i in range(snakes, snakes * length):
         snake = i % snakes
@@ -354,7 +369,8 @@ def extend(rng, brush, taken, row, pivot, way):
     """
     ahead = np.ceil(pivot + brush.step[way])
     tips = brush.place(ahead)[:, None] + brush.tips[way]  # (rows, K)
-    near = look(taken, row[:, None], tips + brush.near[:, None, None]).max(0)
+    around = tips + brush.near[:, None, None]
+    near = look(taken, row[:, None], around).max(0)
     weight = np.cumsum(brush.weight[way] * (255 - near), 1)
     tip = np.zeros(len(row), np.int64)
     turn = np.full(len(row), -1)
@@ -365,7 +381,8 @@ def extend(rng, brush, taken, row, pivot, way):
         tip[todo] = tips[todo, choice]
         new = brush.turns[way[todo], choice]
         pixels = tip[todo, None] + brush.mask[0][new]
-        fits = (look(taken, row[todo, None], pixels) <= brush.room[new]).all(1)
+        before = look(taken, row[todo, None], pixels)
+        fits = (before <= brush.room[new]).all(1)
         turn[todo[fits]] = new[fits]
         todo = todo[~fits]
     return tip, turn, ahead
@@ -406,12 +423,13 @@ def free_starts(rng, brush, taken):
     tried = rng.choice(brush.window, (len(todo), 20))
     pixels = tried[..., None] + brush.seed[angle[todo], None]
     free = (look(taken, todo[:, None, None], pixels) <= FREE).all(2)
-    place[todo] = np.where(free.any(1), tried[np.arange(len(todo)), free.argmax(1)], -1)
-    for row in todo[place[todo] < 0]:
+    some = free.any(1)
+    place[todo[some]] = tried[some, free[some].argmax(1)]
+    for row in todo[~some]:  # then all places
         pixels = brush.window[:, None] + brush.seed[angle[row]]
-        free = brush.window[(taken[row, pixels] <= FREE).all(1)]
-        if len(free) > 0:
-            place[row] = rng.choice(free)
+        free = (taken[row, pixels] <= FREE).all(1)
+        if free.any():
+            place[row] = rng.choice(brush.window[free])
     found = np.flatnonzero(place >= 0)
     return brush.where(place[found]), angle[found], found
 
