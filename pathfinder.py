@@ -13,10 +13,10 @@ start of a snake, the other on the end of the same (label 1) or of the other sna
     way    (n, segments)       its direction: one of 360 free angles, or that of a ring place
     pivot  (n, 2)              center (row, column) of the ring of places where it can end
 
-The pictures are distributed as those of the published generator (drewlinsley/pathfinder on
-GitHub, with scipy 0.19 and Pillow), quirks included: see "as published".  What differs is marked
-and does not show in the statistics that the tests compare.  Not included: distractors of a
-single segment, which the Long Range Arena does not use.
+The pictures follow the distribution of the published generator (drewlinsley/pathfinder on
+GitHub, with scipy 0.19 and Pillow), including its quirks, which are marked "as published".  The
+two differences are marked too; neither shows in the statistics that the tests compare.
+Not included: single-segment distractors, which the Long Range Arena does not use.
 
     python pathfinder.py 32 --n 1000    draws 1000 pictures into a folder below data/:
                                         images.npy (n, 32, 32) uint8, labels.npy (n,) int64
@@ -38,16 +38,16 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
-VERSION = "v2"  # of the generator: pictures of different versions are different data sets
+VERSION = "v2"  # generator version: do not compare results on different ones
 CONTOURS = (6, 9, 14)  # segments per snake: easy, intermediate, hard (the Long Range Arena)
 SHARD = 500  # pictures drawn from one seed
-MEMORY = 2**22  # bytes of maps in which snakes grow in lock-step
+MEMORY = 2**22  # bytes of the maps in which snakes grow in lock-step
 BATCH = 64  # pictures that get their distractors together
-SCALE = 2  # shapes are drawn this much larger, then shrunk
+SCALE = 2  # antialiasing: shapes are drawn this much larger, then shrunk
 TRIES = 3  # per segment
 ATTEMPTS = 5  # per distractor
-FREE = 76  # a first segment may lie where at most 0.3 * 255 is taken
-FREE_ANGLES = np.arange(-180, 180) * np.pi / 180
+FREE = 76  # a pixel counts as free for a first segment up to 0.3 * 255
+FREE_ANGLES = np.arange(-180, 180) * np.pi / 180  # directions of first segments
 
 
 class Sheet(NamedTuple):
@@ -77,17 +77,17 @@ SHEETS = {
 
 
 def unit(angle):
-    """(sin, cos): a step of length 1 as (row, column)."""
+    """Return (sin, cos): a step of length 1 in (row, column)."""
     return np.stack([np.sin(angle), np.cos(angle)], -1)
 
 
 def opposite(angle):
-    """The angle that points back, from -pi to pi."""
+    """Return the angle that points back, from -pi to pi."""
     return angle - np.copysign(np.pi, angle)
 
 
 def disk(radius, side):
-    """(side, side) bool: a disk around the pixel (side // 2, side // 2)."""
+    """Draw a disk around the pixel (side // 2, side // 2): (side, side) bool."""
     y, x = np.mgrid[:side, :side] - side // 2
     return y * y + x * x <= radius * radius
 
@@ -98,9 +98,9 @@ def round_away(x):
 
 
 def bar(side, end, width):
-    """(side, side) bool: a bar from the middle to `end`, in (row, column) from the middle.
+    """Draw a bar from the middle to `end`, (row, column) from the middle: (side, side) bool.
 
-    It has the pixels of a line that Pillow draws.
+    The pixels are exactly those of a line drawn by Pillow.
     """
     middle = side // 2
     if width == 1:  # one pixel per step along the longer axis
@@ -109,7 +109,7 @@ def bar(side, end, width):
         image = np.zeros((side, side), bool)
         image[row, column] = True
         return image
-    # the corners are whole pixels: of an even width, one side of the middle gets more
+    # the corners are whole pixels; with an even width, one side of the middle gets more
     across = np.array([end[1], -end[0]]) / np.hypot(*end)
     a = round_away(across * [width // 2, (width - 1) // 2])
     b = a + end
@@ -129,7 +129,7 @@ def bar(side, end, width):
 
 
 def dilate(image, radius):
-    """The maximum over a disk around every pixel of (side, side)."""
+    """Return the maximum over a disk around every pixel of a square image."""
     out = np.zeros_like(image)
     around = np.pad(image, radius)
     for y, x in np.argwhere(disk(radius, 2 * radius + 1)):
@@ -138,7 +138,7 @@ def dilate(image, radius):
 
 
 def shrink(image, side):
-    """Lanczos resampling of a square bool image to 0 .. 255, rounded after each axis."""
+    """Resample a square bool image to 0 .. 255 (Lanczos, rounded after each axis)."""
     scale = len(image) / side
     x = (np.arange(len(image)) + 0.5) / scale - (np.arange(side)[:, None] + 0.5)
     weight = np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0)
@@ -153,19 +153,20 @@ def shrink(image, side):
 class Brush:
     """Everything that depends on the picture size and the margin alone.
 
-    A map holds the picture inside a rim that is wide enough for every stamp; offsets are
-    differences of places.  A stamp is a pair (offsets, values) of arrays (n, pixels), one row
-    per direction; short rows repeat entries.
+    A map holds the picture inside a rim that is wide enough for every stamp.  Offsets are
+    differences of places.  A stamp is a pair (offsets, values) of arrays (ways, pixels); short
+    rows repeat an entry.
 
-    tips, turns, weight   (ways, K): where a next segment can end, from its pivot; its direction;
-                          how likely it is where nothing is taken
-    near                  offsets that should be free around a tip
-    line, distractor_line, mask, dot    stamps: a segment as seen, as occupied; a marker
-    room                  (ways, pixels): how much of the pixels of a mask may be taken
+    tips, turns, weight   (ways, K): the K places where the next segment can end, as offsets from
+                          its pivot; its direction; its probability if nothing is taken
+    near                  offsets around a tip that should be free
+    line, distractor_line stamps: a segment as it is seen
+    mask, room            stamp: the pixels a segment takes; how much of each may be taken before
+    dot                   stamp: a marker
     seed                  (360, pixels): offsets that must be free for a first segment
-    usable                (360,) bool: the free angles that first segments can have
-    home, home_size       (360, 2): where the first segment of a picture starts, rows and columns
-    home_angles           the angles that it can have
+    usable                (360,) bool: angles that first segments can have
+    home, home_size       (360, 2): where the first snake can start: first row and column, and how
+                          many there are; home_angles: the angles for which there is a place
     """
 
     def __init__(self, size, margin):
@@ -183,23 +184,24 @@ class Brush:
         self.make_seeds(masks[: len(FREE_ANGLES)])
 
     def frame(self, border):
-        """The map of a picture of which only the border is taken."""
+        """Return the map of a picture in which only the border is taken."""
         inside = np.zeros((self.size - 2 * border,) * 2, np.uint8)
         return np.pad(inside, self.rim + border, constant_values=255).ravel()
 
     def offset(self, steps):
-        """Rows and columns (..., 2) to go as differences of places."""
+        """Turn steps in rows and columns (..., 2) into differences of places."""
         return steps.astype(np.int64) @ [self.side, 1]
 
     def place(self, where):
-        """Rows and columns (..., 2) in the picture as places."""
+        """Turn rows and columns (..., 2) of the picture into places."""
         return self.offset(where + self.rim)
 
     def where(self, place):
-        """Places as rows and columns (..., 2) in the picture."""
+        """Turn places into rows and columns (..., 2) of the picture."""
         return np.stack(np.divmod(place, self.side), -1) - self.rim
 
     def make_ring(self):
+        """Places where the next segment can end, and their probabilities."""
         arc = np.arange(0, 2 * np.pi, 1 / self.reach)  # steps of one pixel
         ring = np.unique(np.floor(self.reach * unit(arc) + 1e-9), axis=0)
         ring_angle = np.arctan2(ring[:, 0], ring[:, 1])
@@ -207,26 +209,27 @@ class Brush:
         self.step = (self.reach + self.margin) * unit(angle)  # from a pivot to the next
         bend = np.abs((angle[:, None] - ring_angle + np.pi) % (2 * np.pi) - np.pi)
         weight = np.cos(np.minimum(self.sheet.stiffness * bend, np.pi / 2)) ** 2
-        # keep the places that are possible for each way, in order
+        # for each direction, keep the possible places only, in order
         possible = weight > 1e-9
         most = possible.sum(1).max()
         kept = np.argsort(~possible, axis=1, kind="stable")[:, :most]
         self.tips = self.offset(ring)[kept]
         self.turns = len(FREE_ANGLES) + kept
         self.weight = np.take_along_axis(weight, kept, 1)
-        # a first segment is drawn from its place on, one of the ring from its end back
+        # a first segment is drawn forward from its start, any other back from its end
         self.drawn = unit(np.concatenate([FREE_ANGLES, opposite(ring_angle)]))
         around = np.argwhere(disk(self.margin, 2 * self.margin + 1))
         self.near = self.offset(around - self.margin)
 
     def make_stamps(self):
+        """Stamps of a segment in each direction and of a marker; returns the masks as images."""
         side = 2 * self.radius + 1
         middle = self.radius * SCALE
         width = max(1, round(self.sheet.thickness * SCALE))
         lines = []
         masks = []
         for step in self.sheet.length * SCALE * self.drawn:
-            # the sum before ceil, as published: the rounding of sin and cos moves some ends
+            # as published, ceil of the sum: rounding errors in sin and cos move some ends
             end = np.ceil(middle + step).astype(int) - middle
             segment = bar(2 * middle + 1, end, width)
             lines.append(shrink(segment, side))
@@ -235,17 +238,17 @@ class Brush:
         offsets, values = self.stamp(lines)
         self.line = (offsets, values * self.sheet.contrast)
         self.distractor_line = (offsets, values * self.sheet.distractor_contrast)
-        # a segment hits what is there where old + new >= 1.8 * 255
+        # a segment collides where old + new >= 1.8 * 255
         self.room = 458 - self.mask[1].astype(np.int16)
-        # as published, the middle of a marker lies a quarter of a pixel up and left
-        # differs from the published code: there, a disk at an edge is up to 5 % brighter or darker
+        # as published, the center of a marker lies a quarter of a pixel up and left
+        # differs from the published code: next to an edge, its disks differ by up to 13 of 255
         side = 2 * int(np.ceil(self.sheet.marker)) + 7
         large = np.pad(disk(self.sheet.marker * SCALE, side * SCALE - 1), (0, 1))
         self.dot = self.stamp([shrink(large, side)])
         return masks
 
     def stamp(self, images):
-        """Offsets and values (n, pixels) of the pixels of square images that are not 0."""
+        """Return offsets and values (n, pixels) of the nonzero pixels of n square images."""
         most = np.arange(max(np.count_nonzero(image) for image in images))
         offsets = []
         values = []
@@ -259,9 +262,9 @@ class Brush:
     def make_seeds(self, masks):
         """Where first segments can lie.
 
-        As published, the pixels that must be free are those that the mask fills, but one down
-        and right of it; and an angle is never used if at a corner of the picture all of them
-        lie outside.  At size 32 that leaves 30 of 360 angles.
+        As published, the pixels that must be free are those that the mask fills completely,
+        shifted by one pixel down and right.  An angle is never used if, at some corner of the
+        picture, all of them lie outside: at size 32 this leaves 30 of 360 angles.
         """
         outer = self.radius - self.reach
         shifted = slice(outer - 1, outer + 2 * self.reach)
@@ -271,7 +274,7 @@ class Brush:
         self.usable = np.ones(len(seed), bool)
         for corner in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
             self.usable &= (seed * corner >= 0).all(2).any(1)
-        # the seed of the first snake keeps 2 seed_distance away from all edges
+        # the first snake starts at least 2 seed_distance away from all edges
         border = 2 * self.sheet.seed_distance
         self.home = border - seed.min(1)  # first row and column
         self.home_size = self.size - 2 * border - np.ptp(seed, 1)
@@ -282,7 +285,7 @@ make_brush = cache(Brush)
 
 
 def look(maps, row, place):
-    """The pixels of maps (n, side^2) at places; row and place broadcast."""
+    """Return the pixels of maps (n, side^2) at places; row and place broadcast."""
     return maps.reshape(-1)[row * maps.shape[1] + place]
 
 
@@ -307,7 +310,7 @@ def snake_pairs(rng, brush, contour, n):
         taken[:] = brush.blank
         start, way = first_segments(rng, brush, lanes)
         at, way = grow(rng, brush, taken, start, way, contour)
-        done = np.flatnonzero(way[:, -1] >= 0)[:n]  # few
+        done = np.flatnonzero(way[:, -1] >= 0)[:n]  # most pairs get stuck
         n -= len(done)
         waiting += len(done)
         batch.append((taken[done], at[done], way[done]))
@@ -318,7 +321,7 @@ def snake_pairs(rng, brush, contour, n):
 
 
 def first_segments(rng, brush, n):
-    """Starts (n, 2, 2), in rows and columns, and directions (n, 2) of the first segments."""
+    """Draw the first segments of n pairs: starts (row, column) (n, 2, 2), directions (n, 2)."""
     way = rng.randint(0, 360, (n, 2))
     way[:, 0] = rng.choice(brush.home_angles, n)
     size = brush.home_size[way[:, 0]]
@@ -329,18 +332,18 @@ def first_segments(rng, brush, n):
 
 
 def grow(rng, brush, taken, start, way, length):
-    """Grow snakes of `length` segments in turn in all maps `taken` (n, side^2), changing these.
+    """Grow one or two snakes of `length` segments in each map, in turn; writes to `taken`.
 
-    start (n, snakes, 2), in rows and columns, and way (n, snakes) are those of first segments.
-    Returns at and way (n, snakes * length), segment i of snake s in column snakes * i + s; at of
-    a first segment is its start; way is -1 from a failure on.
+    start (n, snakes, 2), rows and columns, and way (n, snakes) describe the first segments.
+    Returns at and way (n, snakes * length) with segment i of snake s in column snakes * i + s.
+    `at` is the start of a first segment and the end of any other; way is -1 after a failure.
     """
     n, snakes = way.shape
     later = np.full((n, snakes * (length - 1)), -1)
     at = np.concatenate([brush.place(start), later], 1)
     angle = FREE_ANGLES[way]
     way = np.concatenate([way, later], 1)
-    # the sums before ceil, as published: near the edges 1e-16 more makes a pixel
+    # as published, ceil of the sum: near the edges, rounding errors make a pixel
     end = np.ceil(start + brush.sheet.length * unit(angle))
     pivot = np.ceil(end + brush.reach * unit(opposite(angle)))  # (n, snakes, 2)
     row = np.arange(n)
@@ -353,19 +356,19 @@ def grow(rng, brush, taken, start, way, length):
         at[row, i] = tip[ok]
         way[row, i] = turn[ok]
         pivot[row, snake] = ahead[ok]
-        # only now is the segment before taken: neighbors in a snake may touch
+        # mark the segment before only now: neighbors in a snake may touch
         press(taken, row, at[row, i - snakes], brush.mask, last[ok])
-    # as published, of two snakes only the second one's last segment is ever taken
+    # as published, the last segment of the first of two snakes is never marked
     press(taken, row, at[row, -1], brush.mask, way[row, -1])
     return at, way
 
 
 def extend(rng, brush, taken, row, pivot, way):
-    """One more segment in rows of taken: its tip, its direction (-1 if none fits), next pivot.
+    """Draw the next segment in some rows of `taken`: tips, directions (-1: none fits), pivots.
 
-    The pivot moves one segment and gap straight on.  The tip is drawn from the ring around it,
-    with probability cos^2(stiffness * bend) times how free its surroundings are, and refused if
-    the segment, which runs back from the tip, hits one that is there.
+    The pivot moves straight on by one segment and gap.  The tip is drawn from the ring around it
+    with probability proportional to cos^2(stiffness * bend) and to how free its surroundings are.
+    It is rejected if the segment, which runs back from the tip, collides with another one.
     """
     ahead = np.ceil(pivot + brush.step[way])
     tips = brush.place(ahead)[:, None] + brush.tips[way]  # (rows, K)
@@ -389,7 +392,7 @@ def extend(rng, brush, taken, row, pivot, way):
 
 
 def distract(rng, brush, taken, length):
-    """Add short snakes: at and way (n, snakes * length), way -1 where there is none."""
+    """Add short snakes: at and way (n, snakes * length), way -1 where one did not fit."""
     n = len(taken)
     count = brush.sheet.paddles // length
     at = np.zeros((n, count, length), np.int64)
@@ -411,21 +414,19 @@ def distract(rng, brush, taken, length):
 
 
 def free_starts(rng, brush, taken):
-    """Random free first segments: starts (m, 2), angles (m,), and the rows (m,) that have one.
-
-    differs from the published code: where the segment would leave the picture, another place is
-    drawn; there, another angle (less than 5 % of the places at some angles, none at size 32).
-    """
+    """Draw free first segments: starts (m, 2), angles (m,), and the rows (m,) that have one."""
+    # differs from the published code: if the segment would leave the picture, it draws a new
+    # angle, not a new place; this concerns under 5 % of the places, and none at size 32
     angle = rng.randint(0, 360, len(taken))
     place = np.full(len(taken), -1)
     todo = np.flatnonzero(brush.usable[angle])
-    # first 20 random places: mostly, one is free
+    # try 20 random places first: usually one is free
     tried = rng.choice(brush.window, (len(todo), 20))
     pixels = tried[..., None] + brush.seed[angle[todo], None]
     free = (look(taken, todo[:, None, None], pixels) <= FREE).all(2)
     some = free.any(1)
     place[todo[some]] = tried[some, free[some].argmax(1)]
-    for row in todo[~some]:  # then all places
+    for row in todo[~some]:  # otherwise look at all places
         pixels = brush.window[:, None] + brush.seed[angle[row]]
         free = (taken[row, pixels] <= FREE).all(1)
         if free.any():
@@ -438,7 +439,7 @@ def free_starts(rng, brush, taken):
 
 
 def scenes(rng, size, contour, n):
-    """Yield batches (brush, at, way) of n scenes: the two snakes, then the distractors."""
+    """Yield n scenes in batches (brush, at, way): the two snakes, then the distractors."""
     margins = SHEETS[size].margins
     counts = np.bincount(rng.randint(0, len(margins), n), minlength=len(margins))
     for margin, count in zip(margins, counts, strict=True):
@@ -449,7 +450,7 @@ def scenes(rng, size, contour, n):
 
 
 def paint(rng, brush, contour, at, way):
-    """Pictures (n, size, size) uint8, labels (n,), row and column of the markers (n, 2, 2)."""
+    """Return pictures (n, size, size) uint8, labels (n,), markers (row, column) (n, 2, 2)."""
     n, segments = at.shape
     canvas = np.zeros((n, brush.side**2), np.float32)
     for i in range(segments):
@@ -471,7 +472,7 @@ def paint(rng, brush, contour, at, way):
 
 
 def draw_pictures(rng, size, contour, n):
-    """n pictures (n, size, size) uint8, labels (n,), row and column of the markers (n, 2, 2)."""
+    """Draw pictures (n, size, size) uint8, labels (n,), markers (row, column) (n, 2, 2)."""
     parts = []
     for brush, at, way in scenes(rng, size, contour, n):
         parts.append(paint(rng, brush, contour, at, way))
@@ -485,9 +486,9 @@ def draw_pictures(rng, size, contour, n):
 def load(data_dir, n, size=32, contour=14, seed=0, processes=None):
     """Draw n pictures: images (n, size, size) uint8, labels (n,) int64.
 
-    They are kept in a folder of data_dir (see `cached`) and are the same for any number of
-    processes (default: one per usable CPU).  Processes are spawned: a script that calls this
-    needs `if __name__ == "__main__":`.  Raises ValueError for an unknown size or contour, or n < 1.
+    They are kept in a folder in data_dir, see `cached`.  The result does not depend on the number
+    of processes (default: one per usable CPU).  Processes are spawned, so a script that calls
+    this needs `if __name__ == "__main__":`.  Raises ValueError for unknown sizes or contours.
     """
     if size not in SHEETS or contour not in CONTOURS or n < 1:
         raise ValueError(
@@ -499,17 +500,17 @@ def load(data_dir, n, size=32, contour=14, seed=0, processes=None):
 
 
 def draw_shard(n, size, contour, seed, i):
-    """Pictures and labels of shard i: the examples i * SHARD .. (i + 1) * SHARD - 1."""
-    rng = np.random.RandomState([seed, 3, i])  # its stream is the same in all versions of numpy
+    """Draw pictures and labels of shard i: examples i * SHARD .. (i + 1) * SHARD - 1."""
+    rng = np.random.RandomState([seed, 3, i])  # same stream in every numpy version
     pictures, labels, _ = draw_pictures(rng, size, contour, min(SHARD, n - i * SHARD))
     return pictures, labels
 
 
 def cached(folder, n, size, make, processes=None):
-    """Images (n, size, size) uint8 and labels (n,) int64 of a folder; makes what is missing.
+    """Return images (n, size, size) and labels (n,) kept in a folder; make missing shards first.
 
-    make(i) returns the pictures and labels of shard i; it is picklable and always returns the
-    same.  A killed run goes on where it stopped.  Images above 1 GiB stay on disk, memory-mapped.
+    make(i) returns the pictures and labels of shard i; it must be picklable and deterministic.
+    An interrupted run resumes where it stopped.  Images above 1 GiB are memory-mapped.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -525,35 +526,35 @@ def cached(folder, n, size, make, processes=None):
 
 
 def create(folder, n, size):
-    """Make an empty data set.  Label -1: not made yet."""
+    """Make an empty data set; label -1 means not drawn yet."""
     part = folder.with_name(f"{folder.name}.part{os.getpid()}")
     part.mkdir(parents=True, exist_ok=True)
     open_memmap(part / "images.npy", "w+", np.uint8, (n, size, size)).flush()
     open_memmap(part / "labels.npy", "w+", np.int64, (n,))[:] = -1
     try:
         part.rename(folder)
-    except OSError:  # another process was faster: its folder is as good
+    except OSError:  # another process was faster: use its folder
         shutil.rmtree(part)
         if not folder.exists():
             raise
 
 
 def read(folder, n, size):
-    """The images and labels of a folder, memory-mapped.  Raises ValueError if damaged."""
+    """Open the images and labels of a folder, memory-mapped; ValueError if damaged."""
     try:
         images = open_memmap(folder / "images.npy", "r")
         labels = open_memmap(folder / "labels.npy", "r")
         if images.shape != (n, size, size) or labels.shape != (n,):
             raise ValueError(f"images {images.shape}, labels {labels.shape}")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: damaged ({error}); delete it to make it again") from error
+        raise ValueError(f"{folder}: damaged ({error}); delete it and try again") from error
     return images, labels
 
 
 def fill(folder, make, i):
-    """Write a shard to its place, the labels last: they say that it is done.
+    """Make shard i and write it to its place; the labels go last and mark it as done.
 
-    There is no lock: two processes that make the same shard write the same bytes.
+    No lock is needed: two processes that make the same shard write the same bytes.
     """
     pictures, labels = make(i)
     shard = slice(i * SHARD, i * SHARD + len(labels))
@@ -564,7 +565,7 @@ def fill(folder, make, i):
 
 
 def usable_cpus():
-    """How many CPUs this process may use."""
+    """Return the number of CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -584,7 +585,7 @@ def run_all(function, jobs, processes, name):
 
 
 def self_check():
-    """(name, error, limit): 300 pictures of size 32 against the published ones, in short."""
+    """Compare 300 pictures of size 32 with the published ones: (name, error, limit) rows."""
     pictures, labels, _ = draw_pictures(np.random.RandomState(0), 32, 14, 300)
     again, _, _ = draw_pictures(np.random.RandomState(0), 32, 14, 300)
     return [
