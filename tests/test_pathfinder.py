@@ -11,20 +11,21 @@ import pathfinder
 
 ROOT = Path(__file__).parent.parent
 
-# Mean and standard error of the published generator: drewlinsley/pathfinder at commit 7b53886 with
-# imresize and imsave as in scipy 0.19, on Pillow 13 and OpenCV 5, contour 14.  empty, spread:
-# share of empty pixels, mean and standard deviation over the pictures; parts: bright parts; down,
-# right: how far the end of the first snake is from its start.
+# Mean and standard error of the published generator (drewlinsley/pathfinder at commit 7b53886, with
+# scipy 0.19's imresize and imsave written out for Pillow 13 and OpenCV 5; scipy 0.19.1, Pillow 5.1
+# and OpenCV 3.4 draw the same segments and disks), contour 14.  empty, spread: share of empty
+# pixels, its mean and standard deviation; parts: bright parts; down, right: how far the end of the
+# first snake is from its start.
 ORIGINAL = """
-size            32                128               256
-pictures        1700              100               800
-empty           0.65938 0.00093   0.8625 0.00052    0.96116 0.000036
-spread          0.03818 0.0006    0.005156 0.00032  0.001019 0.000029
-mean            20.176 0.048      7.9383 0.03       2.9504 0.0019
-parts           15.852 0.077      57.99 0.21        55.731 0.025
-distractors     1.1494 0.022      7.74 0.046        6.9875 0.0039
-down            3.63 0.2          -25.14 4.7        -5.5338 3.2
-right           4.0329 0.2        -21.45 4.8        -8.1862 3.2
+size            32                64               128               256
+pictures        1700              63               267               800
+empty           0.65938 0.00093   0.73296 0.0037   0.86291 0.00033   0.96116 0.000036
+spread          0.03818 0.0006    0.02931 0.0026   0.005427 0.00024  0.001019 0.000029
+mean            20.176 0.048      13.724 0.17      7.913 0.02        2.9504 0.0019
+parts           15.852 0.077      26.921 0.83      57.858 0.14       55.731 0.025
+distractors     1.1494 0.022      2.8889 0.13      7.7191 0.03       6.9875 0.0039
+down            3.63 0.2          0.80952 2.7      -24.536 2.9       -5.5338 3.2
+right           4.0329 0.2        0.55556 2.6      -26.618 2.8       -8.1862 3.2
 """
 
 
@@ -63,11 +64,12 @@ def measure(size, n):
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batch}
 
 
-@pytest.mark.parametrize(("column", "size", "n"), [(0, 32, 1000), (1, 128, 80), (2, 256, 200)])
-def test_statistics_agree_with_the_original_within_three_standard_errors(column, size, n):
+@pytest.mark.parametrize(("size", "n"), [(32, 800), (64, 30), (128, 40), (256, 100)])
+def test_statistics_agree_with_the_original_within_three_standard_errors(size, n):
     ours = measure(size, n)
     ours["spread"] = ours["empty"].std()
-    _, pictures, *table = [line.split() for line in ORIGINAL.strip().splitlines()]
+    sizes, pictures, *table = [line.split() for line in ORIGINAL.strip().splitlines()]
+    column = sizes[1:].index(str(size))
     for name, *numbers in table:
         expected, error = map(float, numbers[2 * column : 2 * column + 2])
         error *= (1 + int(pictures[1 + column]) / n) ** 0.5  # ours has the same spread, n pictures
@@ -79,7 +81,7 @@ def test_pairs_get_stuck_as_often_as_in_the_original():
     """Size 32: 325.3 attempts per pair, standard error 7.8, over 1700 pictures."""
     brush = pathfinder.make_brush(32, 1)
     rng = np.random.RandomState(0)
-    n = 60_000
+    n = 20_000
     start, way = pathfinder.first_segments(rng, brush, n)
     _, way = pathfinder.grow(rng, brush, np.tile(brush.blank, (n, 1)), start, way, 14)
     count = (way[:, -1] >= 0).sum()
@@ -232,7 +234,7 @@ def test_pictures_are_the_same_with_any_number_of_processes(tmp_path):
 
 @pytest.mark.dist
 def test_two_processes_may_make_the_same_pictures_at_once(tmp_path):
-    code = "import pathfinder, sys; x, y = pathfinder.load(sys.argv[1], 1500, processes=1); "
+    code = "import pathfinder, sys; x, y = pathfinder.load(sys.argv[1], 600, processes=1); "
     code += "print(x.sum(), y.sum(), y.min())"
     command = [sys.executable, "-c", code, str(tmp_path)]
     both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in "ab"]
