@@ -2,15 +2,11 @@
 
 import hashlib
 import io
-import os
 import shutil
 import struct
-import subprocess
-import sys
 import tarfile
 import wave
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -320,13 +316,6 @@ def test_speech_follows_the_official_lists(task, stride, trees, tmp_path):
     assert abs(data.mean[0] - whole.mean()) < 1e-6 and abs(data.std[0] / whole.std() - 1) < 1e-9
 
 
-def test_a_cache_beside_the_words_is_no_word(trees, tmp_path):
-    shutil.copytree(trees["speech"] / "speech_commands_v0.02", tmp_path, dirs_exist_ok=True)
-    first, again = [lra_data.load("speech", tmp_path, source=tmp_path) for _ in range(2)]
-    assert first.n_classes == again.n_classes == 2
-    assert lra_data.checksum(first) == lra_data.checksum(again)
-
-
 @pytest.mark.parametrize("task", MAKERS)
 def test_every_task_is_read_from_a_tar_archive_too(task, trees, tmp_path, monkeypatch):
     archive = tmp_path / "packed.gz"
@@ -339,16 +328,23 @@ def test_every_task_is_read_from_a_tar_archive_too(task, trees, tmp_path, monkey
     assert lra_data.checksum(lra_data.load(task, tmp_path / "data", source=archive)) == expected
 
 
-@pytest.mark.parametrize(("task", "left"), [("listops", 2), ("speech", 1)])
-def test_changed_files_are_read_again(task, left, copy, tmp_path):
-    root = copy(task)
-    lra_data.load(task, tmp_path / "data", source=root)
-    path = sorted(root.rglob("*val*"))[0]
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    assert len(lra_data.load(task, tmp_path / "data", source=root).val) == left
+def test_changed_files_are_read_again(copy, tmp_path):
+    root = copy("listops")
+    lra_data.load("listops", tmp_path / "data", source=root)
+    path = root / "listops-1000/basic_val.tsv"
+    path.write_text(path.read_text().replace("5\t5", "7\t7"))
+    data = lra_data.load("listops", tmp_path / "data", source=root)
+    assert data.val.labels.tolist() == [2, 3, 7]
 
 
-# -------------------------------------------------------------- byte order marks, line ends, locale
+def test_a_removed_clip_is_noticed(copy, tmp_path):
+    root = copy("speech")
+    assert len(lra_data.load("speech", tmp_path / "data", source=root).train) == 7
+    next(root.rglob("yes/4_nohash_0.wav")).unlink()
+    assert len(lra_data.load("speech", tmp_path / "data", source=root).train) == 6
+
+
+# ---------------------------------------------------------------------- byte order marks, line ends
 
 TEXTS = {
     "listops": "listops-1000/*.tsv",
@@ -379,17 +375,6 @@ def test_quotes_and_carriage_returns_inside_a_document_are_text(copy, tmp_path):
     data = lra_data.load("retrieval", tmp_path, source=root)
     documents = zip(data.train.tokens[0], data.train.lengths[0], strict=True)
     assert [bytes(row[:n]) for row, n in documents] == [b'"a\rb', b'"c"']
-
-
-def test_the_locale_changes_nothing(trees):
-    """The text files are UTF-8, whatever Python would assume."""
-    code = "import lra_data as l, sys; print(l.checksum(l.load('text', source=sys.argv[1])))"
-    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    line = [sys.executable, "-X", "warn_default_encoding", "-W", "error::EncodingWarning"]
-    line += ["-c", code, str(trees["text"])]
-    root = Path(lra_data.__file__).parent
-    out = subprocess.run(line, capture_output=True, text=True, cwd=root, env=environment)
-    assert out.stdout.strip() == lra_data.checksum(lra_data.load("text", source=trees["text"]))
 
 
 # ------------------------------------------------------------------------------------ broken files
