@@ -1,13 +1,12 @@
 """Byte language model: dense against structured FFNs, and wide structured ones at equal FLOPs.
 
-    python benchmarks/byte_lm.py                all missing runs, then table and plot (25 min)
+    python benchmarks/byte_lm.py                all missing runs, then means and plot (25 min)
     python benchmarks/byte_lm.py --max-runs 1   one run more (about 90 s on one core), resumable
     python benchmarks/byte_lm.py --guided       self-guided training at dense's FLOPs (20 min)
-    python benchmarks/byte_lm.py --text FILE --out OTHER.json   other data
 
 Data: the .py files of the running Python's standard library without its tests, every tenth file
 held out.  All arms of a seed see the same batches.  Three seeds.  Writes results/byte_lm.json run
-by run, and results/byte_lm.png; with --guided, results/byte_lm_guided.json and .png.
+by run, and results/byte_lm.png; with --guided, results/byte_lm_guided.json.
 """
 
 import argparse
@@ -16,7 +15,7 @@ import math
 import sysconfig
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -135,47 +134,36 @@ def guided_fraction(structured, dense, L=1024):
     return (F_d - F_s) / (F_s + 0.5 * G)
 
 
-# Sizes of the paper and their optimizer steps of 512 sequences of 1024 tokens (section 4.1)
-PUBLISHED = {
-    "s": (LMConfig(768, 12, 12, vocab_size=32000), 4196),
-    "m": (LMConfig(1024, 24, 16, vocab_size=32000), 12779),
-    "l": (LMConfig(1536, 24, 12, vocab_size=32000), 27809),
-    "xl": (LMConfig(2048, 24, 16, vocab_size=32000), 48637),
-}
-
 # ---------------------------------------------------------------- the experiment
 
 # The wide arms are 80 wide with attention left at 64 (the paper narrows its attention too), so that
 # their training FLOPs are those of dense to 0.2 %.
 L, BATCH = 64, 16  # bytes per sequence, sequences per step
 DENSE = LMConfig(d_model=64, n_layers=3, n_heads=4)
+WIDE = replace(DENSE, d_model=80, d_head=16, d_ff=316)
 ARMS = {
     "dense": DENSE,
-    "LowRank": LMConfig(64, 3, 4, linear=partial(LowRank, R=16)),
-    "BlockShuffle": LMConfig(64, 3, 4, linear=partial(BlockShuffle, n_blocks=4)),
-    "wide LowRank": LMConfig(80, 3, 4, d_head=16, d_ff=316, linear=partial(LowRank, R=20)),
-    "wide BlockShuffle": LMConfig(
-        80, 3, 4, d_head=16, d_ff=316, linear=partial(BlockShuffle, n_blocks=4)
-    ),
+    "LowRank": replace(DENSE, linear=partial(LowRank, R=16)),
+    "BlockShuffle": replace(DENSE, linear=partial(BlockShuffle, n_blocks=4)),
+    "wide LowRank": replace(WIDE, linear=partial(LowRank, R=20)),
+    "wide BlockShuffle": replace(WIDE, linear=partial(BlockShuffle, n_blocks=4)),
 }
-GUIDED = ["dense"] + [
-    f"{arm}, {how}" for arm in ("LowRank", "BlockShuffle") for how in ("longer", "self-guided")
-]
+GUIDED = ["dense"]
+for name in ("LowRank", "BlockShuffle"):
+    GUIDED += [f"{name}, longer", f"{name}, self-guided"]
 
 
-def corpus(text=None):
-    """Return (train, held out), uint8 tensors; a file given as text is cut at 90 %."""
-    if text:
-        data = Path(text).read_bytes()
-        cut = len(data) * 9 // 10
-        parts = [data[:cut], data[cut:]]
-    else:
-        root = Path(sysconfig.get_path("stdlib"))
-        skip = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-        files = [p for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts)]
-        held = set(files[::10])
-        parts = [b"".join(p.read_bytes() for p in files if (p in held) == h) for h in (False, True)]
-    return [torch.from_numpy(np.frombuffer(bytearray(part), dtype=np.uint8)) for part in parts]
+def corpus():
+    """Return (train, held out), uint8 tensors: the standard library, every tenth file held out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+    files = [p for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts)]
+    train = bytearray()
+    held_out = bytearray()
+    for i, path in enumerate(files):
+        part = held_out if i % 10 == 0 else train
+        part += path.read_bytes()
+    return [torch.frombuffer(part, dtype=torch.uint8) for part in (train, held_out)]
 
 
 def windows(data, starts):
@@ -203,14 +191,16 @@ def plan(arm, steps):
     second by a guide in a share f of the steps, and f of them once more (section 4.4).
     """
     name, _, how = arm.partition(", ")
-    flops, dense = (count(config, L)["flops"] for config in (ARMS[name], DENSE))
+    config = ARMS[name]
+    flops = count(config, L)["flops"]
+    dense = count(DENSE, L)["flops"]
     if how == "longer":
-        return ARMS[name], round(steps * dense / flops), 0, flops
+        return config, round(steps * dense / flops), 0, flops
     if how == "self-guided":
-        f = guided_fraction(ARMS[name], DENSE, L)
+        f = guided_fraction(config, DENSE, L)
         total = round((1 + f) * steps)
-        return ARMS[name], total, round(f * steps), round(dense * steps / total)
-    return ARMS[name], steps, 0, flops
+        return config, total, round(f * steps), round(dense * steps / total)
+    return config, steps, 0, flops
 
 
 def train(config, data, seed, steps, lr, guided=0, warmup=0.05):
@@ -223,22 +213,18 @@ def train(config, data, seed, steps, lr, guided=0, warmup=0.05):
     model = LM(config)
     guide = Guide(model, guided, stochastic=True, seed=seed) if guided else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
-
-    def factor(t):
-        rise = min(1.0, (t + 1) / (warmup * steps))
-        return rise * (0.55 + 0.45 * math.cos(math.pi * t / steps))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     draws = torch.Generator().manual_seed(seed)
     start = time.process_time()
-    for _ in range(steps):
+    for t in range(steps):
+        rise = min(1.0, (t + 1) / (warmup * steps))
+        cosine = 0.55 + 0.45 * math.cos(math.pi * t / steps)
+        optimizer.param_groups[0]["lr"] = lr * rise * cosine
         x = windows(data[0], torch.randint(len(data[0]) - L, (BATCH,), generator=draws))
         loss = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         if guide:
             guide.step(optimizer)
     return held_out_loss(model, data[1]), time.process_time() - start
@@ -253,15 +239,16 @@ def complete(path, keys, measure, max_runs, settings):
 
     keys: one dict per run, which names it; measure(**key): dict of results.  Returns all runs.
     """
-    origin, known = provenance(), load(path)["runs"]
+    origin = provenance()
+    made_by = {name: origin[name] for name in ("commit", "hardware")}
+    known = load(path)["runs"]
     missing = [key for key in keys if not any(key.items() <= run.items() for run in known)]
     for key in missing[:max_runs]:
-        made_by = {name: origin[name] for name in ("commit", "hardware")}
-        run = key | measure(**key) | made_by
+        run = key | measure(**key)
+        print(*run.values(), flush=True)
         result = load(path)
-        result["runs"].append(run)
+        result["runs"].append(run | made_by)
         save(path, result | settings | origin)
-        print(*(v for k, v in run.items() if k not in made_by), flush=True)
     return load(path)
 
 
@@ -270,47 +257,32 @@ def summary(result, arms):
     rows = {}
     for arm in arms:
         runs = [r for r in result["runs"] if r["arm"] == arm]
-        if runs:
-            loss, first = [r["loss"] for r in runs], runs[0]
-            rows[arm] = {
-                "loss": float(np.mean(loss)),
-                "sd": float(np.std(loss, ddof=1)) if len(loss) > 1 else None,
-                "seeds": len(loss),
-                "params": first["params"],
-                "steps": first["steps"],
-                "training_flops": first["flops"] * first["steps"] * L * BATCH,
-            }
-            rows[arm]["flops_over_dense"] = (
-                rows[arm]["training_flops"] / rows["dense"]["training_flops"]
-            )
+        if not runs:
+            continue
+        loss = [r["loss"] for r in runs]
+        flops = runs[0]["flops"] * runs[0]["steps"] * L * BATCH
+        rows[arm] = {
+            "loss": float(np.mean(loss)),
+            "sd": float(np.std(loss, ddof=1)) if len(loss) > 1 else None,
+            "seeds": len(loss),
+            "params": runs[0]["params"],
+            "steps": runs[0]["steps"],
+            "training_flops": flops,
+        }
+        rows[arm]["flops_over_dense"] = flops / rows["dense"]["training_flops"]
     return rows
 
 
-def table(rows):
-    lines = [
-        "| arm | weights | steps | training FLOPs | / dense | held-out nats per byte (± sd) |",
-        "|---|---|---|---|---|---|",
-    ]
-    for arm, r in rows.items():
-        cost = f"{r['steps']} | {r['training_flops']:.3g} | {r['flops_over_dense']:.3f}"
-        spread = f" ± {r['sd']:.4f}" if r["seeds"] > 1 else ""
-        loss = f"{r['loss']:.4f}{spread}, {r['seeds']} seeds"
-        lines.append(f"| {arm} | {r['params']} | {cost} | {loss} |")
-    return lines
-
-
-def plot(result, path, arms):
+def plot(result, path):
     plt = pyplot()
     fig, ax = plt.subplots(figsize=(7, 4))
-    labels = []
-    for i, arm in enumerate(arms):
-        runs = [r for r in result["runs"] if r["arm"] == arm]
-        if runs:
-            loss = [r["loss"] for r in runs]
+    for i, arm in enumerate(ARMS):
+        loss = [r["loss"] for r in result["runs"] if r["arm"] == arm]
+        if loss:
             ax.plot([i] * len(loss), loss, "o", alpha=0.8)
             ax.hlines(np.mean(loss), i - 0.25, i + 0.25, color="black", lw=1)
-        labels.append(arm.replace(", ", "\n").replace("wide ", "wide\n"))
-    ax.set_xticks(range(len(arms)), labels, fontsize=8)
+    labels = [arm.replace("wide ", "wide\n") for arm in ARMS]
+    ax.set_xticks(range(len(ARMS)), labels, fontsize=8)
     ax.set_ylabel("held-out loss (nats per byte), mean and seeds")
     ax.grid(alpha=0.3)
     fig.tight_layout()
@@ -319,7 +291,6 @@ def plot(result, path, arms):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--text", help="train on this file instead of the standard library")
     parser.add_argument("--steps", type=int, default=2000, help="steps of 16 x 64 bytes (2000)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (3e-3)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds per arm (3)")
@@ -327,18 +298,16 @@ def main():
     parser.add_argument("--max-runs", type=int, default=10**9, help="stop after this many runs")
     parser.add_argument("--out", type=Path, help="result file (results/byte_lm[_guided].json)")
     args = parser.parse_args()
-    out = args.out or ROOT / f"results/byte_lm{'_guided' if args.guided else ''}.json"
-    data, arms = corpus(args.text), GUIDED if args.guided else [*ARMS]
+    name = "byte_lm_guided" if args.guided else "byte_lm"
+    out = args.out or ROOT / f"results/{name}.json"
+    arms = GUIDED if args.guided else [*ARMS]
+    data = corpus()
 
     def measure(arm, seed, steps, lr):
         config, _, guided, flops = plan(arm, args.steps)
         loss, cpu = train(config, data, seed, steps, lr, guided=guided)
-        return {
-            "loss": loss,
-            "cpu_s": round(cpu, 1),
-            "params": count(config, L)["params"],
-            "flops": flops,
-        }
+        params = count(config, L)["params"]
+        return {"loss": loss, "cpu_s": round(cpu, 1), "params": params, "flops": flops}
 
     keys = [
         {"arm": arm, "seed": seed, "steps": plan(arm, args.steps)[1], "lr": args.lr}
@@ -349,8 +318,11 @@ def main():
     result = complete(out, keys, measure, args.max_runs, settings)
     rows = summary(result, arms)
     save(out, result | {"summary": rows})
-    print("\n".join(table(rows)))
-    plot(result, out.with_suffix(".png"), arms)
+    for arm, r in rows.items():
+        cost = f"{r['steps']} steps, {r['flops_over_dense']:.3f} x dense's training FLOPs"
+        print(f"{arm:28}{r['loss']:.4f} nats per byte, {cost}")
+    if not args.guided:
+        plot(result, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

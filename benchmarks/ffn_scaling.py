@@ -1,6 +1,6 @@
 """Loss against training FLOPs over four widths, dense against structured FFNs, with fitted powers.
 
-    python benchmarks/ffn_scaling.py                all missing runs, then table and plot (12 min)
+    python benchmarks/ffn_scaling.py                all missing runs, then powers and plot (12 min)
     python benchmarks/ffn_scaling.py --max-runs 1   one run more, resumable
 
 Byte language model of byte_lm.py, three layers, 10 bytes per weight of the dense model of each
@@ -9,7 +9,6 @@ by least squares of the logarithms.  Writes results/ffn_scaling.json run by run,
 """
 
 import argparse
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,30 +32,20 @@ def cell(width, kind, bytes_a_weight):
 
 def fit(runs):
     """Return (power, constant): log loss = constant - power log FLOPs, by least squares."""
-    slope, constant = np.polyfit(
-        np.log([r["flops"] for r in runs]), np.log([r["loss"] for r in runs]), 1
-    )
+    flops = np.log([r["flops"] for r in runs])
+    loss = np.log([r["loss"] for r in runs])
+    slope, constant = np.polyfit(flops, loss, 1)
     return float(-slope), float(constant)
 
 
 def powers(result):
     """Return {kind: power} of the kinds with two widths or more."""
-    runs = {kind: [r for r in result["runs"] if r["kind"] == kind] for kind in KINDS}
-    return {k: fit(v)[0] for k, v in runs.items() if len({r["width"] for r in v}) > 1}
-
-
-def table(result):
-    lines = ["| FFN | " + " | ".join(f"width {w}" for w in WIDTHS) + " | power |", "|---" * 6 + "|"]
+    found = {}
     for kind in KINDS:
         runs = [r for r in result["runs"] if r["kind"] == kind]
-        row = []
-        for width in WIDTHS:
-            here = [r for r in runs if r["width"] == width]
-            mean = np.mean([r["loss"] for r in here] or math.nan)
-            row.append(f"{mean:.4f} at {here[0]['flops']:.2e}" if here else "")
-        power = f"{result['powers'][kind]:.4f}" if kind in result["powers"] else ""
-        lines.append(f"| {kind} | {' | '.join(row)} | {power} |")
-    return lines
+        if len({r["width"] for r in runs}) > 1:
+            found[kind], _ = fit(runs)
+    return found
 
 
 def plot(result, path):
@@ -66,7 +55,8 @@ def plot(result, path):
         runs = [r for r in result["runs"] if r["kind"] == kind]
         if kind in result["powers"]:
             power, constant = fit(runs)
-            x, y = [r["flops"] for r in runs], [r["loss"] for r in runs]
+            x = [r["flops"] for r in runs]
+            y = [r["loss"] for r in runs]
             (points,) = ax.loglog(x, y, mark, label=f"{kind}, power {power:.3f}")
             line = np.geomspace(min(x), max(x), 20)
             ax.loglog(line, np.exp(constant) * line**-power, "--", color=points.get_color(), lw=1)
@@ -81,16 +71,15 @@ def plot(result, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Loss against training FLOPs over four widths.")
-    parser.add_argument("--text", help="train on this file instead of the standard library")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--bytes-a-weight", type=float, default=10, help="length of training (10)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (3e-3)")
     parser.add_argument("--seeds", type=int, default=1, help="seeds per cell (1)")
     parser.add_argument("--max-runs", type=int, default=10**9, help="stop after this many runs")
-    out = ROOT / "results" / "ffn_scaling.json"
+    out = ROOT / "results/ffn_scaling.json"
     parser.add_argument("--out", type=Path, default=out, help="result file")
     args = parser.parse_args()
-    data = corpus(args.text)
+    data = corpus()
 
     def measure(kind, width, seed, steps, lr):
         config, _, flops = cell(width, kind, args.bytes_a_weight)
@@ -98,17 +87,18 @@ def main():
         params = count(config, L)["params"]
         return {"loss": loss, "flops": flops, "params": params, "cpu_s": round(cpu, 1)}
 
-    keys = [
-        {"kind": kind, "width": width, "seed": seed, "steps": steps, "lr": args.lr}
-        for seed in range(args.seeds)
-        for width in WIDTHS
-        for kind in KINDS
-        for steps in cell(width, kind, args.bytes_a_weight)[1:2]
-    ]
+    keys = []
+    for seed in range(args.seeds):
+        for width in WIDTHS:
+            for kind in KINDS:
+                _, steps, _ = cell(width, kind, args.bytes_a_weight)
+                key = {"kind": kind, "width": width, "seed": seed, "steps": steps, "lr": args.lr}
+                keys.append(key)
     result = complete(args.out, keys, measure, args.max_runs, {"L": L, "batch": BATCH})
     result["powers"] = powers(result)
     save(args.out, result)
-    print("\n".join(table(result)))
+    for kind, power in result["powers"].items():
+        print(f"{kind}: loss falls with training FLOPs to the power {power:.4f}")
     plot(result, args.out.with_suffix(".png"))
 
 

@@ -1,11 +1,11 @@
 """Does self-guided training help?  Teacher-student regression, learning-rate sweep in every arm.
 
-    python benchmarks/self_guided.py                all missing runs, then table and plot (8 min)
+    python benchmarks/self_guided.py                all missing runs, then the errors (8 min)
     python benchmarks/self_guided.py --max-runs 5   five runs more, resumable
 
 A frozen random network of three structured FFNs (d_model 64) is fitted by one of the same shape:
 plain, self-guided in both forms over the first half, and dense.  One more row has a dense teacher,
-which the factors cannot equal.  Writes results/self_guided.json run by run, and the plot.
+which the factors cannot equal.  Writes results/self_guided.json run by run.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from byte_lm import complete
-from measured import ROOT, pyplot, save
+from measured import ROOT, save
 from torch import nn
 
 from structured_ffn import BlockShuffle, Grid, Guide, LowRank, StructuredFFN
@@ -63,7 +63,7 @@ def teacher_student(linear, teacher, guide, lr, steps, seed):
     target = nn.Sequential(*[Residual(64, teacher) for _ in range(3)])
     student = nn.Sequential(*[Residual(64, linear) for _ in range(3)])
     unit_gain(target.requires_grad_(False))
-    if guide is not None:
+    if guide:
         guide = Guide(student, steps // 2, guide == "stochastic", seed)
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -75,7 +75,7 @@ def teacher_student(linear, teacher, guide, lr, steps, seed):
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if guide is not None:
+        if guide:
             guide.step(optimizer)
     with torch.no_grad():
         x = torch.randn(8192, 64)
@@ -83,18 +83,21 @@ def teacher_student(linear, teacher, guide, lr, steps, seed):
         return float(F.mse_loss(student.eval()(x), y) / (y - x).var())
 
 
-def cells(seeds):
-    """Yields (teacher, arm, lr, seed), the most telling first."""
+def cells(seeds, steps):
+    """Return the runs, each as its name in the result file, the most telling first."""
+    found = []
     for seed in range(seeds):
         for teacher in TEACHERS:
             for lr in RATES:
                 for arm in ("plain", "self-guided", "stochastic"):
-                    yield teacher, arm, lr, seed
+                    found.append((teacher, arm, lr, seed, steps))
     for seed in range(seeds):
         for teacher in TEACHERS:
-            yield teacher, "dense", 4e-3, seed
+            found.append((teacher, "dense", 4e-3, seed, steps))
         for arm in ("plain", "self-guided"):
-            yield "dense, LowRank R 16 student", arm, 4e-3, seed
+            found.append(("dense, LowRank R 16 student", arm, 4e-3, seed, steps))
+    names = ("teacher", "arm", "lr", "seed", "steps")
+    return [dict(zip(names, values, strict=True)) for values in found]
 
 
 def run(teacher, arm, lr, seed, steps):
@@ -123,59 +126,21 @@ def means(result):
     return rows
 
 
-def table(result):
-    head = "| teacher | arm | " + " | ".join(f"lr {lr:g}" for lr in RATES) + " | best |"
-    lines = [head, "|---" * (len(RATES) + 3) + "|"]
-    for teacher, arms in result["means"].items():
-        for arm, mean in arms.items():
-            row = [
-                f"{mean[lr]:.4f}" if lr in mean else ""
-                for lr in (*map("{:g}".format, RATES), "best")
-            ]
-            lines.append(f"| {teacher} | {arm} | {' | '.join(row)} |")
-    return lines
-
-
-def plot(result, path):
-    plt = pyplot()
-    from matplotlib.ticker import LogLocator
-
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
-    for ax, teacher in zip(axes, TEACHERS, strict=True):
-        styles = zip(
-            result["means"].get(teacher, {}).items(), ("o-", "s--", "^-.", "x"), strict=False
-        )
-        for (arm, mean), style in styles:
-            lrs = [lr for lr in RATES if f"{lr:g}" in mean]
-            ax.loglog(lrs, [mean[f"{lr:g}"] for lr in lrs], style, label=arm)
-        ax.set_xticks(RATES, [f"{lr:g}" for lr in RATES])
-        ax.minorticks_off()
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.set_title(f"teacher and student {teacher}", fontsize=10)
-        ax.set_xlabel("learning rate")
-        ax.grid(alpha=0.3, which="both")
-    axes[0].set_ylabel("test error / variance")
-    axes[0].legend()
-    fig.tight_layout()
-    fig.savefig(path, dpi=120)
-
-
 def main():
-    parser = argparse.ArgumentParser(description="Self-guided against plain training of factors.")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=1500, help="optimizer steps per run (1500)")
     parser.add_argument("--seeds", type=int, default=2, help="seeds (2)")
     parser.add_argument("--max-runs", type=int, default=10**9, help="stop after this many runs")
-    out = ROOT / "results" / "self_guided.json"
+    out = ROOT / "results/self_guided.json"
     parser.add_argument("--out", type=Path, default=out, help="result file")
     args = parser.parse_args()
-    names = ("teacher", "arm", "lr", "seed", "steps")
-    keys = [dict(zip(names, (*c, args.steps), strict=True)) for c in cells(args.seeds)]
-    result = complete(args.out, keys, run, args.max_runs, {})
+    result = complete(args.out, cells(args.seeds, args.steps), run, args.max_runs, {})
     result["means"] = means(result)
     save(args.out, result)
-    print("\n".join(table(result)))
-    plot(result, args.out.with_suffix(".png"))
+    for teacher, arms in result["means"].items():
+        for arm, errors in arms.items():
+            rates = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
+            print(f"{teacher:30}{arm:14}{rates}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from structured_ffn import BlockDense, BlockShuffle, LowRank, rel_err
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent / "benchmarks"))
 
-from byte_lm import LM, PUBLISHED, LMConfig, count, guided_fraction, rope  # noqa: E402
+from byte_lm import LM, LMConfig, count, guided_fraction, rope  # noqa: E402
 
 
 def in_print(value, printed):
@@ -65,24 +65,19 @@ def test_sizes_of_the_default_model():
     assert count(config, L=64) == {"ffn": 98304, "params": 163840, "flops": 1130496}
 
 
-def test_published_optimizer_steps():
-    steps = {size: n for size, (_, n) in PUBLISHED.items()}
-    assert steps == {"s": 4196, "m": 12779, "l": 27809, "xl": 48637}
-
-
-# size: FFN and model weights in millions, training FLOPs (paper, section 4.1 and table 1)
+# size: model, optimizer steps of 2^19 tokens, FFN and model weights in millions, training FLOPs
+# (paper, section 4.1 and table 1)
 DENSE = {
-    "s": (56.6, 109.5, 1.695e18),
-    "m": (201.3, 334.8, 1.548e19),
-    "l": (453.0, 728.6, 7.035e19),
-    "xl": (805.3, 1273.5, 2.102e20),
+    "s": (LMConfig(768, 12, 12, vocab_size=32000), 4196, 56.6, 109.5, 1.695e18),
+    "m": (LMConfig(1024, 24, 16, vocab_size=32000), 12779, 201.3, 334.8, 1.548e19),
+    "l": (LMConfig(1536, 24, 12, vocab_size=32000), 27809, 453.0, 728.6, 7.035e19),
+    "xl": (LMConfig(2048, 24, 16, vocab_size=32000), 48637, 805.3, 1273.5, 2.102e20),
 }
 
 
 @pytest.mark.parametrize("size", DENSE)
 def test_published_dense_models(size):
-    config, steps = PUBLISHED[size]
-    ffn, params, train = DENSE[size]
+    config, steps, ffn, params, train = DENSE[size]
     counts = count(config)
     assert in_print(counts["ffn"] / 1e6, ffn)
     assert in_print(counts["params"] / 1e6, params)
@@ -101,8 +96,8 @@ XL = [  # layer, FFN and model weights in millions, training FLOPs (table 1)
 
 @pytest.mark.parametrize(("make", "ffn", "params", "train"), XL, ids=str)
 def test_published_structured_models(make, ffn, params, train):
-    config, steps = PUBLISHED["xl"]
-    config = replace(config, linear=make)
+    config = replace(DENSE["xl"][0], linear=make)
+    steps = DENSE["xl"][1]
     counts = count(config)
     with torch.device("meta"):
         model = LM(config)
@@ -113,35 +108,24 @@ def test_published_structured_models(make, ffn, params, train):
 
 def test_counts_by_hand():
     """12 x 8 D^2 + 12 x 4 D^2 + 32000 D for size s, and its LowRank with 32 % of the FFN."""
-    config, _ = PUBLISHED["s"]
+    config = DENSE["s"][0]
     assert count(config) == {"ffn": 56623104, "params": 109510656, "flops": 770310144}
     low = count(replace(config, linear=partial(LowRank, R=192)))
     assert low["ffn"] == 8 * 768**2 + 11 * 10 * 768 * 192 == 20938752
     assert low["flops"] == 770310144 - 6 * (56623104 - 20938752)
 
 
-WIDE = {  # config, weights in millions, training FLOPs, tokens (figure "wide and structured")
-    "m": (
-        LMConfig(1024, 24, 8, 4864, 64, 4, 32000, partial(LowRank, R=512)),
-        219.2,
-        1.551e19,
-        10.6e9,
-    ),
-    "l": (
-        LMConfig(1536, 24, 6, 7424, 128, 2, 32000, partial(LowRank, R=768)),
-        464.0,
-        7.032e19,
-        23.4e9,
-    ),
-}
-
-
-@pytest.mark.parametrize("size", WIDE)
-def test_published_wide_and_structured_models(size):
-    config, params, train, tokens = WIDE[size]
-    counts = count(config)
-    assert counts["params"] / 1e6 == pytest.approx(params, abs=0.05)
-    assert counts["flops"] * tokens == pytest.approx(train, rel=0.01)
+def test_published_wide_and_structured_models():
+    """Weights and training FLOPs of the figure "wide and structured"."""
+    m = LMConfig(1024, 24, 8, 4864, 64, 4, 32000, partial(LowRank, R=512))
+    l = LMConfig(1536, 24, 6, 7424, 128, 2, 32000, partial(LowRank, R=768))
+    for config, params, train, tokens in (
+        (m, 219.2, 1.551e19, 10.6e9),
+        (l, 464.0, 7.032e19, 23.4e9),
+    ):
+        counts = count(config)
+        assert counts["params"] / 1e6 == pytest.approx(params, abs=0.05)
+        assert counts["flops"] * tokens == pytest.approx(train, rel=0.01)
 
 
 GUIDED = {  # share of guided steps of LowRank and BlockShuffle, of BlockDense, its blocks and rank
@@ -155,7 +139,7 @@ GUIDED = {  # share of guided steps of LowRank and BlockShuffle, of BlockDense, 
 @pytest.mark.parametrize("size", GUIDED)
 def test_published_shares_of_guided_steps(size):
     low, block, B, R = GUIDED[size]
-    dense, _ = PUBLISHED[size]
+    dense = DENSE[size][0]
     for make, share in (
         (partial(LowRank, R=dense.d_model // 4), low),
         (partial(BlockShuffle, n_blocks=4), low),

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import pickle
 import random
 from functools import partial
 from pathlib import Path
@@ -12,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import gelu, linear, silu
-from torch.utils.flop_counter import FlopCounterMode, bmm_flop
+from torch.nn.functional import gelu, linear
+from torch.utils.flop_counter import FlopCounterMode
 
 import structured_ffn
 from structured_ffn import (
@@ -33,13 +32,11 @@ from structured_ffn import (
     grid_linear,
     grid_linear_slow,
     grid_matrix_ref,
-    grid_to_paper,
     main,
     match,
     merged,
     paper_to_grid,
     rel_err,
-    round_rank,
     self_check,
 )
 
@@ -69,14 +66,9 @@ def wave(*shape, phase=0.0):
     return torch.cos(1.3 * torch.arange(math.prod(shape), dtype=torch.float64) + phase).view(shape)
 
 
-def baddbmm_flop(start, a, b, **_):
-    return bmm_flop(a, b)
-
-
 def flops(call):
-    """FLOPs by torch's own counter, which does not know baddbmm in place."""
-    mapping = {torch.ops.aten.baddbmm_: baddbmm_flop}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    """FLOPs by torch's own counter."""
+    with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 
@@ -98,34 +90,37 @@ def test_block_shuffle_by_hand():
     assert np.array_equal(block_shuffle_ref(V.numpy(), U.numpy()), rows.numpy())
 
 
-@pytest.mark.parametrize(
-    ("name", "layer"),
-    [
-        ("low_rank", LowRank(4, 6, 3)),
-        ("block_dense", BlockDense(4, 6, 4, 2)),
-        ("grid", BlockShuffle(4, 6, 2)),
-    ],
-)
-def test_golden_matrices(name, layer):
-    layer = layer.double()
-    with torch.no_grad():
-        layer.V.copy_(wave(*layer.V.shape))
-        layer.U.copy_(wave(*layer.U.shape, phase=1.0))
-    want = np.array(json.loads(GOLDEN.read_text())[name])
-    assert rel_err(layer.dense_weight(), want) < 1e-12
-    assert rel_err(layer(torch.eye(4).double()).T - layer.bias[:, None], want) < 1e-12
+def test_golden_matrices():
+    golden = json.loads(GOLDEN.read_text())
+    layers = {
+        "low_rank": LowRank(4, 6, 3),
+        "block_dense": BlockDense(4, 6, 4, 2),
+        "grid": BlockShuffle(4, 6, 2),
+    }
+    for name, layer in layers.items():
+        layer = layer.double()
+        with torch.no_grad():
+            layer.V.copy_(wave(*layer.V.shape))
+            layer.U.copy_(wave(*layer.U.shape, phase=1.0))
+        want = np.array(golden[name])
+        assert rel_err(layer.dense_weight(), want) < 1e-12
+        assert rel_err(layer(torch.eye(4).double()).T - layer.bias[:, None], want) < 1e-12
+
+
+def unshuffle(y, B):
+    """Put the outputs of a grid into the paper's order: its second shuffle."""
+    return y.unflatten(-1, (B, -1)).mT.flatten(-2)
 
 
 def test_golden_block_shuffle_of_the_paper():
     V, U = paper_to_grid(wave(2, 2, 2), wave(2, 3, 2, phase=1.0))
-    y = grid_linear(torch.eye(4).double(), V, U)
-    W = y.unflatten(-1, (2, 3)).mT.flatten(-2).T  # the second shuffle
+    W = unshuffle(grid_linear(torch.eye(4).double(), V, U), 2).T
     want = np.array(json.loads(GOLDEN.read_text())["block_shuffle"])
     assert rel_err(W, want) < 1e-12
 
 
 @pytest.mark.parametrize("shape", [(12, 24, 2), (24, 12, 2), (16, 16, 4), (36, 18, 3)], ids=str)
-def test_factors_of_the_paper_convert_exactly_both_ways(shape):
+def test_factors_of_the_paper_convert_exactly(shape):
     d_in, d_out, B = shape
     Q = min(d_in, d_out) // B
     V = randn(B, Q, d_in // B)
@@ -134,10 +129,7 @@ def test_factors_of_the_paper_convert_exactly_both_ways(shape):
     layer.V.data, layer.U.data = paper_to_grid(V, U)
     want = torch.from_numpy(block_shuffle_ref(V.numpy(), U.numpy()))
     x = randn(4, d_in)
-    y = layer(x).unflatten(-1, (B, -1)).mT.flatten(-2)  # the second shuffle
-    assert rel_err(y, x @ want.T) < 1e-12
-    back_V, back_U = grid_to_paper(layer.V, layer.U)
-    assert torch.equal(back_V, V) and torch.equal(back_U, U)
+    assert rel_err(unshuffle(layer(x), B), x @ want.T) < 1e-12
 
 
 def random_grids(n=24):
@@ -161,10 +153,8 @@ def test_random_shapes(sizes):
         x = randn(*lead, d_in)
         want = linear(x, W, layer.bias)
         assert rel_err(layer(x), want) < 1e-12
-        assert rel_err(grid_linear_slow(x, layer.V, layer.U, layer.bias), want) < 1e-12
-        with torch.no_grad():
-            assert rel_err(layer(x), want) < 1e-12
-            assert flops(lambda x=x: layer(x)) == 2 * math.prod(lead) * weights
+        assert rel_err(grid_linear_slow(x, layer.V, layer.U), x @ W.T) < 1e-12
+        assert flops(lambda x=x: layer(x)) == 2 * math.prod(lead) * weights
     assert layer(randn(0, d_in)).shape == (0, d_out)
     assert layer(randn(2, 0, d_in)).shape == (2, 0, d_out)
     x = randn(d_in, 7).T
@@ -177,25 +167,18 @@ def test_gradients_are_those_of_the_dense_layer(make, shape):
     layer = build(make, *shape)
     x = randn(3, shape[0]).requires_grad_()
     leaves = [x, *layer.parameters()]
-    assert torch.autograd.gradcheck(lambda x, *_: layer(x), leaves)
     g = randn(3, shape[1])
     dense = torch.autograd.grad(linear(x, layer.dense_weight(), layer.bias), leaves, g)
     fast = torch.autograd.grad(layer(x), leaves, g)
-    assert max(rel_err(a, b) for a, b in zip(fast, dense, strict=True)) < 1e-12
+    for got, want in zip(fast, dense, strict=True):
+        assert rel_err(got, want) < 1e-12
 
 
-def test_special_cases_and_ranks():
-    torch.manual_seed(0)
-    block, low = BlockDense(12, 20, 6, 1, bias=False), LowRank(12, 20, 6, bias=False)
-    low.load_state_dict(block.state_dict())
-    assert torch.equal(block.dense_weight(), low.dense_weight())
-    rank = torch.linalg.matrix_rank
-    assert rank(low.dense_weight()) == 6
-    assert rank(BlockDense(16, 24, 8, 4).dense_weight()) == 8
+def test_block_shuffle_has_full_rank_in_blocks_of_low_rank():
     W = BlockShuffle(16, 24, 2).dense_weight()
-    assert rank(W) == 16
     blocks = W.unflatten(0, (2, -1)).unflatten(2, (2, -1)).transpose(1, 2)
-    assert (rank(blocks) == 4).all()
+    assert torch.linalg.matrix_rank(W) == 16
+    assert (torch.linalg.matrix_rank(blocks) == 4).all()
 
 
 # ---------------------------------------------------------------- initialization, projection
@@ -212,26 +195,20 @@ def test_low_rank_starts_at_the_best_approximation_of_a_dense_start():
     assert rel_err(V @ V.T, torch.diag(sigma[:8])) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("layer", "gain"),
-    [
-        (BlockDense(32, 96, 16, 4), 16 / 96),
-        (BlockShuffle(32, 96, 4), 32 / 96),
-        (BlockShuffle(96, 32, 4), 1.0),
-    ],
-    ids=repr,
-)
-def test_blocks_start_orthonormal(layer, gain):
-    for block in [*layer.V.flatten(1, 2), *layer.U.flatten(2)]:
-        assert rel_err(torch.linalg.svdvals(block), torch.ones(min(block.shape))) < 1e-5
-    # mean square of the output of a unit input
-    mean_square = layer.dense_weight().square().sum().item() / layer.d_out
-    assert mean_square == pytest.approx(gain, rel=1e-5)
-    assert not layer.bias.any()
+def test_blocks_start_orthonormal():
+    layers = (BlockDense(32, 96, 16, 4), BlockShuffle(32, 96, 4), BlockShuffle(96, 32, 4))
+    for layer, gain in zip(layers, (16 / 96, 32 / 96, 1.0), strict=True):
+        for block in [*layer.V.flatten(1, 2), *layer.U.flatten(2)]:
+            assert rel_err(torch.linalg.svdvals(block), torch.ones(min(block.shape))) < 1e-5
+        # mean square of the output of a unit input
+        mean_square = layer.dense_weight().square().sum().item() / layer.d_out
+        assert mean_square == pytest.approx(gain, rel=1e-5)
+        assert not layer.bias.any()
 
 
 def test_reset_leaves_nothing_of_what_was_there():
-    for layer in (LowRank(16, 24, 4), BlockDense(16, 24, 4, 2).bfloat16(), BlockShuffle(16, 24, 2)):
+    for make in MAKERS.values():
+        layer = make(16, 24)
         nn.init.constant_(layer.bias, 7)
         nn.init.zeros_(layer.U)
         layer.reset_parameters()
@@ -275,11 +252,13 @@ def test_convert_replaces_what_is_picked():
     assert isinstance(model[1].fc1, BlockShuffle) and isinstance(model[0].fc1, nn.Linear)
 
 
-def test_a_shared_layer_is_converted_once():
+def test_a_shared_layer_is_converted_and_merged_once():
     shared = nn.Linear(16, 16)
     model = nn.Sequential(shared, nn.ReLU(), shared)
-    assert [*convert(model, partial(LowRank, R=4), lambda name: True)] == ["0", "2"]
+    assert [*convert(model, partial(LowRank, R=4), lambda name: True)] == ["0"]
     assert model[0] is model[2] and isinstance(model[0], LowRank)
+    frozen = merged(model, max_tokens=5)
+    assert frozen[0] is frozen[2] and frozen[0].max_tokens == 5
 
 
 def tied():
@@ -301,7 +280,6 @@ def encoder(layers=2):
         (tied(), "", "0 .*other code reads its weight"),
         (encoder(), "linear", "linear1 .*TransformerEncoderLayer.*other code reads its weight"),
         (encoder(), "out_proj", "out_proj .*MultiheadAttention.*other code reads its weight"),
-        (nn.MultiheadAttention(16, 2), "", "out_proj"),
         (nn.Sequential(*[nn.Linear(16, 16) for _ in range(20)], nn.Linear(16, 3)), "", "1 to 3"),
     ],
 )
@@ -310,16 +288,6 @@ def test_convert_refuses_before_it_changes_anything(model, pick, message):
     with pytest.raises(ValueError, match=message):
         convert(model, partial(LowRank, R=4), lambda name: pick in name)
     assert [(name, id(module)) for name, module in model.named_modules()] == before
-
-
-def test_a_converted_decoder_of_torch_runs_in_evaluation_too():
-    layer = nn.TransformerDecoderLayer(16, 2, 32, batch_first=True)
-    model = nn.TransformerDecoder(layer, 2)
-    x = torch.randn(2, 5, 16)
-    before = model.eval()(x, x)
-    assert len(convert(model, partial(LowRank, R=16), lambda name: "linear" in name)) == 4
-    with torch.no_grad():
-        assert rel_err(model(x, x), before) < 1e-5
 
 
 def test_a_layer_converted_from_zero_learns_and_keeps_what_is_frozen():
@@ -346,10 +314,8 @@ def test_a_layer_converted_from_zero_learns_and_keeps_what_is_frozen():
         (lambda: BlockShuffle(72, 288, 4), r"min\(d_in, d_out\) 72 is not divisible by 16"),
         (lambda: LowRank(8, 32, 9), "rank 9 of a 32 x 8 block: choose one from 1 to 8"),
         (lambda: LowRank(8, 32, 0), "rank 0"),
-        (lambda: BlockDense(16, 16, 4, -2), "not divisible by -2"),
-        (lambda: match(64, 256, "lowrank", 1.5), "ratio 1.5"),
-        (lambda: match(64, 256, "lowrank", -0.5), "ratio -0.5"),
-        (lambda: match(64, 256, "blockdense", 0.3, n_blocks=5), "64 is not divisible by 5"),
+        (lambda: match(64, 256, "lowrank", 1.5), "rank 80 of a 256 x 64 block"),
+        (lambda: match(64, 256, "blockdense", 0.3, n_blocks=5), "is not divisible by 5"),
         (lambda: match(60, 240, "blockshuffle", 0.31), "ratio 0.31: nearest is .*0.625"),
         (lambda: Guide(nn.Linear(4, 4), 10), "no structured layers"),
     ],
@@ -359,19 +325,11 @@ def test_errors_carry_the_numbers(call, text):
         call()
 
 
-def test_numpy_integers_are_sizes_and_fractions_are_not():
+def test_numpy_integers_are_sizes():
     n = np.int64(4)
-    for layer in (
-        LowRank(4 * n, 4 * n, n),
-        BlockDense(4 * n, 16, n, n),
-        BlockShuffle(16, 4 * n, n),
-    ):
+    for layer in (LowRank(4 * n, 16, n), BlockDense(4 * n, 16, n, n), BlockShuffle(16, 4 * n, n)):
         assert layer(torch.zeros(3, 16)).shape == (3, 16)
-        assert type(layer.d_in) is type(layer.d_out) is int
     assert match(np.int64(64), np.int64(256), "blockdense", 0.3125, n)(64, 256).V.shape[0] == 4
-    for call in (lambda: LowRank(16, 24, 4.0), lambda: BlockDense(16, 24, 4, 2.0)):
-        with pytest.raises(TypeError, match="integer"):
-            call()
 
 
 def test_an_input_or_a_weight_of_the_wrong_shape_is_an_error():
@@ -394,17 +352,10 @@ def test_match_finds_the_published_sizes():
         assert share == pytest.approx(0.32, rel=0.03)
 
 
-def test_ranks_are_multiples_of_8_where_that_moves_them_by_2_percent_then_of_4_2_1():
+def test_ranks_from_64_on_are_multiples_of_8():
     # wanted: c = 102.4, 204.8, 25.6, 6.4
     for d, c in ((1024, 104), (2048, 208), (256, 26), (64, 6)):
         assert match(d, 4 * d, "blockdense", 0.3125).keywords["R"] == 4 * c
-    assert [round_rank(rank, 999) for rank in (401, 100, 101)] == [400, 100, 100]
-
-
-def test_match_keeps_the_rank_below_the_width_and_comes_as_near_as_blocks_allow():
-    assert match(63, 18900, "lowrank", 1.0)(63, 18900).V.shape[2] == 63
-    plan = match(64, 256, "blockdense", 0.82)
-    assert abs(ffn_weights(plan, 64, 256) / (2 * 64 * 256) - 0.82) < 0.15 * 0.82
 
 
 @pytest.mark.parametrize("kind", ["dense", *KINDS])
@@ -417,12 +368,10 @@ def test_the_factory_leaves_the_first_block_dense(kind):
     assert nn.Sequential(*blocks)(torch.zeros(2, 5, 32)).shape == (2, 5, 32)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_ffn_by_its_formula(gated):
-    ffn = StructuredFFN(8, 24, partial(BlockDense, R=4, n_blocks=2), gated).double()
+def test_ffn_by_its_formula():
+    ffn = StructuredFFN(8, 24, partial(BlockDense, R=4, n_blocks=2)).double()
     x = randn(2, 3, 8)
-    h = x @ ffn.fc1.dense_weight().T
-    h = silu(h[..., :24]) * h[..., 24:] if gated else gelu(h, approximate="tanh")
+    h = gelu(x @ ffn.fc1.dense_weight().T, approximate="tanh")
     assert rel_err(ffn(x), h @ ffn.fc2.dense_weight().T) < 1e-12
 
 
@@ -434,8 +383,7 @@ def test_guide_starts_at_the_structured_layer(make):
     layer = build(make)
     x = randn(5, 16)
     want = layer(x)
-    guide = Guide(layer, 10)
-    assert guide.layers == [layer]
+    Guide(layer, 10)
     assert rel_err(layer.W, layer.dense_weight()) < 1e-12
     for layer.alpha in (1.0, 0.7, 0.3, 0.0):
         assert rel_err(layer(x), want) < 1e-12
@@ -443,27 +391,25 @@ def test_guide_starts_at_the_structured_layer(make):
 
 @kinds
 def test_guide_mixes_outputs_and_gradients(make):
-    """alpha 0 and 1 are the two layers; gradients scale with 1 - alpha and alpha; bias once."""
+    """Gradients scale with 1 - alpha (V, U) and alpha (W); the bias counts once."""
     layer = build(make)
     x = randn(5, 16)
     structured = layer(x).detach()
     Guide(layer, 10)
     nn.init.normal_(layer.W)
     dense = linear(x, layer.W, layer.bias).detach()
+    leaves = [layer.V, layer.U, layer.W, layer.bias]
 
     def grads(alpha):
         layer.alpha = alpha
-        y = layer(x)
-        leaves = [layer.V, layer.U, layer.W, layer.bias]
-        return y.detach(), *torch.autograd.grad(y, leaves, wave(5, 24))
+        return torch.autograd.grad(layer(x), leaves, wave(5, 24))
 
-    y0, V0, U0, W0, bias0 = grads(0.0)
-    y1, V1, U1, W1, _ = grads(1.0)
-    assert rel_err(y0, structured) < 1e-12 and rel_err(y1, dense) < 1e-12
+    V0, U0, W0, bias0 = grads(0.0)
+    V1, U1, W1, _ = grads(1.0)
     assert not W0.any() and not V1.any() and not U1.any()
     for alpha in (0.25, 0.6):
-        y, V, U, W, bias = grads(alpha)
-        assert rel_err(y, alpha * dense + (1 - alpha) * structured) < 1e-12
+        V, U, W, bias = grads(alpha)
+        assert rel_err(layer(x), alpha * dense + (1 - alpha) * structured) < 1e-12
         assert rel_err(V, (1 - alpha) * V0) < 1e-12
         assert rel_err(U, (1 - alpha) * U0) < 1e-12
         assert rel_err(W, alpha * W1) < 1e-12
@@ -476,23 +422,19 @@ def test_schedule():
     assert np.mean([alpha_at(t, 1000) for t in range(1000)]) == pytest.approx(0.5, abs=1e-3)
 
 
-def test_coins_fall_with_probability_alpha_and_alike_on_all_ranks():
+def test_coins_fall_with_probability_alpha():
     n = 400
     layers = nn.ModuleList(build(MAKERS["LowRank"]) for _ in range(8))
-    twins = copy.deepcopy(layers)
     guide = Guide(layers, n, stochastic=True, seed=5)
-    twin = Guide(twins, n, stochastic=True, seed=5)
     optimizer = torch.optim.SGD(layers.parameters())
-    other = torch.optim.SGD(twins.parameters())
     coins = []
     for _ in range(n):
         coins.append([layer.coin for layer in layers])
-        assert coins[-1] == [layer.coin for layer in twins]
         guide.step(optimizer)
-        twin.step(other)
     alphas = np.array([alpha_at(t, n) for t in range(n)])
-    deviation = np.sqrt(8 * np.sum(alphas * (1 - alphas)))
-    assert abs(np.sum(coins) - 8 * np.sum(alphas)) < 3 * deviation
+    for half in (slice(0, n // 2), slice(n // 2, n)):
+        deviation = np.sqrt(8 * np.sum((alphas * (1 - alphas))[half]))
+        assert abs(np.sum(coins[half]) - 8 * np.sum(alphas[half])) < 3 * deviation
     assert any(len(set(row)) == 2 for row in coins)  # layers have their own coins
 
 
@@ -503,15 +445,13 @@ def test_a_coin_leaves_the_guide_out_of_training_not_of_evaluation():
     Guide(layer, 10, stochastic=True)
     nn.init.normal_(layer.W)
     layer.alpha = 0.5
+    layer.coin = True
+    guided = layer(x)
     layer.coin = False
     assert torch.equal(layer(x), structured)  # not (1 - alpha) U V x
     assert flops(lambda: layer(x)) == 2 * 2 * (layer.U.numel() + layer.V.numel())
-    layer.coin = True
-    guided = layer(x)
     assert rel_err(guided, structured) > 0.1
-    layer.eval()
-    layer.coin = False
-    assert torch.equal(layer(x), guided)
+    assert torch.equal(layer.eval()(x), guided)
 
 
 def train(model, guide, optimizer, first, last):
@@ -526,36 +466,24 @@ def train(model, guide, optimizer, first, last):
 
 
 def test_the_guide_leaves_the_model_and_the_optimizer():
+    """Also where the loop keeps a list of parameters and does not clear gradients."""
     model = ffns(linear=partial(LowRank, R=4)).double()
     names = set(model.state_dict())
     guide = Guide(model, 3)
+    kept = [*model.parameters()]
     guides = [layer.W for layer in guide.layers]
     assert len(guides) == 6 and len(model.state_dict()) == len(names) + 6
-    optimizer = torch.optim.AdamW(model.named_parameters())
-    train(model, guide, optimizer, 0, 2)
-    assert all(W in optimizer.state for W in guides)
-    train(model, guide, optimizer, 2, 4)
-    assert set(model.state_dict()) == names
-    assert not any(W in optimizer.state for W in guides)
-    (group,) = optimizer.param_groups
-    assert group["params"] == [*model.parameters()]
-    assert group["param_names"] == [name for name, _ in model.named_parameters()]
-
-
-def test_a_list_of_parameters_made_before_the_end_does_not_see_the_guide():
-    model = ffns(linear=partial(LowRank, R=4)).double()
-    guide = Guide(model, 3)
-    kept = [*model.parameters()]
     optimizer = torch.optim.AdamW(kept)
     for t in range(5):
         model(wave(6, 16)).square().sum().backward()
         by_list = nn.utils.clip_grad_norm_(kept, 1e9)
         assert by_list == nn.utils.clip_grad_norm_(model.parameters(), 1e9)
         optimizer.step()
-        assert guide.step(optimizer) == (t == 2)  # without zero_grad in between
-    gone = [p for p in kept if not any(p is q for q in model.parameters())]
-    assert len(gone) == 6
-    assert not any(p.requires_grad or p.grad is not None for p in gone)
+        assert all((W in optimizer.state) == (t < 3) for W in guides)
+        assert guide.step(optimizer) == (t == 2)
+    assert set(model.state_dict()) == names
+    assert optimizer.param_groups[0]["params"] == [*model.parameters()]
+    assert not any(W.requires_grad or W.grad is not None for W in guides)
 
 
 @pytest.mark.parametrize("stop", [7, 14])
@@ -585,31 +513,24 @@ def test_resume_in_the_middle_is_exact(stop, tmp_path):
 def test_a_guide_used_out_of_order_is_refused():
     layer = LowRank(16, 16, 4)
     early = torch.optim.AdamW(layer.parameters())
-    guide = Guide(layer, 3)
+    guide = Guide(layer, 1)
     with pytest.raises(ValueError, match="make the optimizer after the guide"):
         guide.step(early)
     with pytest.raises(ValueError, match="a guide that is not finished"):
         Guide(layer, 3)
+    with pytest.raises(ValueError, match="until the guide ends"):
+        merged(layer, max_tokens=8)
     late = torch.optim.AdamW(layer.parameters())
-    guide.finish(late)
-    guide.finish(late)
-    assert layer.W is None and not guide.step(late)
+    assert guide.step(late) and not guide.step(late)
+    assert layer.W is None
+    merged(layer, max_tokens=8)
     Guide(layer, 3)
-
-
-def test_a_guide_made_under_autocast_keeps_the_dtype_of_the_factors():
-    layer = BlockShuffle(16, 24, 2)
-    with torch.autocast("cpu", torch.bfloat16):
-        Guide(layer, 3)
-    assert layer.W.dtype == torch.float32
-    assert torch.equal(layer.W, layer.dense_weight())
 
 
 @pytest.fixture
 def one_rank(tmp_path):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
@@ -629,8 +550,7 @@ def test_data_parallel_training_goes_on_after_the_guide(stochastic, one_rank):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            ended = guide.step(optimizer)
-            if ended and parallel and not stochastic:
+            if guide.step(optimizer) and parallel and not stochastic:
                 run = wrap(model)
         losses.append(loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-12)
@@ -668,119 +588,20 @@ def test_merged_is_a_frozen_copy_of_the_whole_model():
     assert rel_err(frozen(x), want) < 1e-12  # nothing is shared with the model
 
 
-def test_merged_replaces_a_shared_layer_everywhere():
-    shared = build(MAKERS["LowRank"], 16, 16)
-    frozen = merged(nn.Sequential(shared, nn.ReLU(), shared), max_tokens=5)
-    assert frozen[0] is frozen[2] and frozen[0].max_tokens == 5
-
-
-@kinds
-def test_merged_layers_can_be_copied_saved_and_cast(make, tmp_path):
-    frozen = merged(build(make), max_tokens=100)
-    x = randn(3, 16)
-    want = frozen(x)
-    assert torch.equal(copy.deepcopy(frozen)(x), want)
-    assert torch.equal(pickle.loads(pickle.dumps(frozen))(x), want)
-    assert rel_err(copy.deepcopy(frozen).float()(x.float()), want) < 1e-5
-    assert torch.func.vmap(frozen)(x[None]).shape == (1, 3, 24)
-
-
-def test_a_guided_model_is_not_merged():
-    model = ffns(linear=partial(LowRank, R=4))
-    guide = Guide(model, 3)
-    with pytest.raises(ValueError, match="finish the guide first"):
-        merged(model, max_tokens=8)
-    guide.finish(torch.optim.SGD(model.parameters()))
-    assert merged(model, max_tokens=8)(torch.zeros(3, 16)).shape == (3, 16)
-
-
 # ---------------------------------------------------------------- surroundings
 
 
 @kinds
-def test_other_types_and_meta(make):
+def test_half_precision_and_meta(make):
     layer = build(make).float()
     x = torch.randn(7, 16)
     want = layer(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        for recorded in (True, False):
-            with torch.set_grad_enabled(recorded):
-                y = layer(x)
-            assert y.dtype == torch.bfloat16 and rel_err(y, want) < 0.03
+        y = layer(x)
+    assert y.dtype == torch.bfloat16 and rel_err(y, want) < 0.03
     assert rel_err(copy.deepcopy(layer).bfloat16()(x.bfloat16()), want) < 0.05
     with torch.device("meta"):
         assert make(16, 24)(torch.empty(3, 16)).shape == (3, 24)
-    with torch.inference_mode():
-        layer = make(16, 24)
-        assert rel_err(layer(torch.eye(16)), layer.dense_weight().T) < 1e-5
-
-
-@kinds
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap loops over products
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")  # by torch.func itself
-@pytest.mark.parametrize("recorded", [True, False])
-def test_torch_func(make, recorded):
-    """Gradients of each example, tangents, stacked weights: as by the dense matrix."""
-    layer = build(make)
-    params = {k: p.detach() for k, p in layer.named_parameters()}
-    x = randn(3, 5, 16)
-    v = randn(3, 5, 16)
-    W = layer.dense_weight().detach()
-    y = linear(x, W, layer.bias)
-
-    def call(params, x):
-        return torch.func.functional_call(layer, params, (x,))
-
-    def loss(params, x):
-        return call(params, x).square().sum()
-
-    with torch.set_grad_enabled(recorded):
-        assert rel_err(torch.vmap(partial(call, params))(x), y) < 1e-12
-        primal, tangent = torch.func.jvp(partial(call, params), (x,), (v,))
-        assert rel_err(primal, y) < 1e-12
-        assert rel_err(tangent, linear(v, W)) < 1e-12
-        each = torch.vmap(torch.func.grad(loss), (None, 0))(params, x)
-        assert rel_err(each["bias"], 2 * y.sum(1)) < 1e-12
-        assert rel_err(each["V"].sum(0), torch.func.grad(loss)(params, x)["V"]) < 1e-12
-        twice = {k: torch.stack([p, 2 * p]) for k, p in params.items()}
-        stacked = torch.vmap(call, (0, None))(twice, x)
-        assert rel_err(stacked[1], linear(x, 4 * W, 2 * layer.bias)) < 1e-12
-
-
-@kinds
-def test_result_is_contiguous_and_training_costs_three_forwards(make):
-    layer = build(make)
-    x = randn(2, 7, 16).requires_grad_()
-    for recorded in (True, False):
-        with torch.set_grad_enabled(recorded):
-            assert layer(x).view(14, 24).shape == (14, 24)
-    cost = flops(lambda: layer(x).sum().backward())
-    assert cost == 3 * 2 * 14 * (layer.V.numel() + layer.U.numel())
-
-
-@pytest.mark.parametrize("recorded", [True, False])
-def test_block_shuffle_never_copies_its_result(recorded):
-    layer = build(MAKERS["BlockShuffle"])
-    x = randn(7, 16)
-    cpu = torch.profiler.ProfilerActivity.CPU
-    with (
-        torch.set_grad_enabled(recorded),
-        torch.profiler.profile(activities=[cpu], record_shapes=True) as profile,
-    ):
-        layer(x)
-    copied = [e.input_shapes[0] for e in profile.events() if e.name == "aten::clone"]
-    assert copied and 7 * 24 not in map(math.prod, copied)  # the regrouping copies, (7, 16)
-
-
-@kinds
-def test_exports_with_any_number_of_tokens(make):
-    layer = build(make).eval()
-    tokens = torch.export.Dim("tokens", min=2, max=64)
-    program = torch.export.export(
-        layer, (randn(5, 16),), dynamic_shapes=({0: tokens},), strict=False
-    )
-    x = randn(9, 16)
-    assert rel_err(program.module()(x), layer(x)) < 1e-12
 
 
 @kinds
@@ -809,46 +630,31 @@ def test_compiles_into_one_graph(make):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_self_check(dtype):
     rows = self_check(dtype)
-    assert len(rows) == 30
+    assert len(rows) == 24
     assert not [row for row in rows if not row[1] <= row[2]]
 
 
-FAULTS = {
-    "zeros": lambda y: y * 0,
-    "one per cent": lambda y: y * 1.01,
-    "shifted": lambda y: y.roll(1, -1),
-    "nan": lambda y: y * math.nan,
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
-@pytest.mark.parametrize("name", ["grid_linear", "grid_linear_slow"])
-def test_self_check_can_fail(name, fault, monkeypatch):
+@pytest.mark.parametrize("factor", [0.0, 1.01, math.nan])
+@pytest.mark.parametrize(
+    ("name", "row"), [("grid_linear", "forward"), ("grid_linear_slow", "einsum")]
+)
+def test_self_check_can_fail(name, row, factor, monkeypatch):
     good = getattr(structured_ffn, name)
-    monkeypatch.setattr(structured_ffn, name, lambda *a: fault(good(*a)))
+    monkeypatch.setattr(structured_ffn, name, lambda *a: factor * good(*a))
     failed = {name for name, error, limit in self_check() if not error <= limit}
-    row = "forward" if name == "grid_linear" else "einsum"
     assert {f"{kind}: {row}" for kind in MAKERS} <= failed
 
 
 def test_check_prints_a_table_and_its_verdict(capsys, monkeypatch):
     assert main(["--check"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count(" ok\n") == 30 and "FAILED" not in printed
+    assert printed.count(" ok\n") == 48 and "FAILED" not in printed
     monkeypatch.setattr(structured_ffn, "self_check", lambda *_: [("row", math.nan, 1e-12)])
     assert main(["--check"]) == 1
     assert "FAILED" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "mps", "nonsense"])
-def test_a_device_that_does_not_work_ends_in_one_line(device, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--check", "--device", device])
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and f"device '{device}' does not work here" in message
-
-
 @pytest.mark.slow
 def test_whole_file_runs(capsys):
     assert main([]) == 0
-    assert "limit 0.50   ok" in capsys.readouterr().out
+    assert "guided / plain" in capsys.readouterr().out
