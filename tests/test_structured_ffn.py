@@ -66,11 +66,26 @@ def wave(*shape, phase=0.0):
     return torch.cos(1.3 * torch.arange(math.prod(shape), dtype=torch.float64) + phase).view(shape)
 
 
+def baddbmm_flop(y, a, b, *args, **kwargs):
+    return 2 * math.prod(a) * b[-1]  # shapes: (n, T, K) x (n, K, S)
+
+
 def flops(call):
-    """FLOPs by torch's own counter."""
-    with FlopCounterMode(display=False) as counter:
+    """FLOPs by torch's own counter, which does not know baddbmm in place."""
+    mapping = {torch.ops.aten.baddbmm_: baddbmm_flop}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         call()
     return counter.get_total_flops()
+
+
+def test_block_shuffle_never_copies_its_result():
+    layer = BlockShuffle(16, 24, n_blocks=2)
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], record_shapes=True) as profile:
+        layer(torch.randn(7, 16))
+    copied = [e.input_shapes[0] for e in profile.events() if e.name == "aten::clone"]
+    assert copied  # the regrouping copies (7, 16)
+    assert 7 * 24 not in map(math.prod, copied)
 
 
 # ---------------------------------------------------------------- the matrices
