@@ -252,12 +252,12 @@ class PairHead(nn.Module):
 
 def build_head(stage, config, split):
     """pretrain: a linear map per position to symbols or values; finetune: to classes."""
-    if stage == "finetune" and split.pairs:
+    if stage == "pretrain":
+        width = split.data.vocab_size if config.loss == "ce" else split.tokens.shape[2]
+        return nn.Linear(config.d_model, width)
+    if split.pairs:
         return PairHead(config.d_model, split.data.n_classes)
-    if stage == "finetune":
-        return nn.Linear(config.d_model, split.data.n_classes)
-    width = split.data.vocab_size if config.loss == "ce" else split.tokens.shape[2]
-    return nn.Linear(config.d_model, width)
+    return nn.Linear(config.d_model, split.data.n_classes)
 
 
 def pool(h, keep, how, shared=False):
@@ -382,18 +382,12 @@ def fit(stage, model, head, train, val, config, run):
     number = STAGES.index(stage)
     steps = config.steps(stage)
     optimizer = make_optimizer(model, head, config.lr(stage), config)
-    parameters = [*model.parameters(), *head.parameters()]
     parts = {"model": model, "head": head, "optimizer": optimizer}
     start, best = run.restore(parts)  # (0, None) for a new run
     rank, world = share_of_examples(config)
     objective = Objective(model, head, config)  # batch -> loss_sums
     if world > 1:
-        objective = DistributedDataParallel(objective)
-        # It reorders its sums after the first backward. So we do one for nothing: then a resumed
-        # run adds up in the order of an uninterrupted one.
-        batch = make_batch(train, np.arange(1), stage, config, seeded(config, config.seed))
-        objective(batch)[0].backward()
-        optimizer.zero_grad()
+        objective = data_parallel(objective, stage, train, config)
     pieces = config.accumulate
     order = draw(train.longest(), config.batch(stage), config.seed, number)
     order = itertools.islice(order, start, None)
@@ -411,8 +405,8 @@ def fit(stage, model, head, train, val, config, run):
             (loss * weight * world / count).backward()  # DDP averages over the processes
             sums = sums + weight * seen
         if config.sequence_parallel:
-            dist_attention.sum_gradients(parameters)
-        nn.utils.clip_grad_norm_(parameters, config.clip)
+            dist_attention.sum_gradients(objective.parameters())
+        nn.utils.clip_grad_norm_(objective.parameters(), config.clip)
         factor = schedule(step, steps, config.warmup, config.schedule)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
@@ -527,6 +521,17 @@ def identity(data):
 
 
 # ------------------------------------------------------------------------ several processes
+
+
+def data_parallel(objective, stage, train, config):
+    """The objective, its gradients averaged over processes that share the examples of a batch."""
+    parallel = DistributedDataParallel(objective)
+    # It changes the order of its sums after the first backward. So we do one for nothing: then a
+    # resumed run adds up in the order of an uninterrupted one.
+    batch = make_batch(train, np.arange(1), stage, config, seeded(config, config.seed))
+    parallel(batch)[0].backward()
+    parallel.zero_grad()
+    return parallel
 
 
 def part(batch, i, n):

@@ -8,11 +8,10 @@ import threading
 
 import pytest
 import torch
-from runs import TINY, bits, load_small, run, same
+from runs import bits, load_small, run, same
 
 import checkpoint
 import pretrain
-from settings import Config
 
 
 @pytest.fixture(autouse=True)
@@ -36,14 +35,24 @@ def die():
     raise RuntimeError("killed")
 
 
-@pytest.mark.parametrize("stop", [("pretrain", 7), ("pretrain", 12), ("finetune", 3)])
-def test_a_killed_run_continues_to_the_same_bits(tmp_path, monkeypatch, stop):
-    """What was written before the kill is all that the second run sees."""
+@pytest.mark.parametrize(
+    ("stop", "last"),
+    [
+        (("pretrain", 7), ("pretrain", 6)),
+        (("pretrain", 12), ("pretrain", 6)),
+        (("finetune", 3), ("pretrain", 12)),
+        (("finetune", 9), ("finetune", 6)),
+    ],
+)
+def test_a_killed_run_continues_to_the_same_bits(tmp_path, monkeypatch, stop, last):
+    """From the last checkpoint, which is that of the last validation."""
     run(tmp_path, "whole", dropout=0.1)
     with monkeypatch.context() as patch:
         after_step(patch, *stop, die)
         with pytest.raises(RuntimeError, match="killed"):
             run(tmp_path, "cut", dropout=0.1)
+    state = checkpoint.load(tmp_path / "cut" / "checkpoint.pt")
+    assert (state["stage"], state["step"]) == last
     run(tmp_path, "cut", dropout=0.1, resume=True)
     same(bits(tmp_path / "whole"), bits(tmp_path / "cut"))
 
@@ -157,19 +166,16 @@ def test_a_new_run_leaves_no_weights_of_the_old_one(tmp_path):
 def test_a_folder_in_use_is_refused(tmp_path):
     with checkpoint.Run(tmp_path, {}):
         with pytest.raises(ValueError, match="in use by another run"):
-            pretrain.train(Config(**TINY, out=str(tmp_path)))
+            checkpoint.lock(tmp_path)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
 def test_a_file_system_without_locks_is_not_in_use(tmp_path, monkeypatch, number):
-    fcntl = pytest.importorskip("fcntl")
-
     def refuse(*_):
         raise OSError(number, "no locks")
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    run(tmp_path, "a", objective="none", finetune_steps=1)
-    assert (tmp_path / "a" / "result.json").exists()
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refuse)
+    checkpoint.lock(tmp_path).close()
 
 
 # ---------------------------------------------------------------------------------- diverged
