@@ -204,8 +204,6 @@ def test_subsets_are_nested():
     resident = Resident(data.train, data, "cpu")
     small, large = resident.subset(5), resident.subset(20)
     assert np.array_equal(small.lengths, large.lengths[:5]) and len(set(large.lengths)) == 20
-    with pytest.raises(ValueError, match=r"labels 33.* 32 examples"):
-        resident.subset(33)
 
 
 # ----------------------------------------------------------------------------- model and loss
@@ -266,9 +264,9 @@ def test_loss_counts_only_the_chosen_positions():
     config, batch = batch_of(data, mask_ratio=0.5)
     h = torch.randn(3, 12, 16)
     head = pretrain.build_head("pretrain", config, Resident(data.train, data, "cpu"))
-    spoilt = torch.where(batch.where[..., None], h, 1e3)
+    spoiled = torch.where(batch.where[..., None], h, 1e3)
     loss, sums = pretrain.loss_sums(lambda x, keep: h, head, batch, config)
-    assert torch.equal(loss, pretrain.loss_sums(lambda x, keep: spoilt, head, batch, config)[0])
+    assert torch.equal(loss, pretrain.loss_sums(lambda x, keep: spoiled, head, batch, config)[0])
     by_hand = -torch.log_softmax(head(h), -1)
     by_hand = by_hand.gather(2, batch.target[..., None])[..., 0][batch.where].sum()
     correct = (head(h).argmax(-1) == batch.target)[batch.where].sum()
@@ -609,11 +607,6 @@ def exit_of(capsys, *args):
     with pytest.raises(SystemExit) as stop:
         pretrain.main([str(arg) for arg in args])
     return stop.value.code, capsys.readouterr()
-
-
-def test_the_self_check_passes(capsys):
-    code, shown = exit_of(capsys, "--check")
-    assert code == 0 and shown.out.count("ok") == 5 and "FAILED" not in shown.out
 
 
 def test_mistakes_on_the_command_line_get_one_line(tmp_path, capsys, monkeypatch):

@@ -52,14 +52,6 @@ PRETRAINED = {
         "pathfinder128": (5e-4, 64, 5e-4, 8),
     },
 }
-S4_SIZES = {  # layers, d_model, dropout
-    "listops": (8, 128, 0.0),
-    "text": (6, 256, 0.0),
-    "retrieval": (6, 256, 0.0),
-    "image": (6, 512, 0.1),
-    "pathfinder32": (6, 256, 0.0),
-    "pathfinder128": (6, 256, 0.0),
-}
 # S4's code, V3: layers, d_model, dropout, rate, batch, epochs, decay, steps an epoch of our split.
 SCRATCH = {
     "listops-s4-scratch": (8, 128, 0.0, 0.01, 50, 40, 0.05, 1_920),
@@ -147,7 +139,7 @@ def test_transformers(task):
 @pytest.mark.parametrize("model, task", [(m, task) for m in PRETRAINED for task in PRETRAINED[m]])
 def test_pretrained_state_spaces(model, task):
     rate, batch, pretrain_rate, pretrain_batch = PRETRAINED[model][task]
-    layers, d_model, dropout = S4_SIZES[task]
+    layers, d_model, dropout, *_ = SCRATCH[f"{task}-s4-scratch"]
     name = f"{task}-{model}"
     holds(name, finetune_lr=rate, batch_size=batch, pretrain_lr=pretrain_rate)
     holds(name, pretrain_batch_size=pretrain_batch, weight_decay=0.05, dropout=dropout)
