@@ -14,10 +14,10 @@ import tempfile
 import time
 
 import numpy as np
-import pathfinder
 from measured import ROOT, provenance, pyplot, save
 
 import lra_data
+import pathfinder
 
 ORIGINAL = {32: (270, 380), 64: (10_000, 10_000), 128: (2_000, 2_000), 256: (180, 180)}  # ms
 TARGET = {32: 15, 64: 300, 128: 80, 256: 12}  # ms

@@ -17,9 +17,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pathfinder import usable_cpus  # noqa: E402
-
 from checkpoint import versions  # noqa: E402
+from pathfinder import usable_cpus  # noqa: E402
 
 # one color per method, in all pictures
 COLORS = {
