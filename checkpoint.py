@@ -9,9 +9,8 @@
     # config.json: settings and data; result.json: written last
 
 kill -9 costs at most the steps since the last checkpoint. A checkpoint is written under another
-name, flushed to disk and renamed: checkpoint.pt or checkpoint.pt.previous is always whole.
-metrics.jsonl is cut back to its length at the checkpoint. Everything else must follow from settings
-and step (as the random numbers of pretrain.py do); then a resumed run ends in the same bits.
+name, flushed to disk and renamed: checkpoint.pt or checkpoint.pt.previous is always whole. A
+resumed run ends in the same bits if all else follows from settings and step, as in pretrain.py.
 """
 
 import errno
@@ -32,22 +31,15 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 LOG_EVERY = 10  # steps; the losses are read from the device only this often
-WEIGHTS = ("checkpoint.pt", "pretrained.pt", "denoiser.pt")  # removed when a run is replaced
-
-# ------------------------------------------------------------------------------------- files
 
 
 def save(path, state):
     """torch.save that writes all of the file or nothing; the old file stays as *.previous."""
     temporary = path.with_name(path.name + ".new")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} not written, the old file is as it was: {error}") from error
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
     if path.exists():
         os.replace(path, path.with_name(path.name + ".previous"))
     os.replace(temporary, path)
@@ -57,35 +49,11 @@ def load(path):
     """Read what `save` wrote.  ValueError if the file is damaged or something else."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):  # the file may be sound
+    except OSError:  # not there, or not to be read now
         raise
     except Exception as error:  # a damaged file may raise anything
         reason = shorten(f"{type(error).__name__} {error}", 160)
         raise ValueError(f"{path} is not a file of weights: {reason}") from error
-
-
-def write_json(path, content):
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    os.replace(temporary, path)
-
-
-def lock(folder):
-    """An open, locked file; no other run can work in the folder until it is closed."""
-    file = open(folder / "lock", "w", encoding="utf-8")
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows has no flock
-        pass
-    except OSError as error:  # some network file systems have none either
-        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
-            raise ValueError(f"{folder} is in use by another run") from error
-    return file
-
-
-# ----------------------------------------------------------------------------------- the run
 
 
 def ranks():
@@ -120,8 +88,7 @@ class Run:
 
     def __init__(self, folder, settings, data=None, free=(), resume=False, position=0):
         self.folder = Path(folder)
-        self.settings = settings
-        self.data = data or {}
+        self.about = {"settings": settings, "data": data or {}}
         self.free = free
         self.resume = resume
         self.position = position
@@ -134,20 +101,20 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
             self.lock = lock(self.folder)
-        self.state = self.find() if self.resume else None
+        self.state = self.newest() if self.resume else None
         state = self.state or {"result": {}, "tokens": 0, "seconds": 0.0, "metrics": 0}
         self.result = state["result"]  # scores of the finished stages
         self.tokens = state["tokens"]
-        if self.rank == 0:
-            self.prepare(state["metrics"])
-        self.versions = versions()  # now: somebody may commit while this runs
         self.started = time.perf_counter() - state["seconds"]
+        self.versions = versions()  # now: somebody may commit while this runs
+        if self.rank == 0:
+            self.open_files(state["metrics"])
         if self.world == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self.interrupt)
         return self
 
-    def find(self):
+    def newest(self):
         """The newest checkpoint that can be read; None if there is none."""
         newest = self.folder / "checkpoint.pt"
         previous = self.folder / "checkpoint.pt.previous"
@@ -160,47 +127,46 @@ class Run:
             state = load(previous)
             if self.rank == 0:
                 newest.unlink(missing_ok=True)  # `save` must not keep it as the previous one
-        for kind in ("settings", "data"):
-            if changed := differences(state.get(kind, {}), getattr(self, kind), self.free):
+        for kind, now in self.about.items():
+            if changed := differences(state[kind], now, self.free):
                 raise ValueError(f"{self.folder} contains a run with other {kind}: {changed}")
         return state
 
-    def prepare(self, metrics_size):
-        """Refuse to replace an unfinished run, remove what a finished one left, open the files."""
-        old = [path for name in WEIGHTS for path in self.folder.glob(f"{name}*")]
+    def open_files(self, metrics_size):
+        """Refuse to replace an unfinished run; remove what a finished one left."""
         result = self.folder / "result.json"
+        checkpoints = list(self.folder.glob("checkpoint.pt*"))
         if self.state is None:
-            if any("checkpoint" in path.name for path in old) and not result.exists():
+            if checkpoints and not result.exists():
                 how = "pass --resume to continue it or choose another --out"
                 raise ValueError(f"{self.folder} contains an unfinished run: {how}")
-            for path in old:
+            for path in [*checkpoints, *self.folder.glob("pretrained.pt*")]:
                 path.unlink()
         result.unlink(missing_ok=True)
-        write_json(self.folder / "config.json", {**self.settings, "data": self.data})
+        config = {**self.about["settings"], "data": self.about["data"]}
+        write_json(self.folder / "config.json", config)
         self.metrics = open(self.folder / "metrics.jsonl", "ab")
         self.metrics.truncate(min(self.metrics.tell(), metrics_size))
 
     def __exit__(self, failure, *_):
-        self.release_signals()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if self.rank > 0:
             return
         if failure is None:
             seconds = time.perf_counter() - self.started
             speed = {"seconds": round(seconds, 1), "tokens_per_s": round(self.tokens / seconds)}
             speed["peak_memory"] = peak_memory()
-            self.result.update(config=self.settings, data=self.data, speed=speed, **self.versions)
+            about = {"config": self.about["settings"], "data": self.about["data"], "speed": speed}
+            self.result.update(about, **self.versions)
             write_json(self.folder / "result.json", self.result)
         self.metrics.close()
         self.lock.close()
 
-    def interrupt(self, *_):
+    def interrupt(self, number, _):
         print("Stopping after this step; press Ctrl-C again to quit immediately.", file=sys.stderr)
         self.interrupted = True
-        self.release_signals()
-
-    def release_signals(self):
-        while self.handlers:
-            signal.signal(*self.handlers.popitem())
+        signal.signal(number, signal.default_int_handler)
 
     def restore(self, parts):
         """Load the checkpoint into {name: object}.  Returns the first step and the best so far."""
@@ -214,15 +180,16 @@ class Run:
 
     def save(self, step, parts, best):
         """Write a checkpoint after `step`; stop here if the run was interrupted."""
+        self.report(step)
         if self.rank == 0:
             self.metrics.flush()
             state = {name: part.state_dict() for name, part in parts.items()}
             state.update(stage=self.stage, step=step + 1, best=best, result=self.result)
             state.update(tokens=self.tokens, seconds=time.perf_counter() - self.started)
-            state.update(settings=self.settings, data=self.data, metrics=self.metrics.tell())
+            state.update(metrics=self.metrics.tell(), **self.about)
             save(self.folder / "checkpoint.pt", state)
         if self.interrupted:
-            raise KeyboardInterrupt("--resume continues")
+            raise KeyboardInterrupt("interrupted; --resume continues")
 
     def steps(self, stage, first, last):
         """The steps of a stage, with a progress bar on a terminal."""
@@ -240,45 +207,62 @@ class Run:
             self.report(step)
 
     def report(self, step):
-        """Write a line of metrics for the steps since the last one."""
+        """Write means over the steps since the last report."""
         if not self.pending:
             return
-        rows = torch.stack(self.pending)  # (steps, 3)
+        sums = torch.stack(self.pending).sum(0)
         self.pending = []
         if self.world > 1:
-            dist.all_reduce(rows)
-        rows = rows.cpu()
-        for i, loss in enumerate(rows[:, 0].tolist()):
-            self.check_finite(loss, step + 2 - len(rows) + i)
-        line = means(rows.sum(0))
-        self.bar.set_postfix(line)
-        self.write({"stage": self.stage, "step": step + 1, **line})
+            dist.all_reduce(sums)
+        score = means(sums)
+        self.bar.set_postfix(score)
+        self.write(step, score)
 
-    def check_finite(self, loss, step, kind="loss"):
-        """FloatingPointError if the run has diverged; it names the last good checkpoint."""
-        if math.isfinite(loss):
-            return
-        path = self.folder / "checkpoint.pt"
-        good = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint"
-        where = f"{self.folder}, {self.stage}"
-        raise FloatingPointError(f"{where}: the {kind} is {loss} at step {step}; {good}")
-
-    def write(self, line):
+    def write(self, step, score, kind=""):
+        """Add a line to the metrics.  FloatingPointError if the loss is not finite."""
+        if not math.isfinite(score["loss"]):
+            path = self.folder / "checkpoint.pt"
+            good = f"{path} is the last good checkpoint" if path.exists() else "no checkpoint yet"
+            where = f"{self.folder}, {self.stage}, step {step + 1}"
+            raise FloatingPointError(f"{where}: {kind}loss is {score['loss']}; {good}")
+        line = {"stage": self.stage, f"{kind}step": step + 1}
+        line.update({kind + name: value for name, value in score.items()})
         if self.rank == 0:
             self.metrics.write(json.dumps(line).encode() + b"\n")
 
 
-# --------------------------------------------------------------------------------- provenance
+# ------------------------------------------------------------------------- files, provenance
+
+
+def lock(folder):
+    """An open, locked file; no other run can work in the folder until it is closed."""
+    file = open(folder / "lock", "w", encoding="utf-8")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows has no flock
+        pass
+    except OSError as error:  # some network file systems have none either
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
+            raise ValueError(f"{folder} is in use by another run") from error
+    return file
+
+
+def write_json(path, content):
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    os.replace(temporary, path)
 
 
 def peak_memory():
-    """Bytes, of the GPU if there is one, else of this process; None where it is not known."""
+    """Bytes, of the GPU if there is one, else of this process; 0 where it is not known."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:
         import resource
     except ImportError:  # Windows
-        return None
+        return 0
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else 1024 * used
 

@@ -27,16 +27,12 @@ Not included: data that do not fit into device memory.
     torchrun --standalone --nproc-per-node 4 pretrain.py --settings listops-s4
 """
 
-import contextlib
 import copy
 import itertools
-import json
 import math
 import sys
-from concurrent.futures import BrokenExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from textwrap import shorten
 from typing import NamedTuple
 
 import numpy as np
@@ -49,7 +45,7 @@ import dist_attention
 import lra_data
 import sgconv
 from attention import Transformer, TransformerConfig
-from checkpoint import Run, differences, load, means, ranks, save, versions
+from checkpoint import Run, differences, load, means, ranks, save
 from dist_attention import RankLost, process_group, wait_for_rank0
 from s4 import S4Config, S4Model, diagonal_mixer, print_table, s4_mixer, s4d_mixer
 from settings import KERNELS, Config, parser, resolve
@@ -57,12 +53,6 @@ from sgconv import SGConvConfig, SGConvModel
 from structured_ffn import ffn_factory
 
 STAGES = ("pretrain", "finetune")
-# Settings that may change when a run is resumed: they change rounding at most, and what dropout
-# drops if the batch is split.
-FREE = ("out", "resume", "device", "data_dir", "accumulate", "compile")
-# What must be the same for pretrained weights to make sense. n_heads, for one, shows in no shape.
-BODY = ("model", "d_model", "n_layers", "n_heads", "d_ff", "ffn", "d_state", "rope", "causal")
-TOKENS = ("vocab_size", "symbols", "mean", "std")
 VALIDATION_SEED = 2310_02980  # for the masks of validation and test
 
 # -------------------------------------------------------------------------------------- data
@@ -76,20 +66,12 @@ def load_data(config):
         data = lra_data.load(config.task, data_dir=config.data_dir, **options)
     except TypeError as error:
         raise ValueError(f"task {config.task} has no --source or no --pictures: {error}") from error
-    symbols = data.mean is None or (data.train.tokens.shape[2] == 1 and data.vocab_size)
-    fits = symbols if config.loss == "ce" else data.mean is not None
-    if config.objective != "none" and not fits:
+    losses = ["ce"] if data.mean is None else ["l1"]
+    if data.mean is not None and data.vocab_size and data.train.tokens.shape[2] == 1:
+        losses = ["ce", "l1"]  # gray levels are symbols and numbers
+    if config.objective != "none" and config.loss not in losses:
         raise ValueError(f"loss {config.loss!r} does not fit task {config.task}: use --loss")
     return data
-
-
-def identity(data):
-    """What tells this data set from others; kept with a run and compared when it is resumed."""
-    splits = {"train": data.train, "val": data.val, "test": data.test}
-    sizes = {name: list(split.tokens.shape) for name, split in splits.items()}
-    names = ("name", "vocab_size", "n_classes", "mean", "std", "symbols")
-    described = {name: getattr(data, name) for name in names}
-    return {**described, **sizes, "checksum": lra_data.checksum(data)}
 
 
 class Resident:
@@ -221,17 +203,6 @@ def make_batch(split, index, stage, config, generator):
     return Batch(x, keep, where, clean.long())
 
 
-def part(batch, i, n):
-    """The i-th of n parts of a batch, by examples, and its weight: 0 if it is empty, else 1."""
-    examples = len(batch.target)
-    low = examples * i // n
-    high = examples * (i + 1) // n
-    some = slice(low, max(high, low + 1))  # an empty part has an example too, which does not count
-    rows = len(batch.x) // examples  # 2 for pairs
-    own = [None if t is None else t[some.start * rows : some.stop * rows] for t in batch[:3]]
-    return Batch(*own, batch.target[some]), float(high > low)
-
-
 # ------------------------------------------------------------------------ model, head, loss
 
 
@@ -281,12 +252,12 @@ class PairHead(nn.Module):
 
 def build_head(stage, config, split):
     """pretrain: a linear map per position to symbols or values; finetune: to classes."""
-    if stage == "finetune" and split.pairs:
+    if stage == "pretrain":
+        width = split.data.vocab_size if config.loss == "ce" else split.tokens.shape[2]
+        return nn.Linear(config.d_model, width)
+    if split.pairs:
         return PairHead(config.d_model, split.data.n_classes)
-    if stage == "finetune":
-        return nn.Linear(config.d_model, split.data.n_classes)
-    width = split.data.vocab_size if config.loss == "ce" else split.tokens.shape[2]
-    return nn.Linear(config.d_model, width)
+    return nn.Linear(config.d_model, split.data.n_classes)
 
 
 def pool(h, keep, how, shared=False):
@@ -337,7 +308,252 @@ def loss_sums(model, head, batch, config):
     return loss, sums
 
 
+class Objective(nn.Module):
+    """Body and head as one module whose forward returns the loss, as DDP wants it."""
+
+    def __init__(self, model, head, config):
+        super().__init__()
+        self.model = model
+        self.head = head
+        self.config = config
+
+    def forward(self, batch):
+        device = batch.x.device.type
+        half = self.config.precision == "bfloat16"
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            return loss_sums(self.model, self.head, batch, self.config)
+
+
+# --------------------------------------------------------------------------------- the loop
+
+
+def seeded(config, *numbers, own=0):
+    """A generator that is a function of these integers. Seeds torch's own (weights, dropout) too.
+
+    own: added for torch's own alone, so that processes with other examples drop other units.
+    """
+    # the length comes first: numpy takes (1,) and (1, 0) for the same; torch's seeds have 63 bits
+    entropy = np.random.SeedSequence((len(numbers), *numbers))
+    value = int(entropy.generate_state(1, np.uint64)[0]) >> 1
+    torch.manual_seed(value + own)
+    return torch.Generator(config.device).manual_seed(value)
+
+
+def schedule(step, steps, warmup, shape="cosine"):
+    """Fraction of the peak learning rate: linear warmup, then half a cosine down to 0, or 1."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    if shape == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def make_optimizer(model, head, lr, config):
+    """AdamW over the model's own groups and the head; every group knows its peak learning rate."""
+    groups = model.param_groups(lr, config.weight_decay)
+    groups.append({"params": list(head.parameters()), "lr": lr, "weight_decay": 0.0})
+    for group in groups:
+        group["peak_lr"] = group["lr"]
+    return torch.optim.AdamW(groups)
+
+
+@torch.no_grad()
+def evaluate(model, head, split, stage, config):
+    """Mean loss and accuracy over every example exactly once, with fixed masks."""
+    objective = Objective(model, head, config).eval()
+    by_length = np.argsort(split.longest(), kind="stable")
+    size = config.batch(stage)
+    rank, world = share_of_examples(config)
+    sums = torch.zeros(3, dtype=torch.float64, device=config.device)
+    for first in range(rank * size, len(split), world * size):
+        generator = seeded(config, VALIDATION_SEED, first)
+        batch = make_batch(split, by_length[first : first + size], stage, config, generator)
+        sums += objective(batch)[1]
+    objective.train()
+    return means(dist_attention.SumOverRanks.apply(sums))
+
+
+def fit(stage, model, head, train, val, config, run):
+    """Train one stage; leave model and head as they were at their best on validation.
+
+    Judged by validation loss in pretraining, by validation accuracy in fine-tuning.
+    """
+    number = STAGES.index(stage)
+    steps = config.steps(stage)
+    optimizer = make_optimizer(model, head, config.lr(stage), config)
+    parts = {"model": model, "head": head, "optimizer": optimizer}
+    start, best = run.restore(parts)  # (0, None) for a new run
+    rank, world = share_of_examples(config)
+    objective = Objective(model, head, config)  # batch -> loss_sums
+    if world > 1:
+        objective = data_parallel(objective, stage, train, config)
+    pieces = config.accumulate
+    order = draw(train.longest(), config.batch(stage), config.seed, number)
+    order = itertools.islice(order, start, None)
+
+    for step in run.steps(stage, start, steps):
+        generator = seeded(config, config.seed, number, step, own=rank)
+        batch = make_batch(train, next(order), stage, config, generator)
+        count = len(batch.target) if batch.where is None else batch.where.sum().clamp(min=1)
+
+        sums = 0
+        for i in range(pieces):
+            piece, weight = part(batch, rank * pieces + i, world * pieces)
+            objective.require_backward_grad_sync = i + 1 == pieces  # as DDP's no_sync does
+            loss, seen = objective(piece)
+            (loss * weight * world / count).backward()  # DDP averages over the processes
+            sums = sums + weight * seen
+        if config.sequence_parallel:
+            dist_attention.sum_gradients(objective.parameters())
+        nn.utils.clip_grad_norm_(objective.parameters(), config.clip)
+        factor = schedule(step, steps, config.warmup, config.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        optimizer.step()
+        optimizer.zero_grad()
+        run.log(step, sums, batch.x.shape[:2].numel())
+
+        validate = (step + 1) % config.eval_every == 0 or step + 1 == steps
+        if validate:
+            score = evaluate(model, head, val, stage, config)
+            run.write(step, score, "val_")
+            merit = -score["loss"] if stage == "pretrain" else score["accuracy"]
+            if best is None or merit > best["merit"]:
+                weights = {"model": model.state_dict(), "head": head.state_dict()}
+                score = {**score, "step": step + 1}
+                best = {"merit": merit, "score": score, **copy.deepcopy(weights)}
+        if validate or run.interrupted:
+            run.save(step, parts, best)
+            wait_for_rank0()
+
+    model.load_state_dict(best["model"])
+    head.load_state_dict(best["head"])
+    return best["score"]
+
+
+# Settings that may change when a run is resumed: they change rounding at most, and what dropout
+# drops if the batch is split.
+FREE = ("out", "resume", "device", "data_dir", "accumulate", "compile")
+
+
+def train(config, position=0):
+    """One run: pretrain (unless objective is "none"), fine-tune, test once.  Returns the result.
+
+    position: row of the progress bar.  ValueError if settings do not fit the data or the model;
+    FloatingPointError if the run diverges (the last checkpoint stays).
+    """
+    data = rank0_first(load_data, config)
+    train_split = Resident(data.train, data, config.device)
+    val_split = Resident(data.val, data, config.device)
+    test_split = Resident(data.test, data, config.device)
+    labeled = train_split.subset(config.labels) if config.labels else train_split
+    model = initial_model(config, data)
+    with Run(config.out, asdict(config), identity(data), FREE, config.resume, position) as run:
+        run.result["parameters"] = sum(p.numel() for p in model.parameters())
+        pretraining = config.objective != "none" and not config.pretrained
+        if pretraining and "pretrain" not in run.result:  # it is there if a resumed run finished it
+            head = initial_head("pretrain", model, config, train_split)
+            splits = (train_split.documents(), val_split.documents())
+            score = fit("pretrain", model, head, *splits, config, run)
+            if run.rank == 0:
+                weights = {"model": model.state_dict(), "head": head.state_dict()}
+                save(run.folder / "pretrained.pt", {**weights, **run.about})
+            wait_for_rank0()
+            run.result["pretrain"] = score
+        head = initial_head("finetune", model, config, train_split)
+        run.result["finetune"] = fit("finetune", model, head, labeled, val_split, config, run)
+        run.result["test"] = evaluate(model, head, test_split, "finetune", config)
+    return run.result
+
+
+def initial_model(config, data):
+    """The model at the start of a run: weights from the seed or from a file, on the device."""
+    seeded(config, config.seed)
+    model = build_model(config, data)
+    if config.random_init:  # 2310.02980v4, section C.1
+        for p in model.parameters():
+            nn.init.normal_(p, 0, 0.1)
+    if config.pretrained:
+        load_pretrained(model, config, data)
+    if config.sequence_parallel:
+        dist_attention.spread(model, config.sequence_parallel, layout_of(config))
+    lengths = np.unique(data.train.lengths)
+    if config.compile and config.model != "transformer" and len(lengths) > 1:
+        many = f"{len(lengths)} lengths"
+        raise ValueError(f"compile: {config.model} would be compiled for each of {many}, drop it")
+    if config.compile:
+        model.compile()
+    return model.to(config.device, torch.float64 if config.precision == "float64" else None)
+
+
+def initial_head(stage, model, config, split):
+    """The head at the start of a stage, the same after a resume."""
+    seeded(config, config.seed, STAGES.index(stage))
+    return build_head(stage, config, split).to(next(model.parameters()))
+
+
+# What must be the same for pretrained weights to make sense. n_heads, for one, shows in no shape.
+BODY = ("model", "d_model", "n_layers", "n_heads", "d_ff", "ffn", "d_state", "rope", "causal")
+TOKENS = ("vocab_size", "symbols", "mean", "std")
+
+
+def load_pretrained(model, config, data):
+    """Load the weights of an earlier run, whose model and symbols must be those of this run."""
+    path = Path(config.pretrained)
+    if path.resolve().parent == Path(config.out).resolve():
+        raise ValueError(f"--out {config.out} contains {path} and would replace it: choose another")
+    state = load(path)
+    old = {**state.get("settings", {}), **state.get("data", {})}
+    now = {name: getattr(config, name) for name in BODY}
+    now.update({name: getattr(data, name) for name in TOKENS})
+    if changed := differences(old, now):
+        raise ValueError(f"{path} was pretrained with other settings or data: {changed}")
+    model.load_state_dict(state["model"])
+
+
+def identity(data):
+    """What tells this data set from others; kept with a run and compared when it is resumed."""
+    described = {name: getattr(data, name) for name in ("name", "n_classes", *TOKENS)}
+    for name in ("train", "val", "test"):
+        described[name] = list(getattr(data, name).tokens.shape)
+    return {**described, "checksum": lra_data.checksum(data)}
+
+
 # ------------------------------------------------------------------------ several processes
+
+
+def data_parallel(objective, stage, train, config):
+    """The objective, its gradients averaged over processes that share the examples of a batch."""
+    parallel = DistributedDataParallel(objective)
+    # It changes the order of its sums after the first backward. So we do one for nothing: then a
+    # resumed run adds up in the order of an uninterrupted one.
+    batch = make_batch(train, np.arange(1), stage, config, seeded(config, config.seed))
+    parallel(batch)[0].backward()
+    parallel.zero_grad()
+    return parallel
+
+
+def part(batch, i, n):
+    """The i-th of n parts of a batch, by examples, and its weight: 0 if it is empty, else 1."""
+    examples = len(batch.target)
+    start = examples * i // n
+    stop = examples * (i + 1) // n
+    weight = float(stop > start)
+    stop = max(stop, start + 1)  # an empty part has an example too, which does not count
+    rows = len(batch.x) // examples  # 2 for pairs
+    own = [None if t is None else t[start * rows : stop * rows] for t in batch[:3]]
+    return Batch(*own, batch.target[start:stop]), weight
+
+
+def rank0_first(load, config):
+    """load(config), first on rank 0, which may fill a cache, then on the others."""
+    rank, _ = ranks()
+    for rank0 in (True, False):
+        if rank0 == (rank == 0):
+            data = load(config)
+        wait_for_rank0()
+    return data
 
 
 def share_of_examples(config):
@@ -358,255 +574,6 @@ def own_tokens(batch, config):
         return Batch(*own), ()
     positions = dist_attention.positions(batch.x.shape[1], *ranks(), layout)
     return Batch(*own), (positions.to(batch.x.device),)
-
-
-def rank0_first(work):
-    """work(), first on rank 0, which may fill a cache, then on the others."""
-    rank, _ = ranks()
-    if rank > 0:
-        wait_for_rank0()
-    result = work()
-    if rank == 0:
-        wait_for_rank0()
-    wait_for_rank0()  # until the others are done too
-    return result
-
-
-class Objective(nn.Module):
-    """Body and head as one module whose forward returns the loss, for DistributedDataParallel."""
-
-    def __init__(self, model, head, config):
-        super().__init__()
-        self.model = model
-        self.head = head
-        self.config = config
-
-    def forward(self, batch):
-        with autocast(self.config):
-            return loss_sums(self.model, self.head, batch, self.config)
-
-    def no_sync(self):
-        return contextlib.nullcontext()  # one process has nothing to synchronize
-
-
-def data_parallel(stage, model, head, train, config):
-    """The objective, whose gradients are averaged over the processes that share the examples."""
-    objective = Objective(model, head, config)
-    _, world = share_of_examples(config)
-    if world == 1:
-        return objective
-    parallel = DistributedDataParallel(objective)
-    # It changes the order of its sums after the first backward. So we do one for nothing: then a
-    # resumed run adds up in the order of an uninterrupted one.
-    share = max(1, config.batch(stage) // (world * config.accumulate))
-    some = np.arange(min(share, len(train)))
-    batch = make_batch(train, some, stage, config, seeded(config, config.seed))
-    parallel(batch)[0].backward()
-    parallel.zero_grad()
-    return parallel
-
-
-# --------------------------------------------------------------------------------- the loop
-
-
-def seeded(config, *numbers, own=0):
-    """A generator that is a function of these integers. Seeds torch's own (weights, dropout) too.
-
-    own: added for torch's own alone, so that processes with other examples drop other units.
-    """
-    # the length comes first: numpy takes (1,) and (1, 0) for the same; torch's seeds have 63 bits
-    entropy = np.random.SeedSequence((len(numbers), *numbers))
-    value = int(entropy.generate_state(1, np.uint64)[0]) >> 1
-    # not torch.manual_seed, which keeps a stack trace of every call where there is no GPU
-    torch.default_generator.manual_seed(value + own)
-    if torch.device(config.device).type == "cuda":
-        torch.cuda.manual_seed_all(value + own)
-    return torch.Generator(config.device).manual_seed(value)
-
-
-def schedule(step, steps, warmup, shape="cosine"):
-    """Fraction of the peak learning rate: linear warmup, then half a cosine down to 0, or 1."""
-    rise = max(1, round(warmup * steps))
-    if step < rise:
-        return (step + 1) / rise
-    if shape == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
-def autocast(config):
-    device = torch.device(config.device).type
-    return torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16")
-
-
-@torch.no_grad()
-def evaluate(model, head, split, stage, config):
-    """Mean loss and accuracy over every example exactly once, with fixed masks."""
-    model.eval()
-    by_length = np.argsort(split.longest(), kind="stable")
-    size = config.batch(stage)
-    rank, world = share_of_examples(config)
-    sums = torch.zeros(3, dtype=torch.float64, device=config.device)
-    for first in range(rank * size, len(split), world * size):
-        generator = seeded(config, VALIDATION_SEED, first)
-        batch = make_batch(split, by_length[first : first + size], stage, config, generator)
-        with autocast(config):
-            sums += loss_sums(model, head, batch, config)[1]
-    sums = dist_attention.SumOverRanks.apply(sums)
-    model.train()
-    if sums[1] == 0:
-        ratio = f"mask_ratio {config.mask_ratio}"
-        raise ValueError(f"nothing to predict in {len(split)} examples with {ratio}")
-    return means(sums)
-
-
-def make_optimizer(model, head, lr, config):
-    """AdamW over the model's own groups and the head; every group knows its peak learning rate."""
-    groups = model.param_groups(lr, config.weight_decay)
-    groups.append({"params": list(head.parameters()), "lr": lr, "weight_decay": 0.0})
-    for group in groups:
-        group["peak_lr"] = group["lr"]
-    return torch.optim.AdamW(groups)
-
-
-def fit(stage, model, head, train, val, config, run):
-    """Train one stage; leave model and head as they were at their best on validation.
-
-    Judged by validation loss in pretraining, by validation accuracy in fine-tuning.
-    """
-    number = STAGES.index(stage)
-    steps = getattr(config, f"{stage}_steps")
-    optimizer = make_optimizer(model, head, getattr(config, f"{stage}_lr"), config)
-    parameters = [*model.parameters(), *head.parameters()]
-    parts = {"model": model, "head": head, "optimizer": optimizer}
-    start, best = run.restore(parts)  # (0, None) for a new run
-    rank, world = share_of_examples(config)
-    objective = data_parallel(stage, model, head, train, config)
-    pieces = config.accumulate
-    indices = draw(train.longest(), config.batch(stage), config.seed, number)
-    indices = itertools.islice(indices, start, None)
-
-    for step in run.steps(stage, start, steps):
-        generator = seeded(config, config.seed, number, step, own=rank)
-        batch = make_batch(train, next(indices), stage, config, generator)
-        count = len(batch.target) if batch.where is None else batch.where.sum().clamp(min=1)
-
-        sums = 0
-        for i in range(pieces):
-            piece, weight = part(batch, rank * pieces + i, world * pieces)
-            with contextlib.nullcontext() if i + 1 == pieces else objective.no_sync():
-                loss, seen = objective(piece)
-                (loss * weight * world / count).backward()  # averaged over the processes
-            sums = sums + weight * seen
-        if config.sequence_parallel:
-            dist_attention.sum_gradients(parameters)
-        nn.utils.clip_grad_norm_(parameters, config.clip)
-        factor = schedule(step, steps, config.warmup, config.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-        optimizer.step()
-        optimizer.zero_grad()
-        run.log(step, sums, batch.x.shape[:2].numel())
-
-        validate = (step + 1) % config.eval_every == 0 or step + 1 == steps
-        if validate:
-            run.report(step)
-            score = {**evaluate(model, head, val, stage, config), "step": step + 1}
-            run.check_finite(score["loss"], step + 1, "validation loss")
-            run.write({"stage": stage, **{f"val_{name}": score[name] for name in score}})
-            merit = -score["loss"] if stage == "pretrain" else score["accuracy"]
-            if best is None or merit > best["merit"]:
-                weights = {"model": model.state_dict(), "head": head.state_dict()}
-                best = {"merit": merit, "score": score, **copy.deepcopy(weights)}
-        if validate or run.interrupted:
-            run.report(step)
-            run.save(step, parts, best)
-            wait_for_rank0()
-
-    model.load_state_dict(best["model"])
-    head.load_state_dict(best["head"])
-    return best["score"]
-
-
-# ------------------------------------------------------------------------------------- runs
-
-
-def initial_model(config, data):
-    """The model at the start of a run: weights from the seed or from a file, on the device."""
-    seeded(config, config.seed)
-    model = build_model(config, data)
-    if config.random_init:  # 2310.02980v4, section C.1
-        for p in model.parameters():
-            nn.init.normal_(p, 0, 0.1)
-    if config.pretrained:
-        load_pretrained(model, config, data)
-    if config.sequence_parallel:
-        dist_attention.spread(model, config.sequence_parallel, layout_of(config))
-    lengths = np.unique(data.train.lengths)
-    if config.compile and config.model != "transformer" and len(lengths) > 1:
-        how = f"lengths {lengths[0]} to {lengths[-1]}, and would compile a kernel for each"
-        raise ValueError(
-            f"compile with model {config.model!r} needs one length; the data have {how}"
-        )
-    if config.compile:
-        model.compile()
-    return model.to(config.device, torch.float64 if config.precision == "float64" else None)
-
-
-def load_pretrained(model, config, data):
-    """Load the weights of an earlier run, whose model and symbols must be those of this run."""
-    path = Path(config.pretrained)
-    if path.resolve().parent == Path(config.out).resolve():
-        raise ValueError(f"--out {config.out} contains {path} and would replace it: choose another")
-    beside = path.with_name("config.json")
-    if beside.is_file():
-        old = json.loads(beside.read_text("utf-8"))
-        old.update(old.get("data", {}))
-        now = {**asdict(config), **json.loads(json.dumps(identity(data)))}
-        if changed := differences(old, {name: now[name] for name in (*BODY, *TOKENS)}):
-            raise ValueError(f"{path} was pretrained with other settings or data: {changed}")
-    try:
-        model.load_state_dict(load(path))
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = shorten(str(error), 300)  # it would name every tensor
-        raise ValueError(f"{path} does not hold weights of this model: {reason}") from error
-
-
-def train(config, position=0):
-    """One run: pretrain (unless objective is "none"), fine-tune, test once.  Returns the result.
-
-    position: row of the progress bar.  ValueError if settings do not fit the data or the model;
-    FloatingPointError if the run diverges (the last checkpoint stays).
-    """
-    data = rank0_first(lambda: load_data(config))
-    train_split, val_split, test_split = [
-        Resident(split, data, config.device) for split in (data.train, data.val, data.test)
-    ]
-    labeled = train_split if config.labels is None else train_split.subset(config.labels)
-    model = initial_model(config, data)
-    settings = {name: value for name, value in asdict(config).items() if name != "resume"}
-    with Run(config.out, settings, identity(data), FREE, config.resume, position) as run:
-        run.result["parameters"] = sum(p.numel() for p in model.parameters())
-        for stage in STAGES:
-            if stage == "pretrain" and (config.objective == "none" or config.pretrained):
-                continue
-            seeded(config, config.seed, STAGES.index(stage))  # the head, also after a resume
-            head = build_head(stage, config, train_split).to(next(model.parameters()))
-            if stage in run.result:
-                continue  # finished before the run was resumed
-            if stage == "pretrain":
-                splits = (train_split.documents(), val_split.documents())
-            else:
-                splits = (labeled, val_split)
-            score = fit(stage, model, head, *splits, config, run)
-            if stage == "pretrain" and run.rank == 0:
-                weights = {"model": model.state_dict(), "head": head.state_dict()}
-                save(run.folder / "pretrained.pt", weights["model"])
-                save(run.folder / "denoiser.pt", {**weights, "config": settings})
-            wait_for_rank0()
-            run.result[stage] = score
-        run.result["test"] = evaluate(model, head, test_split, "finetune", config)
-    return run.result
 
 
 # -------------------------------------------------------------------- self-check, command line
@@ -633,30 +600,20 @@ def self_check(device="cpu"):
     ]
 
 
-def run_once(config):
-    """One run as the command line asks for it: settings, training, result."""
+def run(config):
+    """Train on the processes of torchrun, or on this one alone; print the result."""
     if config.resume and not Path(config.out, "config.json").exists():
         raise ValueError(f"{config.out} contains no run: nothing to resume")
     with process_group(config.device) as (rank, _, device):
-        config = replace(config, device=str(device))
-        if rank == 0:
-            for name, value in {**asdict(config), **versions()}.items():
-                print(f"{name:20}{value}")
-        result = train(config)
+        result = train(replace(config, device=str(device)))
     if rank == 0:
-        for name in (*STAGES, "test", "speed"):
-            row = {key: value for key, value in result.get(name, {}).items() if value is not None}
+        for name in ("pretrain", "finetune", "test", "speed"):
+            row = result.get(name, {})
             print(f"{name:10}" + "  ".join(f"{key} {row[key]:,.6g}" for key in row))
         print(f"{config.out}/result.json")
 
 
 def command(argv):
-    """What the command line asks for: the demonstration, a check, the settings, or a run."""
-    if not argv:
-        sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
-        from demo import demo
-
-        return demo()
     flags = parser()
     args = vars(flags.parse_args(argv))
     check = args.pop("check", False)
@@ -665,33 +622,27 @@ def command(argv):
     if show:
         for name, value in asdict(config).items():
             print(f"{name:20}{value!s:24} {origin[name]}")
-        if "departures" in origin:
-            print(f"differs from the source: {origin['departures']}")
-        return None
-    try:  # in float64 too, which mps does not have
-        torch.zeros(1, dtype=torch.float64, device=config.device).tolist()
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        flags.error(f"--device {config.device} does not work here: {reason}")
-    if check:
+        print(f"differs from the source: {origin.get('departures', '-')}")
+    elif config.device == "cuda" and not torch.cuda.is_available():
+        flags.error("--device cuda: PyTorch finds no CUDA device on this machine")
+    elif check:
         sys.exit(not print_table(self_check(config.device)))
-    return run_once(config)
+    else:
+        run(config)
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     try:
-        command(argv)
-    except KeyboardInterrupt as stop:
-        how = stop.args[0] if stop.args else "the same command continues"
-        print(f"pretrain.py: interrupted; {how}", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-        text = shorten(str(error), 600)
-        known = isinstance(error, (BrokenExecutor, RankLost)) or not isinstance(error, RuntimeError)
-        if not known and not any(word in text for word in ("allocate", "gloo", "NCCL")):
-            raise  # neither out of memory nor another process lost
-        sys.exit(f"pretrain.py: {text}")
+        if argv:
+            command(argv)
+        else:
+            sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+            from demo import demo
+
+            demo()
+    except (KeyboardInterrupt, ValueError, OSError, FloatingPointError, RankLost) as error:
+        sys.exit(f"pretrain.py: {str(error) or 'interrupted'}")
 
 
 if __name__ == "__main__":

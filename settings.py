@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 from dataclasses import dataclass, field, fields
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +21,9 @@ import torch
 
 MODELS = ("transformer", "s4", "s4d", "diagonal", "sgconv")
 FFNS = ("dense", "lowrank", "blockdense", "blockshuffle")
-LARGEST = 2**31 - 1
 
-SIDES = (32, 64, 128, 256)
-LEVELS = ("", "-medium", "-easy")
 # Masking ratio and denoising loss of each task (arXiv:2310.02980v4, sections 2 and C.3).
 # "ce": cross entropy over symbols or gray levels; "l1": absolute error of normalized values.
-PATHFINDERS = [f"pathfinder{side}{level}" for side, level in product(SIDES, LEVELS)]
 DENOISING = {
     "lattice": (0.30, "ce"),  # ours
     **dict.fromkeys(("listops", "listops-small", "listops-tiny"), (0.10, "ce")),
@@ -36,137 +31,119 @@ DENOISING = {
     **dict.fromkeys(("retrieval", "retrieval-characters"), (0.15, "ce")),
     "image": (0.50, "ce"),  # differs from the paper: gray levels as symbols
     **dict.fromkeys(("image-real", "scifar"), (0.50, "l1")),
-    **dict.fromkeys((*PATHFINDERS, "pathx", "pathx256"), (0.50, "ce")),
+    **dict.fromkeys(("pathx", "pathx256"), (0.50, "ce")),
     **dict.fromkeys(("speech", "speech-8k"), (0.25, "l1")),
 }
+for side in (32, 64, 128, 256):
+    for level in ("", "-medium", "-easy"):
+        DENOISING[f"pathfinder{side}{level}"] = (0.50, "ce")
 OTHER_TASKS = (0.15, "ce")  # any other task, unless --mask-ratio and --loss say otherwise
 
 # ------------------------------------------------------------------------------- the settings
 
 
-def flag(default, help, *choices, kind=None, zero=False, below=None):
-    """A field of Config that is also a flag; numbers are positive (or zero) and below a bound."""
-    kind = kind or type(default)
-    meta = {"help": help, "choices": choices, "kind": kind, "zero": zero, "below": below}
-    return field(default=default, metadata=meta)
+def flag(default, help, *choices):
+    """A field of Config that is also a flag."""
+    return field(default=default, metadata={"help": help, "choices": choices or None})
 
 
-def size(default, help):
-    return flag(default, help, kind=int, below=2**20)
-
-
-def optional(kind, help, *choices, below=None):
-    return flag(None, help, *choices, kind=kind, below=below)
-
-
-@dataclass(frozen=True)
+@dataclass
 class Config:
     """One run: pretraining (unless objective is "none"), then fine-tuning."""
 
     task: str = flag("lattice", "a task of lra_data.py")
     model: str = flag("transformer", "architecture", *MODELS)
     objective: str = flag("masked", "pretraining objective", "masked", "causal", "none")
-    seed: int = flag(
-        0, "random seed of weights, data order, masks, dropout (not of the data)", zero=True
-    )
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
+    seed: int = flag(0, "random seed of weights, data order, masks, dropout (not of the data)")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     out: str = flag("runs/latest", "run directory: config, metrics, checkpoints, result")
     data_dir: str = flag("data", "directory of data sets and caches")
-    source: str = optional(str, "published files of the task (a directory or an archive)")
-    pictures: int = optional(int, "number of pictures to generate (pathfinder)")
+    source: str = flag(None, "published files of the task (a directory or an archive)")
+    pictures: int = flag(None, "number of pictures to generate (pathfinder)")
     pretrain_steps: int = flag(3000, "optimizer steps of pretraining")
     finetune_steps: int = flag(300, "optimizer steps of fine-tuning")
     pretrain_lr: float = flag(3e-3, "peak learning rate of pretraining")
     finetune_lr: float = flag(1e-3, "peak learning rate of fine-tuning")
     batch_size: int = flag(64, "sequences per step, over all processes")
-    pretrain_batch_size: int = optional(int, "batch size for pretraining (default: --batch-size)")
+    pretrain_batch_size: int = flag(None, "batch size for pretraining (default: --batch-size)")
     accumulate: int = flag(1, "gradient accumulation steps (saves memory)")
-    warmup: float = flag(0.1, "fraction of a stage's steps with warmup", zero=True, below=1)
+    warmup: float = flag(0.1, "fraction of a stage's steps with warmup")
     schedule: str = flag("cosine", "learning-rate schedule after warmup", "cosine", "constant")
-    weight_decay: float = flag(0.01, "AdamW weight decay of the matrices", zero=True)
+    weight_decay: float = flag(0.01, "AdamW weight decay of the matrices")
     clip: float = flag(1.0, "largest gradient norm")
-    mask_ratio: float = optional(
-        float, "fraction of masked positions (default: the task's)", below=1
-    )
-    loss: str = optional(str, "denoising loss (default: the task's)", "ce", "l1")
-    d_model: int = size(64, "model width")
-    n_layers: int = size(2, "number of blocks")
-    n_heads: int = size(4, "attention heads")
-    d_ff: int = size(None, "hidden width of the FFN (default: 4 times --d-model)")
+    mask_ratio: float = flag(None, "fraction of masked positions (default: the task's)")
+    loss: str = flag(None, "denoising loss (default: the task's)", "ce", "l1")
+    d_model: int = flag(64, "model width")
+    n_layers: int = flag(2, "number of blocks")
+    n_heads: int = flag(4, "attention heads")
+    d_ff: int = flag(None, "hidden width of the FFN (default: 4 times --d-model)")
     ffn: str = flag("dense", "FFN of every transformer block but the first", *FFNS)
-    d_state: int = size(64, "state size per channel (s4, s4d, diagonal)")
+    d_state: int = flag(64, "state size per channel (s4, s4d, diagonal)")
     dt_min: float = flag(1e-3, "smallest initial step size (s4, s4d), slowest decay (diagonal)")
     dt_max: float = flag(1e-1, "largest initial step size, fastest decay")
     random_init: bool = flag(False, "initialize every parameter from N(0, 0.1^2) (an ablation)")
-    kernel_dim: int = size(None, "parameters per scale of sgconv (default: as published, or 32)")
-    dropout: float = flag(0.0, "dropout probability", zero=True, below=1)
+    kernel_dim: int = flag(None, "parameters per scale of sgconv (default: as published, or 32)")
+    dropout: float = flag(0.0, "dropout probability")
     rope: bool = flag(False, "rotary instead of sinusoidal positions (transformer)")
     causal: bool = flag(False, "left-to-right model (implied by --objective causal)")
     pooling: str = flag("mean", "pooling over positions", "mean", "max", "last")
-    labels: int = optional(int, "fine-tune on this many examples (nested subsets)")
-    pretrained: str = optional(str, "skip pretraining and start from this pretrained.pt")
+    labels: int = flag(None, "fine-tune on this many examples (nested subsets)")
+    pretrained: str = flag(None, "skip pretraining and start from this pretrained.pt")
     eval_every: int = flag(500, "steps between validations")
     resume: bool = flag(False, "continue the run in --out from its checkpoint")
     precision: str = flag("float32", "arithmetic", "float32", "float64", "bfloat16")
     compile: bool = flag(False, "torch.compile the model (pays for a transformer on a GPU)")
-    sequence_parallel: str = optional(str, "split each sequence over processes", "ring", "ulysses")
+    sequence_parallel: str = flag(None, "split each sequence over processes", "ring", "ulysses")
 
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            if value is None and f.default is None:
-                continue
-            if expected := misfit(value, **f.metadata):
+            optional = value is None and f.default is None
+            expected = None if optional else misfit(f, value)
+            if expected:
                 raise ValueError(f"{f.name} {value!r}: expected {expected}")
         mask_ratio, loss = DENOISING.get(self.task, OTHER_TASKS)
-        self.default("mask_ratio", mask_ratio)
-        self.default("loss", loss)
-        self.default("pretrain_batch_size", self.batch_size)
-        if self.objective == "causal":
-            object.__setattr__(self, "causal", True)
-        if conflict := self.conflict():
-            raise ValueError(conflict)
-
-    def default(self, name, value):
-        """Fill in a setting that was not given."""
-        if getattr(self, name) is None:
-            object.__setattr__(self, name, value)
-
-    def conflict(self):
-        """What is wrong with a pair of settings, or None."""
-        smallest = min(self.batch_size, self.pretrain_batch_size)
-        if self.accumulate > smallest:
-            return f"accumulate {self.accumulate}: expected at most the batch size, {smallest}"
+        self.mask_ratio = self.mask_ratio or mask_ratio
+        self.loss = self.loss or loss
+        self.pretrain_batch_size = self.pretrain_batch_size or self.batch_size
+        self.causal = self.causal or self.objective == "causal"
         if self.objective == "masked" and self.causal:
-            return "causal: a masked model looks both ways, use objective 'causal' or 'none'"
+            raise ValueError("causal: a masked model looks both ways, use another objective")
         if self.model != "transformer" and (self.rope or self.ffn != "dense"):
-            return f"model {self.model!r} has no rope and no ffn: use model 'transformer'"
-        if self.model != "transformer" and self.sequence_parallel == "ring":
-            return f"sequence_parallel 'ring' needs attention: use 'ulysses' for {self.model!r}"
-        if self.sequence_parallel and self.pooling != "mean":
-            return f"sequence_parallel needs pooling 'mean', not {self.pooling!r}"
-        if self.sequence_parallel and (self.dropout > 0 or self.compile):
-            return f"sequence_parallel: use dropout 0, not {self.dropout}, and no compile"
-        return None
+            raise ValueError(f"model {self.model!r} has no rope and no ffn: use 'transformer'")
+        plain = self.pooling == "mean" and self.dropout == 0 and not self.compile
+        if self.sequence_parallel and not plain:
+            raise ValueError("sequence_parallel: use pooling 'mean', dropout 0 and no compile")
+
+    def steps(self, stage):
+        return self.pretrain_steps if stage == "pretrain" else self.finetune_steps
+
+    def lr(self, stage):
+        return self.pretrain_lr if stage == "pretrain" else self.finetune_lr
 
     def batch(self, stage):
-        """Sequences per step of a stage."""
-        return self.batch_size if stage == "finetune" else self.pretrain_batch_size
+        return self.pretrain_batch_size if stage == "pretrain" else self.batch_size
 
 
-def misfit(value, help, choices, kind, zero, below):
-    """What was expected of a setting in place of this value; None if the value is fine."""
-    kinds = (int, float) if kind is float else kind
-    if not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool):
-        return kind.__name__
+MAY_BE_ZERO = ("seed", "warmup", "weight_decay", "dropout")
+FRACTIONS = ("mask_ratio", "warmup", "dropout")
+
+
+def misfit(f, value):
+    """What was expected in place of this value of a field; None if the value is fine."""
+    types = (int, float) if f.type is float else f.type
+    if not isinstance(value, types) or isinstance(value, bool) != (f.type is bool):
+        return f.type.__name__
+    choices = f.metadata["choices"]
     if choices and value not in choices:
         return f"one of {', '.join(choices)}"
-    if kind is str:
-        return None if value else "a value"
-    below = below or (LARGEST if kind is int else math.inf)
-    if kind is bool or 0 < value < below or (zero and value == 0):
+    if f.type in (str, bool):
         return None
-    return f"{'0 or more' if zero else 'a positive number'}, below {below:,}"
+    if f.name in FRACTIONS and not value < 1:
+        return "a fraction below 1"
+    if f.name in MAY_BE_ZERO:
+        return None if 0 <= value < math.inf else "0 or more"
+    return None if 0 < value < math.inf else "a positive number"
 
 
 # ---------------------------------------------------- the table of published hyperparameters
@@ -206,21 +183,31 @@ CHANNELS = "A and B: two sets for all channels there, one per channel here"
 
 
 class Row(NamedTuple):
-    """Some settings, the source of their values, and how they or the model differ from it."""
+    """All settings of a row, and how they or the model differ from their sources."""
 
-    parents: tuple
     source: str
-    departures: str
-    settings: dict
+    settings: dict  # {name: (value, source)}
+    departures: list
 
 
 ROWS = {}
 
 
-def row(name, *parents, source=None, departures="", **settings):
-    """Add a row. It inherits from its parents, the later ones first, also their source."""
+def row(name, *parents, source=None, departures=None, **settings):
+    """Add a row: the settings of its parents, the last one above the others, then its own.
+
+    Without a source, its own values have that of the last parent.
+    """
     source = source or ROWS[parents[-1]].source
-    ROWS[name] = Row(parents, source, departures, settings)
+    merged = {}
+    notes = []
+    for parent in parents:
+        merged.update(ROWS[parent].settings)
+        notes += ROWS[parent].departures
+    merged.update({key: (value, source) for key, value in settings.items()})
+    if departures:
+        notes.append(departures)
+    ROWS[name] = Row(source, merged, notes)
 
 
 # fmt: off
@@ -371,50 +358,34 @@ row("lattice-transformer", "demo", model="transformer", n_heads=4, d_ff=128,
 NAMES = [name for name in ROWS if "-" in name]
 
 
-def lineage(name):
-    """The row and its ancestors, in the order in which they apply."""
-    names = []
-    for parent in ROWS[name].parents:
-        names += lineage(parent)
-    return names + [name]
-
-
 def published(name):
-    """A row with all that it inherits.  Returns {setting: (value, source)} and the departures."""
-    found = {}
-    departures = []
-    for ancestor in lineage(name):
-        for key, value in ROWS[ancestor].settings.items():
-            found[key] = (value, ROWS[ancestor].source)
-        if ROWS[ancestor].departures not in departures:
-            departures.append(ROWS[ancestor].departures)
-    if "finetune_epochs" in found:
-        count_steps(found)
+    """A row, its epochs as steps: {setting: (value, source)}; and its departures, as text."""
+    found = dict(ROWS[name].settings)
+    every = [1]
+    for stage, share in (("pretrain", 5), ("finetune", 1)):
+        if f"{stage}_epochs" in found:
+            epoch = steps_per_epoch(stage, found)
+            epochs, source = found.pop(f"{stage}_epochs")
+            note = f"{source}: {epochs} epochs of {epoch:,} steps"
+            found[f"{stage}_steps"] = (epochs * epoch, note)
+            every.append(epoch // share)
+    if len(every) > 1:
+        note = "ours: an epoch of fine-tuning or a fifth of one of pretraining"
+        found["eval_every"] = (max(every), note)
     if found["objective"][0] == "none":
         found = {key: found[key] for key in found if not key.startswith("pretrain")}
-    return found, "; ".join(filter(None, departures))
+    return found, "; ".join(dict.fromkeys(ROWS[name].departures))  # each once
 
 
-def count_steps(found):
-    """Turn epochs into steps. Validate after an epoch, or a fifth of one of pretraining."""
+def steps_per_epoch(stage, found):
+    task = found["task"][0]
     batch_size = found["batch_size"][0]
-    batch_sizes = {
-        "pretrain": found.get("pretrain_batch_size", [batch_size])[0],
-        "finetune": batch_size,
-    }
-    every = 1
-    for stage, per_epoch in (("pretrain", 5), ("finetune", 1)):
-        if f"{stage}_epochs" not in found:
-            continue
-        epochs, source = found.pop(f"{stage}_epochs")
-        task = found["task"][0]
-        examples = EXAMPLES[task]
-        if stage == "pretrain" and task.startswith("retrieval"):
+    examples = EXAMPLES[task]
+    if stage == "pretrain":
+        batch_size = found.get("pretrain_batch_size", [batch_size])[0]
+        if task.startswith("retrieval"):
             examples *= 2  # both documents of a pair
-        epoch = math.ceil(examples / batch_sizes[stage])
-        found[f"{stage}_steps"] = (epochs * epoch, f"{source}: {epochs} epochs of {epoch:,} steps")
-        every = max(every, epoch // per_epoch)
-    found["eval_every"] = (every, "ours: an epoch of fine-tuning or a fifth of one of pretraining")
+    return math.ceil(examples / batch_size)
 
 
 # --------------------------------------------------------------------- flags, files of settings
@@ -429,38 +400,47 @@ def parser():
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("--settings", help="published settings by name (listops-s4) or a JSON file")
+    add = parser.add_argument
+    add("--settings", help="published settings by name (listops-s4) or a JSON file")
     for f in fields(Config):
         name = "--" + f.name.replace("_", "-")
         text = f.metadata["help"]
-        if f.metadata["kind"] is bool:
-            parser.add_argument(name, action="store_true", help=text)
-            continue
+        choices = f.metadata["choices"]
+        if f.name == "device":
+            choices = ["cpu", "cuda"]  # Config takes any device of torch
         if f.default is not None:
             text += f" (default: {f.default})"
-        choices = f.metadata["choices"] or None
-        parser.add_argument(name, type=f.metadata["kind"], choices=choices, help=text)
-    parser.add_argument("--print-config", action="store_true", help="print the settings and stop")
-    parser.add_argument("--check", action="store_true", help="print the check table and stop")
+        if f.type is bool:
+            add(name, action="store_true", help=f.metadata["help"])
+        else:
+            add(name, type=f.type, choices=choices, help=text)
+    add("--print-config", action="store_true", help="print the settings and stop")
+    add("--check", action="store_true", help="print the check table and stop")
     return parser
 
 
 def resolve(given):
     """Flags {name: value}, perhaps with "settings" -> Config, {setting: where it comes from}."""
     given = dict(given)
-    settings = given.pop("settings", None)
-    found, departures = read_settings(settings) if settings else ({}, "")
+    name = given.pop("settings", None)
+    found, departures = read_settings(name) if name else ({}, "")
     values = {key: value for key, (value, _) in found.items()}
     values.update(given)
-    origin = {f.name: "default" for f in fields(Config)}
-    if unknown := set(values) - set(origin):
+    names = [f.name for f in fields(Config)]
+    unknown = set(values) - set(names)
+    if unknown:
         raise ValueError(f"no setting is called {', '.join(sorted(unknown))}")
     config = Config(**values)
-    if config.task in DENOISING:
-        origin["mask_ratio"] = f"of task {config.task}: {SPT}, sections 2 and C.3"
-        origin["loss"] = origin["mask_ratio"]
-    origin.update({key: f"{settings}: {source}" for key, (_, source) in found.items()})
-    origin.update(dict.fromkeys(given, "command line"))
+    origin = {}
+    for key in names:
+        if key in given:
+            origin[key] = "command line"
+        elif key in found:
+            origin[key] = f"{name}: {found[key][1]}"
+        elif key in ("mask_ratio", "loss") and config.task in DENOISING:
+            origin[key] = f"of task {config.task}: {SPT}, sections 2 and C.3"
+        else:
+            origin[key] = "default"
     if departures:
         origin["departures"] = departures
     return config, origin
@@ -469,19 +449,19 @@ def resolve(given):
 def read_settings(name):
     """A row of the table or a JSON file -> {setting: (value, source)}, departures."""
     path = Path(name)
+    if path.parent.name == "settings" and not path.exists():
+        name = path.stem  # settings/listops-s4.json is the row listops-s4
     if name in NAMES:
         return published(name)
-    if path.parent.name == "settings" and path.stem in NAMES and not path.exists():
-        return published(path.stem)  # settings/listops-s4.json, as stored commands have it
     if path.suffix != ".json":
         raise ValueError(f"no settings {name!r}: expected a JSON file or one of {', '.join(NAMES)}")
     try:
         content = json.loads(path.read_text("utf-8-sig"))  # skips a byte-order mark
-        sources = dict(content.get("sources") or {})
+        sources = content.get("sources", {})
         found = {}
         for key, value in content["settings"].items():
             found[key] = (value, sources.get(key, "no source"))
-        return found, ""
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError) as error:
         expected = 'expected {"settings": {name: value}, "sources": {name: text}}'
         raise ValueError(f"{path} is not a file of settings ({error}): {expected}") from error
+    return found, ""

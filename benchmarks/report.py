@@ -5,7 +5,7 @@
 
 The page is a single file without scripts or links to the network; pictures are inline.  Runs that
 differ only in the seed are also summarized as mean and standard deviation.  Denoised examples are
-the first of the validation split, by the weights in denoiser.pt.  Needs matplotlib.
+the first of the validation split, by the weights in pretrained.pt.  Needs matplotlib.
 """
 
 import argparse
@@ -193,16 +193,16 @@ def curves(runs):
 
 @torch.no_grad()
 def denoise(run, n, data_dir=None):
-    """Return data, raw (n, L[, C]), keep, where (n, L), guess (like raw): what denoiser.pt says.
+    """Return data, raw (n, L[, C]), keep, where (n, L), guess (like raw): what pretrained.pt says.
 
     guess is raw except at the hidden positions `where`.  A causal model guesses each position from
-    those before it.  Raises ValueError if the run has no denoiser.pt.
+    those before it.  Raises ValueError if the run has no pretrained.pt.
     """
-    path = run["folder"] / "denoiser.pt"
+    path = run["folder"] / "pretrained.pt"
     if not path.exists():
-        raise ValueError("no denoiser.pt, so no denoised examples: it was not pretrained here")
+        raise ValueError("no pretrained.pt, so no denoised examples: it was not pretrained here")
     state = load(path)
-    config = Config(**state["config"])
+    config = Config(**state["settings"])
     config = replace(config, device="cpu", compile=False, sequence_parallel=None)
     config = replace(config, data_dir=data_dir or config.data_dir, precision="float32")
     data = pretrain.load_data(config)

@@ -3,8 +3,6 @@
 import itertools
 import json
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -67,12 +65,14 @@ def batch_of(data, stage="pretrain", seed=0, **settings):
 # ------------------------------------------------------------------------------- corruption
 
 
-@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
-def test_share_of_masked_positions(ratio):
-    data = symbols([200] * 200)
-    _, batch = batch_of(data, mask_ratio=ratio)
-    share, sigma = batch.where.float().mean().item(), (ratio * (1 - ratio) / 40_000) ** 0.5
-    assert abs(share - ratio) < 4 * sigma
+@pytest.mark.parametrize("ratio", [0.1, 0.5])
+def test_masks_have_their_ratio_and_are_independent_of_each_other(ratio):
+    """Neighbors and rows: the share of pairs that are both masked is the square."""
+    where = batch_of(symbols([200] * 200), mask_ratio=ratio)[1].where.float()
+    assert abs(where.mean().item() - ratio) < 4 * (ratio * (1 - ratio) / 40_000) ** 0.5
+    both = ratio**2
+    for a, b in ((where[:, 1:], where[:, :-1]), (where[1:], where[:-1])):
+        assert abs((a * b).mean().item() - both) < 4 * (both * (1 - both) / 39_800) ** 0.5
 
 
 def test_masked_positions_are_all_replaced_and_never_padding():
@@ -92,13 +92,6 @@ def test_masks_are_drawn_anew_each_step_and_repeat_with_the_seed():
     data = symbols([50] * 8)
     first, second, again = (batch_of(data, seed=s)[1].where for s in (1, 2, 1))
     assert torch.equal(first, again) and not torch.equal(first, second)
-
-
-def test_masks_are_independent_of_each_other():
-    """Neighbours, rows and halves: the share of pairs that are both masked is the square."""
-    where = batch_of(symbols([200] * 200), mask_ratio=0.3)[1].where.float()
-    for a, b in ((where[:, 1:], where[:, :-1]), (where[1:], where[:-1])):
-        assert abs((a * b).mean().item() - 0.09) < 4 * (0.09 * 0.91 / 39_800) ** 0.5
 
 
 def test_causal_target_is_the_next_real_token():
@@ -154,11 +147,9 @@ def test_pretraining_takes_the_documents_of_pairs_one_by_one():
         )
 
 
-@pytest.mark.parametrize("model", ["transformer", "s4", "sgconv"])
-def test_pairs_are_pretrained_and_fine_tuned(model, monkeypatch, tmp_path):
-    data = pairs([4, 9, 5, 7] * 4)
-    load_small(monkeypatch, data)
-    result = run(tmp_path, "a", model=model, task="retrieval")
+def test_pairs_are_pretrained_and_fine_tuned(monkeypatch, tmp_path):
+    load_small(monkeypatch, pairs([4, 9, 5, 7] * 4))
+    result = run(tmp_path, "a", model="sgconv", task="retrieval")
     assert np.isfinite([result[stage]["loss"] for stage in ("pretrain", "finetune", "test")]).all()
 
 
@@ -205,8 +196,7 @@ def test_every_epoch_holds_every_example_once():
 def test_bucketing_leaves_little_padding():
     lengths = np.random.RandomState(0).randint(500, 2000, 4096)
     batches = itertools.islice(pretrain.draw(lengths, 16, 0), 256)
-    padded = sum(lengths[i].max() * len(i) for i in batches)
-    assert padded < 1.05 * lengths.sum()
+    assert sum(lengths[i].max() * len(i) for i in batches) < 1.05 * lengths.sum()
 
 
 def test_subsets_are_nested():
@@ -214,8 +204,6 @@ def test_subsets_are_nested():
     resident = Resident(data.train, data, "cpu")
     small, large = resident.subset(5), resident.subset(20)
     assert np.array_equal(small.lengths, large.lengths[:5]) and len(set(large.lengths)) == 20
-    with pytest.raises(ValueError, match=r"labels 33.* 32 examples"):
-        resident.subset(33)
 
 
 # ----------------------------------------------------------------------------- model and loss
@@ -276,9 +264,9 @@ def test_loss_counts_only_the_chosen_positions():
     config, batch = batch_of(data, mask_ratio=0.5)
     h = torch.randn(3, 12, 16)
     head = pretrain.build_head("pretrain", config, Resident(data.train, data, "cpu"))
-    spoilt = torch.where(batch.where[..., None], h, 1e3)
+    spoiled = torch.where(batch.where[..., None], h, 1e3)
     loss, sums = pretrain.loss_sums(lambda x, keep: h, head, batch, config)
-    assert torch.equal(loss, pretrain.loss_sums(lambda x, keep: spoilt, head, batch, config)[0])
+    assert torch.equal(loss, pretrain.loss_sums(lambda x, keep: spoiled, head, batch, config)[0])
     by_hand = -torch.log_softmax(head(h), -1)
     by_hand = by_hand.gather(2, batch.target[..., None])[..., 0][batch.where].sum()
     correct = (head(h).argmax(-1) == batch.target)[batch.where].sum()
@@ -324,29 +312,30 @@ def test_schedule():
 # ------------------------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize("model", ["transformer", "s4"])
-def test_overfits_one_batch(model, monkeypatch, tmp_path):
+def test_overfits_one_batch(monkeypatch, tmp_path):
     part = lra_data.Split(*(a[:8] for a in vars(lattice().train).values()))
-    data = replace(lattice(), train=part, val=part, test=part)
-    load_small(monkeypatch, data)
+    load_small(monkeypatch, replace(lattice(), train=part, val=part, test=part))
     options = {"d_model": 32, "finetune_lr": 1e-2, "objective": "none"}
-    result = run(tmp_path, "a", model=model, finetune_steps=80, eval_every=80, **options)
+    result = run(tmp_path, "a", finetune_steps=80, eval_every=80, **options)
     assert result["test"]["accuracy"] == 1 and result["test"]["loss"] < 0.2
 
 
-def test_each_stage_sees_its_own_examples(small_lattice, tmp_path, monkeypatch):
+def test_each_stage_sees_its_own_examples_in_its_own_batches(small_lattice, tmp_path, monkeypatch):
     """Pretraining all of them, fine-tuning the labeled ones alone."""
-    seen = {"pretrain": set(), "finetune": set()}
+    seen = {"pretrain": [], "finetune": []}
     make_batch = pretrain.make_batch
 
     def spy(split, index, stage, *rest):
         if len(split) != 16:  # not validation or test
-            seen[stage].update(index.tolist())
+            seen[stage].append(index)
         return make_batch(split, index, stage, *rest)
 
     monkeypatch.setattr(pretrain, "make_batch", spy)
-    run(tmp_path, "a", labels=30)
-    assert (len(seen["pretrain"]), len(seen["finetune"])) == (96, 30)
+    run(tmp_path, "a", labels=30, pretrain_batch_size=12)
+    assert max(len(index) for index in seen["pretrain"]) == 12
+    assert max(len(index) for index in seen["finetune"]) == 8
+    assert len(set(np.concatenate(seen["pretrain"]))) == 96
+    assert len(set(np.concatenate(seen["finetune"]))) == 30
 
 
 @pytest.mark.parametrize(("stage", "best"), [("pretrain", 4), ("finetune", 8)])
@@ -378,11 +367,10 @@ def test_a_stage_ends_with_its_best_weights(small_lattice, tmp_path, monkeypatch
     assert any(not torch.equal(kept[0][k], kept[1][k]) for k in kept[0])
 
 
-@pytest.mark.parametrize("model", ["transformer", "s4"])
-def test_same_seed_same_bits(small_lattice, tmp_path, model):
+def test_same_seed_same_bits(small_lattice, tmp_path):
     scores, weights = [], []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        result = run(tmp_path, name, model=model, seed=seed, dropout=0.1)
+        result = run(tmp_path, name, model="s4", seed=seed, dropout=0.1, finetune_steps=3)
         assert result == json.loads((tmp_path / name / "result.json").read_text())
         assert result.keys() >= {"commit", "torch", "speed", "config", "data"}
         scores.append([result[k] for k in ("pretrain", "finetune", "test")])
@@ -401,11 +389,10 @@ def test_body_carries_over_head_and_optimizer_do_not(small_lattice, tmp_path, mo
 
     monkeypatch.setattr(pretrain, "fit", spy)
     run(tmp_path, "a")
-    pretrained = torch.load(tmp_path / "a" / "pretrained.pt", weights_only=True)
+    pretrained = checkpoint.load(tmp_path / "a" / "pretrained.pt")["model"]
     body, head = start["finetune"]
     assert all(torch.equal(body[k], pretrained[k]) for k in body)
     assert any(not torch.equal(body[k], start["pretrain"][0][k]) for k in body)
-    assert (head.out_features, start["pretrain"][1].out_features) == (2, 2)
     assert not torch.equal(head.weight, start["pretrain"][1].weight)
     start.clear()
     run(tmp_path, "b", pretrained=str(tmp_path / "a" / "pretrained.pt"))
@@ -415,14 +402,12 @@ def test_body_carries_over_head_and_optimizer_do_not(small_lattice, tmp_path, mo
 
 def test_weights_of_another_body_are_refused_and_never_overwritten(small_lattice, tmp_path):
     """n_heads shows in no shape; the folder that holds the weights is not written to."""
-    run(tmp_path, "a")
+    run(tmp_path, "a", pretrain_steps=2, finetune_steps=1)
     weights = tmp_path / "a" / "pretrained.pt"
     with pytest.raises(ValueError, match="other settings or data: n_heads 2 -> 4"):
         run(tmp_path, "b", pretrained=str(weights), n_heads=4)
     with pytest.raises(ValueError, match="choose another"):
         run(tmp_path, "a", pretrained=str(weights))
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        run(tmp_path, "b", pretrained="nowhere.pt")
     assert weights.exists() and not (tmp_path / "b").exists()
 
 
@@ -454,23 +439,14 @@ def test_streams_of_different_steps_differ():
         mask = torch.rand(3, generator=pretrain.seeded(config, *numbers))
         seen |= {tuple(mask.tolist()), tuple(torch.rand(2).tolist())}
     assert len(seen) == 10
-    draws = []
-    for own in (0, 1):  # processes that share the masks drop other units
-        mask = torch.rand(3, generator=pretrain.seeded(config, 3, own=own))
-        draws.append((mask, torch.rand(3)))
-    assert torch.equal(draws[0][0], draws[1][0]) and not torch.equal(draws[0][1], draws[1][1])
 
 
-def test_each_stage_has_its_own_batch_size(small_lattice, tmp_path, monkeypatch):
-    sizes, make_batch = {"pretrain": set(), "finetune": set()}, pretrain.make_batch
-
-    def spy(resident, index, stage, *rest):
-        sizes[stage].add(len(index))
-        return make_batch(resident, index, stage, *rest)
-
-    monkeypatch.setattr(pretrain, "make_batch", spy)
-    run(tmp_path, "a", pretrain_batch_size=12)
-    assert max(sizes["pretrain"]) == 12 and max(sizes["finetune"]) == 8
+def test_processes_share_the_masks_but_drop_other_units():
+    first, second = [
+        (torch.rand(3, generator=pretrain.seeded(Config(**TINY), 3, own=own)), torch.rand(3))
+        for own in (0, 1)
+    ]
+    assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
 
 
 def test_random_init_leaves_no_structure():
@@ -481,8 +457,7 @@ def test_random_init_leaves_no_structure():
     assert all(p.std() > 0.02 for p in model.parameters())
 
 
-@pytest.mark.parametrize("model", ["transformer", "s4"])
-def test_a_compiled_model_trains_the_same(model, small_lattice, tmp_path, monkeypatch):
+def test_a_compiled_model_trains_the_same(small_lattice, tmp_path, monkeypatch):
     """Traced by torch.compile, run as traced (no compiler is needed); the names stay."""
     compile, graphs = torch.nn.Module.compile, []
 
@@ -491,23 +466,20 @@ def test_a_compiled_model_trains_the_same(model, small_lattice, tmp_path, monkey
         return graph.forward
 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile(self, backend=backend))
-    plain, traced = (
-        run(tmp_path, name, model=model, compile=name == "b", precision="float64") for name in "ab"
-    )
+    options = {"precision": "float64", "n_layers": 1, "pretrain_steps": 4, "finetune_steps": 4}
+    plain = run(tmp_path, "a", **options)
+    traced = run(tmp_path, "b", **options, compile=True)
     assert graphs
     for stage in ("pretrain", "finetune", "test"):
         assert traced[stage]["loss"] == pytest.approx(plain[stage]["loss"], rel=1e-9)
-    names = [torch.load(tmp_path / n / "pretrained.pt", weights_only=True).keys() for n in "ab"]
+    names = [checkpoint.load(tmp_path / n / "pretrained.pt")["model"].keys() for n in "ab"]
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("model", ["s4", "s4d", "diagonal", "sgconv"])
-def test_a_convolution_is_not_compiled_for_every_length(model, monkeypatch, tmp_path):
-    data = lra_data.load("listops-tiny", n_train=64, n_val=8, n_test=8)
-    low, high = data.train.lengths.min(), data.train.lengths.max()
-    monkeypatch.setattr(lra_data, "load", lambda task, data_dir: data)
-    with pytest.raises(ValueError, match=f"'{model}' needs one length.*{low} to {high}"):
-        run(tmp_path, "a", task="listops-tiny", model=model, compile=True)
+def test_a_convolution_is_not_compiled_for_every_length(monkeypatch, tmp_path):
+    load_small(monkeypatch, symbols([5, 9, 30]))
+    with pytest.raises(ValueError, match="compile: s4 would be compiled for each of 3 lengths"):
+        run(tmp_path, "a", model="s4", compile=True)
     assert not (tmp_path / "a").exists()
 
 
@@ -518,15 +490,6 @@ def test_ten_step_trajectory_in_float64(model, tmp_path):
     losses = make_golden.pretrain_losses(model, tmp_path)
     assert losses == pytest.approx(golden[model], rel=1e-9)
     assert golden[model][-1] < golden[model][0]
-
-
-def test_accumulation_changes_nothing(small_lattice, tmp_path):
-    results = [
-        run(tmp_path, str(n), accumulate=n, precision="float64", labels=30) for n in (1, 3, 8)
-    ]
-    for result in results[1:]:
-        for stage in ("pretrain", "finetune", "test"):
-            assert result[stage]["loss"] == pytest.approx(results[0][stage]["loss"], rel=1e-10)
 
 
 def test_evaluation_counts_every_example_once():
@@ -550,14 +513,15 @@ def test_evaluation_counts_every_example_once():
 # ------------------------------------------------------------- real processes, really killed
 
 SMALL = ["--d-model", "8", "--n-heads", "2", "--d-ff", "8", "--d-state", "4", "--device", "cpu"]
-LONG = [*SMALL, "--batch-size", "8", "--pretrain-steps", "40", "--finetune-steps", "40"]
+LONG = [*SMALL, "--batch-size", "8", "--pretrain-steps", "24", "--finetune-steps", "24"]
 LONG += ["--eval-every", "5"]
 
 
-def finish(process, log):
-    """Wait for a process to end; return what it printed."""
+def finish(args, log):
+    """Run to the end, which must be a result."""
+    process = start(args, log)
     process.join(300)
-    return log.read_text()
+    assert "result.json" in log.read_text()
 
 
 def progress(folder):
@@ -580,26 +544,15 @@ def kill(process, log, ready, wait=0.0):
     process.join()
 
 
-def newest_checkpoint(folder):
-    """(stage, step) of checkpoint.pt, or of the one before if it cannot be read."""
-    for name in ("checkpoint.pt", "checkpoint.pt.previous"):
-        try:
-            state = checkpoint.load(folder / name)
-        except (ValueError, FileNotFoundError):
-            continue
-        return pretrain.STAGES.index(state["stage"]), state["step"]
-    return -1, 0
-
-
 @pytest.mark.slow
 def test_ten_kills_change_no_bit(tmp_path):
     """kill -9 of real processes, five in each stage, every second one amid writing a checkpoint."""
     rng = np.random.RandomState(0)
     log = tmp_path / "log"
     cut = tmp_path / "cut"
-    assert "result.json" in finish(start([*LONG, "--out", str(tmp_path / "whole")], log), log)
+    finish([*LONG, "--out", str(tmp_path / "whole")], log)
     log.unlink()
-    moments = [(stage, step) for stage in (0, 1) for step in np.sort(rng.randint(15, 35, 5))]
+    moments = [(stage, step) for stage in (0, 1) for step in np.sort(rng.randint(10, 20, 5))]
     for i, moment in enumerate(moments):
         process = start([*LONG, "--out", str(cut), *["--resume"][:i]], log)
         new = cut / "checkpoint.pt.new"
@@ -608,16 +561,14 @@ def test_ten_kills_change_no_bit(tmp_path):
         else:
             kill(process, log, lambda m=moment: progress(cut) >= m, rng.uniform(0, 0.02))
         assert not (cut / "result.json").exists()
-        stage, step = newest_checkpoint(cut)
-        assert (stage, step + 10) >= moment, "a kill cost more than the steps since a validation"
-    assert "result.json" in finish(start([*LONG, "--out", str(cut), "--resume"], log), log)
+    finish([*LONG, "--out", str(cut), "--resume"], log)
     same(bits(tmp_path / "whole"), bits(cut))
 
 
 @pytest.mark.slow
 @pytest.mark.dist
 def test_a_dead_rank_ends_the_other_and_the_run_goes_on(tmp_path):
-    """Without torchrun's own watch: rank 1 is killed, rank 0 stops by itself and says why."""
+    """Without torchrun's own watch: rank 1 is killed, rank 0 stops by itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -626,10 +577,9 @@ def test_a_dead_rank_ends_the_other_and_the_run_goes_on(tmp_path):
     logs = [tmp_path / "0", tmp_path / "1"]
     both = [start(command, log, RANK=log.name, **group) for log in logs]
     kill(both[1], logs[1], lambda: progress(tmp_path / "run") >= (0, 10))
-    text = finish(both[0], logs[0])
-    assert both[0].exitcode == 1 and "lost" in text, text
-    assert "Traceback" not in text and not (tmp_path / "run" / "result.json").exists()
-    assert "result.json" in finish(start([*command, "--resume"], logs[0]), logs[0])
+    both[0].join(300)
+    assert both[0].exitcode == 1 and not (tmp_path / "run" / "result.json").exists()
+    finish([*command, "--resume"], logs[0])
 
 
 # ------------------------------------------------------------------------------ command line
@@ -642,7 +592,6 @@ def test_a_dead_rank_ends_the_other_and_the_run_goes_on(tmp_path):
         ({"labels": 97}, "labels 97.*96"),
         ({"pictures": 5}, "task lattice has no"),
         ({"loss": "l1"}, "'l1' does not fit task lattice"),
-        ({"mask_ratio": 1e-12}, "nothing to predict in 16 examples with mask_ratio 1e-12"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_with_their_numbers(
@@ -660,22 +609,7 @@ def exit_of(capsys, *args):
     return stop.value.code, capsys.readouterr()
 
 
-def test_a_run_from_the_command_line(tmp_path):
-    sizes = ["--pretrain-steps", "10", "--finetune-steps", "10", "--d-model", "16", "--model", "s4"]
-    command = [sys.executable, ROOT / "pretrain.py", *sizes, "--data-dir", tmp_path]
-    done = subprocess.run([*command, "--out", tmp_path / "a"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "a" / "result.json").read_text())
-    assert 0 <= result["test"]["accuracy"] <= 1 and result["config"]["pretrain_steps"] == 10
-    assert "result.json" in done.stdout and "tokens_per_s" in done.stdout
-
-
-def test_the_self_check_passes(capsys):
-    code, shown = exit_of(capsys, "--check")
-    assert code == 0 and shown.out.count("ok") == 5 and "FAILED" not in shown.out
-
-
-def test_mistakes_on_the_command_line_get_one_line(tmp_path, capsys):
+def test_mistakes_on_the_command_line_get_one_line(tmp_path, capsys, monkeypatch):
     out = ["--out", tmp_path / "x"]
     cut = tmp_path / "cut.pt"
     cut.write_bytes(b"hello world")
@@ -686,25 +620,24 @@ def test_mistakes_on_the_command_line_get_one_line(tmp_path, capsys):
     assert code == 2 and "invalid choice: 'rnn'" in shown.err
     assert not (tmp_path / "x").exists()
 
+    def interrupted(config):
+        raise KeyboardInterrupt
 
-@pytest.mark.parametrize("name", ["cuda", "mps", "meta", "nonsense"])
-def test_a_device_that_does_not_work_here_is_refused_in_one_line(name, capsys):
-    if name == "cuda" and torch.cuda.is_available():
-        name = "cuda:99"
-    code, shown = exit_of(capsys, "--device", name)
-    assert code == 2 and f"--device {name} does not work here" in shown.err
-    assert len(shown.err.splitlines()) == 2  # usage, error
-    pretrain.main(["--device", "cuda", "--print-config"])  # for another machine
+    monkeypatch.setattr(pretrain, "run", interrupted)
+    assert exit_of(capsys, *out)[0] == "pretrain.py: interrupted"
 
 
-def test_a_scheduler_that_sets_no_local_rank(monkeypatch, tmp_path):
-    """One process of a cluster's job: WORLD_SIZE=1 RANK=0 alone."""
+def test_a_run_from_the_command_line(small_lattice, monkeypatch, tmp_path, capsys):
+    """As one process of a cluster's job, whose scheduler sets no LOCAL_RANK."""
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    sizes = ["--finetune-steps", "1", "--objective", "none", "--d-model", "8", "--device", "cpu"]
-    pretrain.main([*sizes, "--out", str(tmp_path / "a"), "--data-dir", str(tmp_path)])
-    assert (tmp_path / "a" / "result.json").exists()
+    steps = ["--pretrain-steps", "2", "--finetune-steps", "2"]
+    pretrain.main([*SMALL, *steps, "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert 0 <= result["test"]["accuracy"] <= 1 and result["config"]["pretrain_steps"] == 2
+    shown = capsys.readouterr().out
+    assert "accuracy" in shown and "tokens_per_s" in shown and "result.json" in shown
 
 
 @pytest.mark.parametrize(("rank", "order"), [(0, "work wait wait"), (1, "wait work wait")])
@@ -713,7 +646,7 @@ def test_ranks_wait_for_the_data_however_long(rank, order, monkeypatch):
     events = []
     monkeypatch.setattr(pretrain, "ranks", lambda: (rank, 2))
     monkeypatch.setattr(pretrain, "wait_for_rank0", lambda: events.append("wait"))
-    pretrain.rank0_first(lambda: events.append("work"))
+    pretrain.rank0_first(events.append, "work")
     assert " ".join(events) == order
 
 
@@ -730,4 +663,4 @@ def test_ranks_wait_for_every_file_that_rank_0_writes(small_lattice, tmp_path, m
     monkeypatch.setattr(pretrain, "wait_for_rank0", lambda: events.append("wait"))
     run(tmp_path, "a")
     stage = "checkpoint wait checkpoint wait"
-    assert " ".join(events[2:]) == f"{stage} pretrained denoiser wait {stage} wait"
+    assert " ".join(events[2:]) == f"{stage} pretrained wait {stage}"

@@ -43,7 +43,7 @@ def test_the_page_needs_no_network_and_its_tags_are_closed(runs):
     assert not re.search(r"https?:|<script|<link|@import|url\(", text)
     images = re.findall(r'<img alt="" src="data:image/png;base64,', text)
     assert len(images) == text.count("<img") == 3  # the curves, and examples of two runs
-    assert text.count("<table") == 2 and "no denoiser.pt" in text
+    assert text.count("<table") == 2 and "no pretrained.pt" in text
     for tag in ("table", "div", "h2", "h3", "ul", "details"):
         assert len(re.findall(rf"<{tag}[ >]", text)) == text.count(f"</{tag}>"), tag
 

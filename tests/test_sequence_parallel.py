@@ -30,14 +30,14 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("name", sequence_worker.CASES)
-def test_ten_steps_are_those_of_one_process(name, ranks, monkeypatch, tmp_path):
+def test_all_steps_are_those_of_one_process(name, ranks, monkeypatch, tmp_path):
     """Losses and correct answers of every step and every evaluation, in both stages."""
     monkeypatch.setattr(lra_data, "load", lra_data.load)  # as they were, afterwards
     monkeypatch.setattr(pretrain, "Run", pretrain.Run)
     sequence_worker.prepare()
     options = {**sequence_worker.CASES[name], "sequence_parallel": None, "accumulate": 1}
     alone = sequence_worker.trajectory(tmp_path, options)
-    assert len(alone) == 66 and alone[0] != alone[30]
+    assert len(alone) == 42 and alone[0] != alone[18]
     for rank in ranks:
         assert rank[name] == pytest.approx(alone, rel=1e-10, abs=1e-12)
 
