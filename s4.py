@@ -22,7 +22,7 @@ consists of 2 x 2 blocks, and A is these blocks minus 2 P P^T.  Differences from
 marked where they occur.  Left out: other HiPPO matrices, parameters shared between channels, 2-D
 kernels, a CUDA kernel.
 
-    python s4.py            checks and a demo, which ends with
+    python s4.py            checks, then a demo that ends with
                             accuracy 1.00, as a recurrence 1.00, target 0.95
     python s4.py --check    checks only
 """
@@ -45,7 +45,8 @@ def hippo_legs(N):
     """Return HiPPO-LegS, A (N, N) and B (N,): the state holds Legendre coefficients of the past."""
     root = np.sqrt(2 * np.arange(N) + 1.0)  # (N,)
     below = np.tril(np.outer(root, root), -1)
-    return -below - np.diag(np.arange(N) + 1.0), root
+    A = -below - np.diag(np.arange(N) + 1.0)
+    return A, root
 
 
 def nplr_legs(N):
@@ -63,7 +64,9 @@ def nplr_legs(N):
     V = V[:, frequency > 0]  # (N, N/2)
     V = V * np.exp(1j * np.angle(V.conj().T @ B))  # the solver's phases are arbitrary: make B > 0
     Lam = -0.5 + 1j * frequency[frequency > 0]
-    return Lam, V.conj().T @ p, V.conj().T @ B, V
+    P = V.conj().T @ p
+    B = V.conj().T @ B
+    return Lam, P, B, V
 
 
 def both(v):
@@ -75,13 +78,16 @@ def bilinear_ref(A, B, dt):
     """Discretize with the bilinear method (S4): A_bar (N, N), B_bar (N,)."""
     left = np.eye(len(A)) - dt / 2 * A
     right = np.eye(len(A)) + dt / 2 * A
-    return np.linalg.solve(left, right), np.linalg.solve(left, dt * B)
+    A_bar = np.linalg.solve(left, right)
+    B_bar = np.linalg.solve(left, dt * B)
+    return A_bar, B_bar
 
 
 def hold_ref(Lam, B, dt):
     """Discretize A = diag(Lam) with zero-order hold (S4D): A_bar (N, N), B_bar (N,)."""
     A_bar = np.exp(dt * Lam)
-    return np.diag(A_bar), (A_bar - 1) / Lam * B
+    B_bar = (A_bar - 1) / Lam * B
+    return np.diag(A_bar), B_bar
 
 
 def recurrence_ref(A_bar, B_bar, C, u):
@@ -200,10 +206,12 @@ def two_level_kernel(E, B_bar, C, L):
     O(D N (N^2 log L + L)) time, O(D N sqrt L + D L) memory.
     """
     # differs from the paper: powers of A_bar, no Cauchy sums
-    # float64 for the first power, nearest to I, where most rounding error would enter
-    columns = torch.cat([B_bar, B_bar + E @ B_bar], -1).to(C.dtype)
+    columns = torch.cat([B_bar, B_bar + E @ B_bar], -1)  # (D, N, 2)
     rows = C
-    E = square(E).to(C.dtype)
+    E = square(E)  # A_bar^2 - I
+    # up to here in float64: A_bar is nearest to I, there most rounding error would enter
+    E = E.to(C.dtype)
+    columns = columns.to(C.dtype)
     while columns.shape[-1] ** 2 < L:  # A_bar^j B_bar: 2, 4, 8, ... columns
         columns = torch.cat([columns, columns + E @ columns], -1)  # (D, N, m)
         E = square(E)
@@ -224,11 +232,13 @@ def diagonal_kernel(log_A, B_bar, C, L):
     m = 2 ** ((L - 1).bit_length() // 2)  # about sqrt L
     i = torch.arange(0, L, m, device=C.device)[:, None]  # (L / m, 1)
     j = torch.arange(m, device=C.device)[:, None]  # (m, 1)
-    v = (C * B_bar)[:, :, None]
+    v = (C * B_bar)[:, :, None]  # (n, D, 1, N/2)
     rows = output_rows(v * torch.exp(log_A[:, None] * i))  # (n, D, L / m, N)
     columns = coordinates(torch.exp(log_A[:, None] * j))  # (D, m, N)
-    dtype = C.real.dtype  # float64 up to here: float32 phases lose digits at large l
-    K = rows.to(dtype) @ columns.to(dtype).mT  # (n, D, L / m, m)
+    # up to here in float64: float32 phases lose digits at large l
+    rows = rows.to(C.real.dtype)
+    columns = columns.to(C.real.dtype)
+    K = rows @ columns.mT  # (n, D, L / m, m)
     return K.flatten(2)[..., :L]
 
 
@@ -377,16 +387,17 @@ class StateSpace(nn.Module):
             u = u.masked_fill(~keep[..., None], 0)
         K = self.kernel(x.shape[1], rate)
         lags = K[0] if self.bidirectional else K  # (D, L): lags 0, 1, ...
-        lags[:, :1] += self.D_skip[:, None]
-        y = fft_conv(u, K)  # y = K * u + D u: with D in K, no extra pass over the activations
+        lags[:, 0] += self.D_skip  # D joins K, which saves a pass over the activations
+        y = fft_conv(u, K)  # y = K * u + D u
         return y.to(x.dtype)
 
     def initial_state(self, batch, rate=1.0):
         """Return the State before the first token.  ValueError if bidirectional."""
         if self.bidirectional:
             raise ValueError("a bidirectional layer needs the future; bidirectional=False can step")
-        E, B_bar, C = [part.to(self.C.dtype) for part in self.system(rate)]
-        return State(E.new_zeros(batch, *E.shape[:2]), E, B_bar, C[0])
+        E, B_bar, C = self.system(rate)
+        x = C.new_zeros(batch, *E.shape[:2])
+        return State(x, E.to(x.dtype), B_bar.to(x.dtype), C[0])
 
     def step(self, x_t, state):
         """x_t (B, D), State -> y_t (B, D), new State."""
@@ -614,23 +625,16 @@ class S4Model(nn.Module):
     step = prefill  # x (B,) or (B, C) -> features (B, D), new state
 
     @torch.no_grad()
-    def generate(self, prompt, n, head, temperature=0.0):
-        """Continue prompt (B, L >= 1) int64 by n tokens (B, n); temperature 0 is greedy decoding.
+    def generate(self, prompt, n, head):
+        """Continue prompt (B, L >= 1) int64 by n tokens (B, n) with greedy decoding.
 
         head: features (B, D) -> logits (B, vocab_size).  Call eval() first if there is dropout.
         """
-        if temperature < 0:
-            raise ValueError(f"temperature must be at least 0, got {temperature}")
         features, state = self.prefill(prompt, self.initial_state(len(prompt)))
         h = features[:, -1]
         out = prompt.new_empty(len(prompt), n)
         for i in range(n):
-            logits = head(h)
-            if temperature == 0:
-                token = logits.argmax(-1)
-            else:
-                p = (logits / temperature).softmax(-1)
-                token = torch.multinomial(p, 1)[:, 0]
+            token = head(h).argmax(-1)
             out[:, i] = token
             h, state = self.step(token, state)
         return out
@@ -684,8 +688,9 @@ def check_reference(N=8, L=63, dt=0.05):
 def check_kernels(dtype, device, limit, N=64, L=16384):
     """The torch kernels of one channel against the reference."""
 
-    def numpy_pairs(v):
-        return both(torch.view_as_complex(v.double().cpu()).flatten().numpy())  # (N,)
+    def numpy_pairs(v):  # (..., N/2, 2) -> (N,)
+        v = torch.view_as_complex(v.double().cpu())
+        return both(v.flatten().numpy())
 
     for kind in (S4, S4D):
         layer = kind(1, N).to(device, dtype)
@@ -695,7 +700,8 @@ def check_kernels(dtype, device, limit, N=64, L=16384):
         dt = layer.log_dt.double().exp().item()
         if kind is S4:
             P = numpy_pairs(layer.P)
-            A_bar, B_bar = bilinear_ref(np.diag(Lam) - np.outer(P, P.conj()), B, dt)
+            A = np.diag(Lam) - np.outer(P, P.conj())
+            A_bar, B_bar = bilinear_ref(A, B, dt)
         else:
             A_bar, B_bar = hold_ref(Lam, B, dt)
         K = kernel_ref(A_bar, B_bar, C, L)
@@ -703,25 +709,25 @@ def check_kernels(dtype, device, limit, N=64, L=16384):
 
 
 def check_layers(dtype, device, limit, L=150):
-    """The convolution of every layer against its recurrence, both directions, and padding."""
+    """The convolution of every layer against its recurrence, and against both directions apart."""
     x = torch.randn(2, L, 4, dtype=dtype, device=device)
-    keep = torch.arange(L, device=device).expand(2, L) < 50
     for kind in (S4, S4D, DLR):
-        name = kind.__name__
         layer = kind(4, 16).to(device, dtype)
         y, state = layer.prefill(x[:, :87], layer.initial_state(2))
         for x_t in x[:, 87:].unbind(1):
             y_t, state = layer.step(x_t, state)
             y = torch.cat([y, y_t[:, None]], 1)
-        yield f"{name} convolution == prefill, then steps", rel_err(layer(x), y), limit
+        yield f"{kind.__name__} layer == prefill, then steps", rel_err(layer(x), y), limit
+
         layer = kind(4, 16, bidirectional=True).to(device, dtype)
-        K = layer.kernel(L)
-        y = fft_conv(x, K[0]) + layer.D_skip * x
-        ahead = fft_conv(x.flip(1), K[1]).flip(1)  # its lag 0 is lag -1
-        y[:, :-1] += ahead[:, 1:]
+        K = layer.kernel(50)
+        u = x[:, :50]
+        y = fft_conv(u, K[0]) + layer.D_skip * u
+        back = fft_conv(u.flip(1), K[1]).flip(1)  # its lag 0 is lag -1
+        y[:, :-1] += back[:, 1:]
+        keep = torch.arange(L, device=device).expand(2, L) < 50
         padded = layer(x, keep)[:, :50]
-        yield f"{name} bidirectional == there and back", rel_err(layer(x), y), limit
-        yield f"{name} padded == alone", rel_err(padded, layer(x[:, :50])), limit
+        yield f"{kind.__name__} bidirectional, padded == there and back", rel_err(padded, y), limit
 
 
 @torch.no_grad()
@@ -756,19 +762,21 @@ def demo(steps=120, L=256, target=0.95):
     groups = model.param_groups(lr=2e-2, weight_decay=0.0)
     optimizer = torch.optim.AdamW([*groups, {"params": head.parameters()}], lr=2e-2)
     print(f"\ndemo: name the symbol before {L} blanks (chance 0.25), {steps} steps of 16 sequences")
-    for i in range(1, steps + 1):
-        x = F.pad(torch.randint(0, 4, (16, 1)), (0, L), value=4)  # (B, L + 1)
-        loss = F.cross_entropy(head(model(x)[:, -1]), x[:, 0])
+    for i in range(steps):
+        symbol = torch.randint(0, 4, (16,))
+        x = F.pad(symbol[:, None], (0, L), value=4)  # (B, L + 1)
+        logits = head(model(x)[:, -1])  # (B, 4)
+        loss = F.cross_entropy(logits, symbol)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if i % 20 == 0:
-            print(f"  step {i:4}  loss {loss.item():.3f}")
-    x = F.pad(torch.arange(4)[:, None], (0, L), value=4)  # all four cases
-    as_convolution = head(model(x)[:, -1]).argmax(-1)
-    as_recurrence = model.generate(x, 1, head)[:, 0]
-    accuracy = float((as_convolution == x[:, 0]).double().mean())
-    recurrent = float((as_recurrence == x[:, 0]).double().mean())
+        if i % 20 == 19:
+            print(f"  step {i + 1:4}  loss {loss.item():.3f}")
+    symbol = torch.arange(4)  # all four cases
+    x = F.pad(symbol[:, None], (0, L), value=4)
+    answer = head(model(x)[:, -1]).argmax(-1)
+    accuracy = float((answer == symbol).double().mean())
+    recurrent = float((model.generate(x, 1, head)[:, 0] == symbol).double().mean())
     print(f"  accuracy {accuracy:.2f}, as a recurrence {recurrent:.2f}, target {target}")
     return min(accuracy, recurrent) >= target
 

@@ -525,8 +525,6 @@ def test_generation_is_the_argmax_of_the_whole(mixer):
         tokens = torch.cat([tokens, best[:, None]], 1)
     assert torch.equal(got, tokens[:, 10:])
     assert model.generate(tokens, 0, head).shape == (3, 0)
-    warm = model.generate(tokens, 40, head, temperature=5.0)
-    assert warm.shape == (3, 40) and len(warm.unique()) > 4
 
 
 @pytest.mark.parametrize("mixer", [s4_mixer, s4d_mixer])
@@ -566,13 +564,6 @@ def test_loss_trajectory():
 # ---------------------------------------------------------------- bad input
 
 
-def causal_model(mixer=s4_mixer, causal=True):
-    return S4Model(S4Config(vocab_size=3, causal=causal), mixer)
-
-
-TOKENS = torch.zeros(1, 2, dtype=torch.long)
-
-
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -586,11 +577,11 @@ TOKENS = torch.zeros(1, 2, dtype=torch.long)
         (lambda: S4(4, 8)(torch.zeros(2, 5, 4), torch.ones(2, 4).bool()), r"\(2, 4\)"),
         (lambda: S4(4, 8, True).initial_state(1), "bidirectional=False"),
         (lambda: DLR(4, 8).kernel(5, 2.0), "rate 2.0"),
-        (lambda: causal_model(causal=False).initial_state(1), "bidirectional=False"),
-        (lambda: causal_model(lambda c, i: nn.Identity()).initial_state(1), "Identity has no rec"),
-        (lambda: causal_model().generate(TOKENS, 1, nn.Linear(64, 3), temperature=-1), "got -1"),
+        (lambda: S4Model(S4Config(vocab_size=3)).initial_state(1), "bidirectional=False"),
+        (lambda: S4Model(S4Config(vocab_size=3), lambda c, i: nn.Identity()).initial_state(1),
+         "Identity has no recurrent mode"),
     ],
-)
+)  # fmt: skip
 def test_bad_input(call, words):
     with pytest.raises(ValueError, match=words):
         call()
@@ -683,7 +674,7 @@ def test_a_dropped_skip_and_a_dropped_mask_are_found(monkeypatch):
     assert failures()
     monkeypatch.setattr(s4.StateSpace, "forward", lambda self, x, keep=None: forward(self, x))
     found = failures()
-    assert found and all("padded" in name for name in found)
+    assert len(found) == 3 and all("padded" in name for name in found)
 
 
 @SLOW
