@@ -209,7 +209,7 @@ def two_level_kernel(E, B_bar, C, L):
     columns = torch.cat([B_bar, B_bar + E @ B_bar], -1)  # (D, N, 2)
     rows = C
     E = square(E)  # A_bar^2 - I
-    # up to here in float64: A_bar is nearest to I, there most rounding error would enter
+    # up to here in float64: all later powers inherit the rounding error of the first
     E = E.to(C.dtype)
     columns = columns.to(C.dtype)
     while columns.shape[-1] ** 2 < L:  # A_bar^j B_bar: 2, 4, 8, ... columns
