@@ -223,12 +223,11 @@ def s4():
 
     C = np.cos(np.arange(8))
     inits = {"lin": s4.s4d_lin, "inv": s4.s4d_inv, "legs": s4.s4d_legs}
-    diagonal = {
-        f"s4d_{k}": s4.diagonal_kernel_ref(*f(8), C[:4], 0.05, 24) for k, f in inits.items()
-    }
+    systems = {f"s4d_{k}": s4.hold_ref(*f(8), 0.05) for k, f in inits.items()}
+    diagonal = {name: s4.kernel_ref(*system, 2 * C[:4], 24) for name, system in systems.items()}
     return {
         "input": "N = 8, dt = 0.05; S4: HiPPO-LegS, C = cos(n) there; S4D: C = cos(n), n < 4",
-        "kernel": s4.kernel_ref(*s4.discretize_ref(*s4.hippo_legs(8), 0.05), C, 24).tolist(),
+        "kernel": s4.kernel_ref(*s4.bilinear_ref(*s4.hippo_legs(8), 0.05), C, 24).tolist(),
         **{name: K.tolist() for name, K in diagonal.items()},
         "losses": s4_losses(),
     }
