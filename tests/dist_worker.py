@@ -1,8 +1,8 @@
-"""What one rank does in tests/test_dist_attention.py: dist_worker.py TASK FOLDER PORT...
+"""What one rank does in tests/test_dist_attention.py: dist_worker.py FOLDER PORT...
 
-Rank and number of ranks come from the environment, as schedulers set them.  TASK everything runs
-all cases in worlds of 4, 3 and 2 ranks, one port each; TASK faults loses a rank in several ways.
-What a rank saw goes to FOLDER/TASK<world>.<rank> as JSON.
+Rank and number of ranks come from the environment, as schedulers set them.  All cases run in worlds
+of 4 and 3 ranks, one port each; then three ranks lose one another in several ways.  What a rank saw
+goes to FOLDER as JSON.
 """
 
 import itertools
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dist_attention as da
 from attention import Transformer, TransformerConfig
 from s4 import S4Config, S4Model
-from sgconv import SGConv, SGConvConfig, SGConvModel
+from sgconv import SGConvConfig, SGConvModel
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -34,24 +34,21 @@ def grid():
     """Errors of all cases, by name."""
     errors = {}
 
-    def case(*, schedule, layout, causal, dtype="float64", name="", **options):
-        name = f"{schedule} {layout} causal={causal} {name} {options} {dtype}"
+    def case(schedule, layout, causal, dtype="float64", **options):
+        name = f"{schedule} {layout} causal={causal} {options} {dtype}"
         attend = da.SCHEDULES[schedule]
         errors[name] = da.check_case(attend, layout, causal, DTYPES[dtype], "cpu", **options)
 
-    for schedule, layout, causal in itertools.product(
-        da.SCHEDULES, ("contiguous", "zigzag"), (False, True)
-    ):
-        where = {"schedule": schedule, "layout": layout, "causal": causal}
-        for heads, L in (((4, 4), 45), ((4, 2), 32), ((3, 1), 45), ((4, 2), 7), ((3, 1), 3)):
-            case(**where, heads=heads, lengths=(L, L))
+    layouts = ("contiguous", "zigzag")
+    for where in itertools.product(da.SCHEDULES, layouts, (False, True)):
+        for heads, L in (((4, 4), 32), ((3, 1), 45), ((4, 2), 3)):
+            case(*where, heads=heads, lengths=(L, L))
         for dtype in ("float32", "bfloat16"):
-            case(**where, dtype=dtype)
-        if layout == "zigzag":
-            case(**where, padded=True)
-        if not causal:
-            case(**where, lengths=(45, 18))
-            case(**where, lengths=(9, 2))
+            case(*where, dtype=dtype)
+        case(*where, padded=True)
+        if not where[2]:
+            case(*where, lengths=(45, 18))
+            case(*where, lengths=(9, 2))
     return errors
 
 
@@ -88,7 +85,7 @@ def models():
         got = loss_and_gradients(*case)
         scale = max(x.abs().max() for x in expected)
         worst = [float((a - b).abs().max() / scale) for a, b in zip(got, expected, strict=True)]
-        errors[" ".join(map(str, case))] = da.worst(worst, "cpu")
+        errors[" ".join(map(str, case))] = da.largest(worst)
     return errors
 
 
@@ -124,19 +121,19 @@ def loss_and_gradients(name, causal, how=None, layout="contiguous"):
 
 def bytes_sent(world):
     """Counted messages and bytes of a forward and a backward pass, by schedule."""
-    B, H, G, E, L = 2, 24, 12, 2, 12 * world
+    B, H, G, E, n = 2, 24, 12, 2, 12
     seen = {}
     for schedule, attend in da.SCHEDULES.items():
-        q, k, v = (torch.randn(B, h, L // world, E, requires_grad=True) for h in (H, G, G))
+        q, k, v = (torch.randn(B, h, n, E, requires_grad=True) for h in (H, G, G))
         da.traffic.clear()
         out = attend(q, k, v)
         forward = dict(da.traffic)
         da.traffic.clear()
         out.sum().backward()
         seen[schedule] = [forward, dict(da.traffic)]
-    q = torch.randn(B, H, L // world, E, dtype=torch.bfloat16)
+    q = torch.randn(B, H, n, E, dtype=torch.bfloat16)
     da.traffic.clear()
-    da.ring_attention(q, q, q)
+    assert da.ring_attention(q, q, q).dtype == q.dtype
     return seen | {"bfloat16": [dict(da.traffic)]}
 
 
@@ -150,16 +147,16 @@ def nan_rows(rank, world):
     return [out.isnan().any(-1).float().mean().item() for out in outs]
 
 
-def same_bits(rank):
+def same_bits():
     """True when the same call gives the same bits again."""
-    q = torch.randn(1, 2, 40, 8, generator=torch.Generator().manual_seed(rank))
+    q = torch.randn(1, 2, 40, 8)
     bits = []
     for _ in range(2):
         x = q.clone().requires_grad_()
         out = da.ring_attention(x, x, x, True, layout="zigzag")
         out.backward(q)
-        bits += [out.detach(), x.grad]
-    return torch.equal(bits[0], bits[2]) and torch.equal(bits[1], bits[3])
+        bits.append(torch.stack([out.detach(), x.grad]))
+    return torch.equal(*bits)
 
 
 def subgroup(rank):
@@ -168,7 +165,7 @@ def subgroup(rank):
     if rank == 0:
         return 0.0
     q = torch.randn(1, 2, 10, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    own = da.shard(q, rank - 1, 2, 2)
+    own = da.own_tokens(q, dim=2, group=group)
     out = da.ring_attention(own, own, own, True, group=group)
     whole = da.unshard(out, 2, group=group)
     return da.rel_err(whole, da.attention_slow(q, q, q, True))
@@ -177,23 +174,21 @@ def subgroup(rank):
 # ---------------------------------------------------------------- planted faults in the arithmetic
 
 
-def first_block_only(out, lse, *args):
-    """Wrong: no other rank's keys are merged."""
-    if (lse == -torch.inf).all():
-        REAL["accumulate"](out, lse, *args)
+def drop_last_block(*args):
+    """Wrong: the last block is left out."""
+    return list(REAL["visible_blocks"](*args))[:-1]
 
 
-def drop_last_dk(*args):
-    """Wrong: the last keys that come by get no dk from here."""
-    dkv = REAL["accumulate_grad"](*args)
-    last = next(CALLS) % dist.get_world_size() == dist.get_world_size() - 1
-    return torch.stack([0 * dkv[0], dkv[1]]) if last else dkv
+def no_block(*args):
+    """Wrong: nothing is computed."""
+    return []
 
 
-def swap_two_chunks(plan, q, owner):
+def swap_two_chunks(plan, kv, what):
     """Wrong: the keys of two other ranks are taken for each other."""
     a, b = [r for r in range(plan.ranks.world) if r != plan.ranks.rank][:2]
-    return REAL["blocks"](plan, q, {a: b, b: a}.get(owner, owner))
+    for owner, part in REAL["around_the_ring"](plan, kv, what):
+        yield {a: b, b: a}.get(owner, owner), part
 
 
 def forget_rescaling(out, lse, out_block, lse_block):
@@ -207,20 +202,20 @@ def one_per_cent(*args):
     return [1.01 * x for x in REAL["attention_block"](*args)]
 
 
-def zeros(*args):
-    """Wrong: nothing is computed."""
+def lose_sums(ranks, x, tokens, what):
+    """Wrong: gradients that other ranks found for keys never come home."""
+    return REAL["shift"](ranks, x, tokens, what) if what.startswith("step") else lambda: 0
 
 
-CALLS = itertools.count()
-REAL = {name: getattr(da, name) for name in ("accumulate", "accumulate_grad", "attention_block")}
-REAL["blocks"] = da.Plan.blocks
+REAL = {name: getattr(da, name) for name in ("visible_blocks", "around_the_ring")}
+REAL |= {"attention_block": da.attention_block, "shift": da.Ranks.shift}
 MUTATIONS = [
-    (da, "accumulate", first_block_only),
-    (da, "accumulate_grad", drop_last_dk),
-    (da.Plan, "blocks", swap_two_chunks),
+    (da, "visible_blocks", drop_last_block),
+    (da, "visible_blocks", no_block),
+    (da, "around_the_ring", swap_two_chunks),
     (da, "merge", forget_rescaling),
     (da, "attention_block", one_per_cent),
-    (da, "accumulate", zeros),
+    (da.Ranks, "shift", lose_sums),
 ]
 
 
@@ -240,10 +235,10 @@ def mutations():
 
 
 def caught(attend, *args, **options):
-    """The text of the ValueError that a call raises."""
+    """The text of the error that a call raises."""
     try:
         attend(*args, **options)
-    except ValueError as error:
+    except (ValueError, da.RankLost) as error:
         return str(error)
     return "no error"
 
@@ -254,26 +249,29 @@ def mismatches(odd):
     other = q.clone().requires_grad_()
     ring = da.ring_attention
     six, three = torch.zeros(1, 6, 6, 8), torch.zeros(1, 3, 6, 8)
+    keep = torch.ones(1, 5 if odd else 6, dtype=torch.bool)
     heard = {}
     heard["heads"] = caught(ring, *[six if odd else q] * 3)
+    heard["groups"] = caught(ring, q, *[three if odd else q] * 2)
     heard["dtype"] = caught(ring, *[q.double() if odd else q] * 3)
     heard["tokens"] = caught(ring, *[q[:, :, :5] if odd else q] * 3)
     heard["causal"] = caught(ring, q, q, q, odd)
     heard["layout"] = caught(ring, q, q, q, layout="zigzag" if odd else "contiguous")
     heard["schedule"] = caught(da.ulysses_attention if odd else ring, q, q, q)
-    heard["groups"] = caught(ring, q, *[three if odd else q] * 2)
     heard["gradients"] = caught(ring, q if odd else other, other, other)
-    heard["channels"] = caught(da.ulysses(SGConv(2, 18)), torch.zeros(1, 6, 2))
+    heard["mask"] = caught(ring, q, q, q, keep=None if odd else keep)
+    heard["length of the mask"] = caught(ring, q, q, q, keep=keep)
     heard["after all that"] = caught(ring, q, q, q)
     return heard
 
 
 def everything(rank, world):
     torch.manual_seed(rank)
-    seen = {"grid": grid(), "checkpointed": checkpointed(), "bytes": bytes_sent(world)}
-    seen["models"] = models()
+    seen = {"grid": grid(), "models": models(), "bytes": bytes_sent(world)}
     seen["nan"] = nan_rows(rank, world)
-    seen["same bits"] = same_bits(rank)
+    seen["same bits"] = same_bits()
+    if world < 4:
+        seen["checkpointed"] = checkpointed()
     if world == 3:
         seen["mutations"] = mutations()
         seen["mismatches"] = mismatches(rank == 1)
@@ -282,57 +280,55 @@ def everything(rank, world):
 
 
 def faults(rank):
-    """Texts of RankLost by fault; all waits in between are longer than the group's timeout."""
+    """What ranks hear, by fault; all waits in between are longer than the group's timeout."""
     q = torch.randn(1, 2, 64, 8)
     groups = [dist.new_group(timeout=timedelta(seconds=2)) for _ in range(3)]
     real = da.Ranks.op
     heard = {}
-
-    def ring(group=None):
-        try:
-            da.ring_attention(q, q, q, group=group)
-        except da.RankLost as error:
-            return str(error)
-        return "no error"
-
     for fault, group in zip(("shorter", "longer", "sleeps"), groups, strict=True):
 
         def op(ranks, call, x, peer, fault=fault):
             if rank == 1 and call is dist.isend and x.is_floating_point():
                 if fault == "sleeps":
                     time.sleep(6)
-                size = x.numel() + (1 if fault == "longer" else -1)
-                x = x.new_zeros(size)
+                x = x.new_zeros(x.numel() + (1 if fault == "longer" else -1))
             return real(ranks, call, x, peer)
 
         da.Ranks.op = op
-        heard[fault] = ring(group)
+        heard[fault] = caught(da.ring_attention, q, q, q, group=group)
         da.Ranks.op = real
         da.wait_for_rank0()
     if rank == 0:
         time.sleep(4)
     da.wait_for_rank0()
-    heard["late rank 0"] = ring()
-    yield heard
-    da.wait_for_rank0()
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    da.ring_attention(q, q, q)
+    heard["late rank 0"] = caught(da.ring_attention, q, q, q)
+    return heard
 
 
-def main(task, folder, *ports):
+def main(folder, *ports):
     rank = int(os.environ["RANK"])
-    Path(folder, f"ready{task}.{rank}").touch()
-    while len(list(Path(folder).glob(f"ready{task}.*"))) < int(os.environ["WORLD_SIZE"]):
+    Path(folder, f"ready.{rank}").touch()
+    while len(list(Path(folder).glob("ready.*"))) < int(os.environ["WORLD_SIZE"]):
         time.sleep(0.01)  # from here on nobody is late
-    for world, port in zip((4, 3, 2) if task == "everything" else (3,), ports, strict=True):
+
+    def save(name, seen):
+        Path(folder, f"{name}.{rank}").write_text(json.dumps(seen))
+
+    for world, port in zip((4, 3, 3), ports, strict=True):
         if rank >= world:
             continue
+        last = port == ports[-1]
         os.environ |= {"WORLD_SIZE": str(world), "MASTER_PORT": port}
-        with da.process_group(timeout=120 if task == "everything" else 3):
-            results = [everything(rank, world)] if task == "everything" else faults(rank)
-            for seen in results:
-                Path(folder, f"{task}{world}.{rank}").write_text(json.dumps(seen))
+        with da.process_group(timeout=3 if last else 120):
+            if not last:
+                save(world, everything(rank, world))
+                continue
+            save("faults", faults(rank))
+            da.wait_for_rank0()
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            q = torch.randn(1, 2, 64, 8)
+            da.ring_attention(q, q, q)
 
 
 if __name__ == "__main__":
