@@ -149,7 +149,7 @@ def scores_of(q, k, causal, keep):
     """(B, H, n, E) x (B, H, E, m) -> (B, H, n, m); query i sees keys 0 .. i when causal."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     if causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)  # (n, m)
         scores = scores.masked_fill(future, -torch.inf)
     return scores if keep is None else scores + hide(keep, scores.dtype)
 
@@ -243,10 +243,12 @@ def fused_block_grad(grad, q, k, v, out, lse, causal, keep):
         kernel = aten._scaled_dot_product_efficient_attention_backward
         lse = F.pad(lse, (0, -lse.shape[2] % 32))
         wanted = [True, True, True, False]
-        return kernel(grad, q, k, v, None, out, lse, seed[0], seed[1], 0.0, wanted, causal)[:3]
+        grads = kernel(grad, q, k, v, None, out, lse, seed[0], seed[1], 0.0, wanted, causal)
+        return grads[:3]
     kernel = aten._scaled_dot_product_flash_attention_backward
     sizes = None, None, q.shape[2], k.shape[2], 0.0, causal
-    return kernel(grad, q, k, v, out, lse, *sizes, seed.view(torch.uint64), seed[0])
+    state = seed.view(torch.uint64)
+    return kernel(grad, q, k, v, out, lse, *sizes, state, seed[0])
 
 
 def merge(out, lse, out_block, lse_block):  # same as attention.py:merge
@@ -288,10 +290,10 @@ class Plan:
         """
         mine = self.q_chunks[self.ranks.rank]
         theirs = self.k_chunks[owner]
-        keep = self.keep
-        if keep is not None:
-            keep = keep[:, tokens_of(theirs)]
-            keep = None if keep.all() else keep  # no mask: faster
+        keep = None
+        if self.keep is not None:
+            keep = self.keep[:, tokens_of(theirs)]
+            keep = None if keep.all() else keep  # kernels are faster without
         longest = 1024  # without a fused kernel, the scores of a block are all in memory
         if has_kernel(q, self.causal, keep):
             longest = 32768  # kernels add up keys one after the other, and their rounding grows
@@ -307,7 +309,8 @@ def around_the_ring(plan, kv, what):
     for step in range(ranks.world):
         owner = (ranks.rank - step) % ranks.world
         going = kv if step < ranks.world - 1 else None  # the last ones have been everywhere
-        arriving = ranks.shift(going, length(plan.k_chunks[owner - 1]), f"step {step} of {what}")
+        tokens = length(plan.k_chunks[owner - 1])
+        arriving = ranks.shift(going, tokens, f"step {step} of {what}")
         yield owner, kv
         kv = arriving()
 
@@ -472,14 +475,12 @@ def mix(mixer, group, layout, x, keep=None):
     D = mixer.d_model
     ranks = ranks_of(group, x.device)
     facts = {
-        "batch B, channels": [len(x), *x.shape[2:]],
+        "sizes without tokens": [len(x), *x.shape[2:]],
         "dtype": str(x.dtype),
         "keep": keep is not None,
         "gradient of x": x.requires_grad and torch.is_grad_enabled(),
     }
     (held,) = agree(ranks, layout, facts, [x.shape[1]])
-    if x.shape[2:] != (D,):
-        raise ValueError(f"expected x (B, n, {D}), got {tuple(x.shape)}")
     shares = even_shares(D, ranks.world)
     first = sum(shares[: ranks.rank])
     part = copy.copy(mixer)  # the channels of this rank
@@ -488,7 +489,7 @@ def mix(mixer, group, layout, x, keep=None):
     views = {}
     for name, tensor in chain(mixer.named_parameters(), mixer.named_buffers()):
         axis = getattr(mixer, "channel_axes", {}).get(name, 0)
-        if axis >= tensor.ndim or tensor.shape[axis] != D:
+        if tensor.shape[axis] != D:
             problem = f"axis {axis} of {name} {tuple(tensor.shape)} is not d_model {D} long"
             raise ValueError(f"{problem}; name its axis in {type(mixer).__name__}.channel_axes")
         views[name] = tensor.narrow(axis, first, part.d_model)
@@ -715,7 +716,8 @@ def agree_on_attention(schedule, q, k, v, causal, keep, group, layout):
         # ranks that differ would wait for each other in backward
         "gradients of q, k, v": [x.requires_grad and with_grad for x in (q, k, v)],
     }
-    q_chunks, k_chunks = agree(ranks, layout, facts, [q.shape[-2], k.shape[-2]])
+    lengths = [q.shape[-2], k.shape[-2]]
+    q_chunks, k_chunks = agree(ranks, layout, facts, lengths)
     fits = q.ndim == 4 and k.shape == v.shape and q_sizes[::2] == k_sizes[::2]
     if not fits or q.shape[1] % k.shape[1]:
         got = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
@@ -883,14 +885,15 @@ def sampled_error(q, out, at, part=65536):
     """
     _, heads, n, E = q.shape
     rows = [0, n // 2, n - 1]
-    q_rows = q[:, :, rows].double().cpu() / math.sqrt(E)
+    q_rows = q[:, :, rows].double().cpu()
     weighted = 0.0  # (1, H, 3, E)
     total = 0.0  # (1, H, 3, 1)
     for start in range(0, int(at[-1]) + 1, part):
         k = random_tokens(1, start, start + part, heads, E).double()
         v = random_tokens(2, start, start + part, heads, E).double()
         seen = torch.arange(start, start + part) <= at[rows, None]
-        weights = (q_rows @ k.mT).exp() * seen  # scores of random tokens are small
+        scores = q_rows @ k.mT / math.sqrt(E)  # of random tokens: small enough for exp
+        weights = scores.exp() * seen
         weighted += weights @ v
         total += weights.sum(-1, keepdim=True)
     expected = (weighted / total).unbind(2)
