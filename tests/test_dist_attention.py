@@ -1,7 +1,4 @@
-"""dist_attention.py: layouts and references here; everything with ranks in real processes.
-
-tests/dist_worker.py is started twice: once for all right results, once for lost ranks.
-"""
+"""dist_attention.py: layouts and references here; everything with ranks in real processes."""
 
 import ast
 import json
@@ -24,7 +21,7 @@ from sgconv import SGConv
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 8e-3}
-WORLDS = [1, 2, 3, 4]
+WORLDS = [1, 3, 4]  # the command line runs with 2
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "RANK")}
 
 
@@ -34,44 +31,41 @@ def free_port():
         return str(s.getsockname()[1])
 
 
-def start_ranks(world, task, folder, n_ports):
-    """Run dist_worker.py in `world` processes, as a scheduler would: no torchrun, no LOCAL_RANK."""
-    ports = [free_port() for _ in range(n_ports)]
-    command = [sys.executable, "tests/dist_worker.py", task, str(folder), *ports]
-    ranks = []
-    for rank in range(world):
-        where = {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": str(world)}
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Folder of what four ranks saw, and their (exit codes, standard errors).
+
+    They start as under a scheduler: no torchrun, no LOCAL_RANK.
+    """
+    folder = tmp_path_factory.mktemp("dist")
+    ports = [free_port() for _ in range(3)]
+    command = [sys.executable, "tests/dist_worker.py", str(folder), *ports]
+    started = []
+    for rank in range(4):
+        where = {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": "4"}
         env = ENVIRONMENT | where | {"OMP_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
-        ranks.append(subprocess.Popen(command, cwd=ROOT, env=env, stderr=pipe, text=True))
+        started.append(subprocess.Popen(command, cwd=ROOT, env=env, stderr=pipe, text=True))
     try:
-        errors = [process.communicate(timeout=300)[1] for process in ranks]
+        errors = [process.communicate(timeout=300)[1] for process in started]
     finally:
-        for process in ranks:
+        for process in started:
             process.kill()
-    return [process.returncode for process in ranks], errors
+    return folder, [process.returncode for process in started], errors
 
 
-def results(folder, task, world):
-    return [json.loads(Path(folder, f"{task}{world}.{r}").read_text()) for r in range(world)]
+def read(folder, name, world):
+    files = [Path(folder, f"{name}.{rank}") for rank in range(world)]
+    return [json.loads(file.read_text()) for file in files]
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def seen(ranks):
     """What every rank of every world saw: seen[world][rank]."""
-    folder = tmp_path_factory.mktemp("dist")
-    codes, errors = start_ranks(4, "everything", folder, 3)
-    assert codes == [0] * 4, errors
-    known = {world: results(folder, "everything", world) for world in WORLDS[1:]}
+    folder, codes, errors = ranks
+    assert codes[3] == 0, errors
+    known = {world: read(folder, world, world) for world in (3, 4)}
     return known | {1: [dist_worker.everything(0, 1)]}  # no process group at all
-
-
-@pytest.fixture(scope="module")
-def lost(tmp_path_factory):
-    """(exit codes, standard errors, what was heard) of three ranks that lose one another."""
-    folder = tmp_path_factory.mktemp("faults")
-    codes, errors = start_ranks(3, "faults", folder, 1)
-    return codes, errors, results(folder, "faults", 3)
 
 
 # ---------------------------------------------------------------- one process: layouts, reference
@@ -84,9 +78,6 @@ def test_layouts_deal_out_every_token_once(layout, world):
         at = [da.positions(L, rank, world, layout) for rank in range(world)]
         assert sorted(torch.cat(at).tolist()) == list(range(L))
         assert all((x[1:] > x[:-1]).all() for x in at)
-        x = torch.randn(2, L, 3)
-        for rank in range(world):
-            assert torch.equal(da.shard(x, rank, world, 1, layout), x[:, at[rank]])
 
 
 def work(layout, L, world):
@@ -127,23 +118,19 @@ def test_visible_blocks_cover_the_causal_mask_once(layout, longest):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_simulated_ring_is_attention(causal):
+def test_references_are_attention(causal):
     q, k, v = np.random.RandomState(0).randn(3, 23, 6)
     expected = attention_ref(q, k, v, causal)[0]
     for world in (1, 2, 5):
         for layout in ("contiguous", "zigzag"):
             at = [da.positions(23, rank, world, layout).numpy() for rank in range(world)]
-            assert da.rel_err(da.ring_ref(q, k, v, at, at, causal), expected) < 1e-13
-
-
-def test_what_everything_is_compared_with_is_attention():
-    q, k, v = np.random.RandomState(0).randn(3, 23, 6)
-    whole = da.attention_slow(*(torch.from_numpy(x)[None, None] for x in (q, k, v)), causal=True)
-    assert da.rel_err(whole[0, 0], attention_ref(q, k, v, causal=True)[0]) < 1e-13
+            assert da.rel_err(da.ring_ref(q, k, v, at, causal), expected) < 1e-13
+    q, k, v = torch.from_numpy(np.stack([q, k, v]))[:, None, None]
+    assert da.rel_err(da.attention_slow(q, k, v, causal)[0, 0], expected) < 1e-13
 
 
 def test_what_is_not_a_number_is_no_small_error():
-    assert da.worst([0.0, float("nan"), 1e-16], "cpu") == float("inf")
+    assert da.largest([0.0, float("nan"), 1e-16]) == float("inf")
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -175,11 +162,11 @@ def test_padding_under_a_causal_mask_needs_no_square_of_the_length(monkeypatch):
 
 
 def test_rounding_does_not_grow_with_the_keys():
-    q = da.random_tokens(0, 0, 64, 1, 16)
+    q = da.random_tokens(0, 0, 16, 1, 16)
     k, v = (da.random_tokens(seed, 0, 2**20, 1, 16) for seed in (1, 2))
     out = da.ring_attention(q, k, v)
     expected = da.attention_slow(q.double(), k.double(), v.double())
-    for row in range(64):
+    for row in range(16):
         assert da.rel_err(out[0, 0, row], expected[0, 0, row]) < 1.5e-6
 
 
@@ -187,17 +174,11 @@ def test_rounding_does_not_grow_with_the_keys():
     ("call", "named"),
     [
         (lambda q: da.ring_attention(q[0], q, q), r"\(2, 9, 8\)"),
-        (lambda q: da.ring_attention(q, q, q.half()), "float16"),
-        (lambda q: da.ring_attention(q, q, q, keep=torch.ones(1, 4)), r"\(1, 9\)"),
+        (lambda q: da.ring_attention(q, q[:, [0, 1, 0]], q[:, [0, 1, 0]]), r"\(1, 3, 9, 8\)"),
+        (lambda q: da.ring_attention(q, q, q, keep=torch.ones(1, 4)), r"\(1, 9\), got \(1, 4\)"),
         (lambda q: da.ring_attention(q, q[:, :, :3], q[:, :, :3], True), "9 and 3"),
         (lambda q: da.ring_attention(q, q, q, layout=partial(max)), "'contiguous' or 'zigzag'"),
-        (
-            lambda q: da.positions(9, 0, 1, "stripes"),
-            "'stripes': expected 'contiguous' or 'zigzag'",
-        ),
-        (lambda q: da.spread(None, "star"), "'star': expected one of ring, allgather, ulysses"),
-        (lambda q: da.ulysses(torch.nn.Sequential(SGConv(6, 16))), "modules inside"),
-        (lambda q: da.ulysses(SGConv(6, 16))(q[0]), r"expected x \(B, n, 6\)"),
+        (lambda q: da.positions(9, 0, 1, "stripes"), "'stripes': expected 'contiguous' or"),
     ],
 )
 def test_bad_input(call, named):
@@ -206,25 +187,15 @@ def test_bad_input(call, named):
 
 
 def test_a_channel_axis_that_does_not_fit_is_named(monkeypatch):
-    for axis in (5, -1):
-        monkeypatch.setattr(SGConv, "channel_axes", {"D_skip": 0, "w": axis})
-        with pytest.raises(ValueError, match=f"axis {axis} is not d_model 6.*SGConv.channel_axes"):
-            da.ulysses(SGConv(6, 16, kernel_dim=4))
-
-
-@pytest.mark.parametrize("attend", da.SCHEDULES.values())
-def test_an_unknown_option_is_an_error(attend):
-    q = torch.randn(1, 2, 9, 8)
-    for name in ("casual", "dropout", "window", "bias"):
-        with pytest.raises(TypeError, match=name):
-            attend(q, q, q, **{name: 0.1})
+    monkeypatch.setattr(SGConv, "channel_axes", {})
+    with pytest.raises(ValueError, match=r"axis 0 of w .* SGConv.channel_axes"):
+        da.ulysses(SGConv(6, 16, kernel_dim=4))(torch.randn(1, 9, 6))
 
 
 def test_copies_are_those_of_attention():
     """What is marked as the same as in attention.py is the same."""
-    trees = [
-        ast.parse((ROOT / f"{file}.py").read_text()) for file in ("dist_attention", "attention")
-    ]
+    files = "dist_attention", "attention"
+    trees = [ast.parse((ROOT / f"{file}.py").read_text()) for file in files]
     ours, theirs = ({x.name: x for x in tree.body if hasattr(x, "name")} for tree in trees)
     names = re.findall("same as attention.py:(.*)", (ROOT / "dist_attention.py").read_text())
     assert set(names) == {"merge", "hide"}
@@ -240,7 +211,7 @@ def test_copies_are_those_of_attention():
 def test_forward_and_all_gradients(seen, world):
     """Every schedule, layout, mask, head grouping, length and dtype, on every rank."""
     errors = seen[world][0]["grid"]
-    assert len(errors) == 102
+    assert len(errors) == 84
     assert not {name: e for name, e in errors.items() if not e <= LIMITS[name.split()[-1]]}
 
 
@@ -255,81 +226,25 @@ def test_float32_is_as_good_as_one_fused_call(seen, world):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("world", WORLDS)
-def test_activation_checkpointing_changes_nothing(seen, world):
-    for rank in seen[world]:
-        errors = rank["checkpointed"]
-        assert len(errors) == 6 and max(errors.values()) < 1e-14, errors
-
-
-@pytest.mark.dist
-def test_wrong_rings_are_caught(seen):
-    """The check sees a dropped block, swapped chunks, a forgotten rescaling, 1 %, zeros."""
-    errors = dict(seen[3][0]["mutations"])
-    assert errors.pop("right") < 1e-13
-    assert len(errors) == 6 and all(error > 1e-3 for error in errors.values()), errors
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize("world", WORLDS)
-def test_bytes_are_those_of_the_formula(seen, world):
-    B, n, H, G, E, e, W = 2, 12, 24, 12, 2, 4, world
-    kv = (W - 1) * 2 * B * n * G * E
-    heads = (W - 1) * B * n * E * (2 * H + 2 * G) * e // W
-    expected = {
-        "ring": [kv * e, kv * (e + 4)],
-        "allgather": [kv * e, kv * e],
-        "ulysses": [heads, heads],
-        "bfloat16": [(W - 1) * 2 * B * n * H * E * 2],  # sent as such, two bytes each
-    }
-    for rank in seen[world]:
-        for name, sent in rank["bytes"].items():
-            assert [x.get("bytes", 0) for x in sent] == expected[name], name
-        messages = [x.get("messages", 0) for x in rank["bytes"]["ring"]]
-        assert messages == [W - 1, 2 * (W - 1)]
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize("world", WORLDS)
-def test_models_over_ranks_are_models(seen, world):
-    """Transformer, S4, SGConv: loss and gradients are those of one process."""
-    for rank in seen[world]:
-        assert len(rank["models"]) == 6
-        assert max(rank["models"].values()) < 1e-12, rank["models"]
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize("world", WORLDS)
-def test_same_bits_again(seen, world):
-    assert all(rank["same bits"] for rank in seen[world])
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize("world", WORLDS)
-def test_nan_reaches_those_who_see_it(seen, world):
-    """The last key is NaN: all rows without a mask, the last row with a causal one; no hang."""
-    shares = [rank["nan"] for rank in seen[world]]
-    assert [full for full, _ in shares] == [1.0] * world
-    assert [causal for _, causal in shares] == [0.0] * (world - 1) + [0.25]
-
-
-@pytest.mark.dist
-def test_a_group_of_some_ranks(seen):
-    assert max(rank["subgroup"] for rank in seen[3]) < 1e-13
+@pytest.mark.parametrize("what", [check.__name__ for check in dist_worker.PROPERTIES])
+def test_over_ranks(seen, world, what):
+    assert [rank[what] for rank in seen[world]] == ["ok"] * world
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("case", "said"),
     [
-        ("heads", "query heads H, head size E: rank 1 has [1, 6, 8], the others have [1, 4, 8]"),
-        ("dtype", "dtype: rank 1 has torch.float64, the others have torch.float32"),
+        ("heads", "B, H, E of q: ranks differ, they have [[1, 4, 8], [1, 6, 8], [1, 4, 8]]"),
+        ("groups", "B, G, E of k: ranks differ, they have [[1, 4, 8], [1, 3, 8], [1, 4, 8]]"),
+        ("dtype", "dtypes of q, k, v: ranks differ"),
         ("tokens", "ranks hold [6, 5, 6] tokens; layout contiguous gives them [5, 6, 6]"),
-        ("causal", "causal: rank 1 has True, the others have False"),
-        ("layout", "layout: rank 1 has zigzag, the others have contiguous"),
-        ("schedule", "schedule: rank 1 has ulysses, the others have ring"),
-        ("groups", "rank 1: expected q (B, H, n, E), k and v (B, G, m, E)"),
-        ("gradients", "gradients of q, k, v: rank 1 has [False, True, True], the others have"),
-        ("channels", "2 channels are fewer than 3 ranks"),
+        ("causal", "causal: ranks differ, they have [False, True, False]"),
+        ("layout", "layout: ranks differ, they have ['contiguous', 'zigzag', 'contiguous']"),
+        ("schedule", "schedule: ranks differ, they have ['ring', 'ulysses', 'ring']"),
+        ("gradients", "gradients of q, k, v: ranks differ"),
+        ("mask", "keep: ranks differ, they have [True, False, True]"),
+        ("length of the mask", "ranks hold [6, 5, 6] tokens"),
         ("after all that", "no error"),
     ],
 )
@@ -340,22 +255,23 @@ def test_a_mismatch_is_the_same_error_everywhere(seen, case, said):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("fault", ["shorter", "longer", "sleeps"])
-def test_a_silent_rank_or_a_wrong_message_is_named_alone(lost, fault):
+def test_a_silent_rank_or_a_wrong_message_is_named_alone(ranks, fault):
     """A message of another size is never taken: neither a stale tail nor an abort."""
-    heard = [rank[fault] for rank in lost[2]]
-    named = "rank 2 of 3: no answer from rank 1 in step 0 of the ring: "
-    assert heard[2].startswith(named) and "\n" not in heard[2], heard
+    heard = read(ranks[0], "faults", 3)[2][fault]
+    assert heard.startswith("rank 2 of 3: no answer from rank 1 in step 0 of the ring: ")
+    assert "\n" not in heard
 
 
 @pytest.mark.dist
-def test_rank_0_may_load_and_save_longer_than_the_timeout(lost):
-    assert [rank["late rank 0"] for rank in lost[2]] == ["no error"] * 3
+def test_rank_0_may_load_and_save_longer_than_the_timeout(ranks):
+    heard = read(ranks[0], "faults", 3)
+    assert [rank["late rank 0"] for rank in heard] == ["no error"] * 3
 
 
 @pytest.mark.dist
-def test_a_dead_rank_ends_all_others_with_one_line(lost):
-    codes, errors, _ = lost
-    assert codes == [1, -9, 1]
+def test_a_dead_rank_ends_all_others_with_one_line(ranks):
+    _, codes, errors = ranks
+    assert codes == [1, -9, 1, 0]
     said = [x for error in errors for x in error.splitlines() if "dist_worker.py: rank" in x]
     assert len(said) == 2
     assert any(re.search(r"rank [02] of 3: no answer from rank 1 in ", x) for x in said), said
@@ -375,23 +291,15 @@ def test_seeds_and_blocks_of_random_tokens():
         assert all((a - b).abs().max() > 1 for b in blocks[:i])
 
 
-def test_the_long_run_counts_its_operations_and_sees_wrong_values(monkeypatch):
+def test_the_long_run_counts_its_operations_and_sees_wrong_values(monkeypatch, capsys):
     row = da.run(1000, 2, 8, "cpu", 0, 1)
     assert row["error"] < 1e-6 and row["messages"] == 0
     assert row["flop"] == 2 * 2 * 2 * 8 * sum(range(1001))  # two products, multiply and add
+    da.print_run(row | {"wall": 2.0, "flop": 68e9})
+    assert "2.00 s wall, 34.0 Gflop/s in all" in capsys.readouterr().out
     real = da.ring_attention
     monkeypatch.setattr(da, "ring_attention", lambda q, k, v, **options: real(q, v, k, **options))
     assert da.run(1000, 2, 8, "cpu", 0, 1)["error"] > 0.1
-
-
-def test_the_figures_that_are_printed(capsys):
-    row = {"setting": "12 tokens", "wall": 2.0, "cpu": 1.5, "flop": 68e9, "bytes": 2_500_000}
-    da.print_run(row | {"messages": 3, "rows": 4, "error": 5e-7})
-    assert capsys.readouterr().out == (
-        "12 tokens\n  2.00 s wall, 34.0 Gflop/s in all\n"
-        "  per rank: 1.50 s CPU, 2.5 MB sent in 3 messages\n"
-        "  4 rows per rank against float64: 5.0e-07\n"
-    )
 
 
 @pytest.mark.dist
@@ -401,7 +309,7 @@ def test_command_line():
     env = ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("   ok\n") == 28
+    assert done.stdout.count("   ok\n") == 17
     assert "5,000 tokens, 1 head of 64, causal, zigzag ring, 2 ranks of 1 threads" in done.stdout
     assert "1.3 MB sent in 1 messages" in done.stdout  # 2 x 2500 x 64 x 4 bytes
 
@@ -411,21 +319,12 @@ def test_command_line_under_a_scheduler_with_one_process(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert da.main(["--check"]) == 0
-    assert capsys.readouterr().out.count("   ok\n") == 28
+    assert capsys.readouterr().out.count("   ok\n") == 17
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--tokens", "-3"], "--tokens -3: expected at least 2 per rank"),
-        (["--device", "mps"], "device 'mps' does not work here"),
-        (["--device", "nonsense"], "device 'nonsense' does not work here"),
-    ]
-    + [(["--device", "cuda"], "device 'cuda' does not work here")]
-    * (not torch.cuda.is_available()),
-)
-def test_command_line_refuses_with_one_line(flags, said, capsys):
+def test_command_line_refuses_too_few_tokens(capsys):
     with pytest.raises(SystemExit) as stop:
-        da.main(flags)
+        da.main(["--tokens", "-3"])
     assert stop.value.code == 2
-    assert said in capsys.readouterr().err.splitlines()[-1]
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "--tokens -3: expected at least 2 per rank" in said
