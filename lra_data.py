@@ -36,8 +36,9 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
-import pathfinder
 from tqdm import tqdm
+
+import pathfinder
 
 SPLITS = ("train", "val", "test")
 MIN_COUNT = 15  # rarer characters of text and retrieval are <unk>

@@ -625,16 +625,22 @@ class S4Model(nn.Module):
     step = prefill  # x (B,) or (B, C) -> features (B, D), new state
 
     @torch.no_grad()
-    def generate(self, prompt, n, head):
-        """Continue prompt (B, L >= 1) int64 by n tokens (B, n) with greedy decoding.
+    def generate(self, prompt, n, head, temperature=0.0):
+        """Continue prompt (B, L >= 1) int64 by n tokens (B, n); temperature 0 is greedy decoding.
 
         head: features (B, D) -> logits (B, vocab_size).  Call eval() first if there is dropout.
         """
+        if not temperature >= 0:
+            raise ValueError(f"temperature must be at least 0, got {temperature}")
         features, state = self.prefill(prompt, self.initial_state(len(prompt)))
         h = features[:, -1]
         out = prompt.new_empty(len(prompt), n)
         for i in range(n):
-            token = head(h).argmax(-1)
+            logits = head(h)
+            token = logits.argmax(-1)
+            if temperature > 0:
+                p = (logits / temperature).softmax(-1)
+                token = torch.multinomial(p, 1)[:, 0]
             out[:, i] = token
             h, state = self.step(token, state)
         return out

@@ -523,6 +523,22 @@ def test_generation_is_the_argmax_of_the_whole(mixer):
     assert model.generate(tokens, 0, head).shape == (3, 0)
 
 
+def test_sampling_follows_the_temperature():
+    torch.manual_seed(0)
+    model = S4Model(S4Config(d_model=4, n_layers=1, d_state=4, vocab_size=3, causal=True))
+    logits = torch.tensor([0.0, 1.0, 2.0])
+
+    def head(h):
+        return logits.expand(len(h), 3)
+
+    prompt = torch.zeros(4000, 1, dtype=torch.int64)
+    drawn = model.generate(prompt, 1, head, temperature=2.0)[:, 0]
+    share = drawn.bincount(minlength=3) / 4000
+    assert (share - (logits / 2).softmax(-1)).abs().max() < 0.03
+    with pytest.raises(ValueError, match="temperature"):
+        model.generate(prompt, 1, head, temperature=-1.0)
+
+
 @pytest.mark.parametrize("mixer", [s4_mixer, s4d_mixer])
 def test_param_groups(mixer):
     model = S4Model(S4Config(d_model=8, d_state=8, vocab_size=7), mixer)
