@@ -1,8 +1,9 @@
-"""One thread a process: the models are tiny, and threads that outnumber the cores wait long."""
+"""One thread per process: the models are tiny, and threads that outnumber the cores wait long."""
 
 import os
 
-import torch
+os.environ["OMP_NUM_THREADS"] = "1"  # before numpy is loaded; also for processes that tests start
 
-os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+import torch  # noqa: E402
+
 torch.set_num_threads(1)
