@@ -202,12 +202,11 @@ def bilinear(Lam, P, B, dt):
 def two_level_kernel(E, B_bar, C, L):
     """K[i m + j] = (C A_bar^(i m)) (A_bar^j B_bar): sqrt L rows times sqrt L columns.
 
-    E (D, N, N), B_bar (D, N, 1) in float64, C (n, D, 1, N).  Returns (n, D, L) in the dtype of C.
+    E (D, N, N), B_bar (D, N, 1) in float64, C (D, n, N).  Returns (n, D, L) in the dtype of C.
     O(D N (N^2 log L + L)) time, O(D N sqrt L + D L) memory.
     """
     # differs from the paper: powers of A_bar, no Cauchy sums
     columns = torch.cat([B_bar, B_bar + E @ B_bar], -1)  # (D, N, 2)
-    rows = C
     E = square(E)  # A_bar^2 - I
     # up to here in float64: all later powers inherit the rounding error of the first
     E = E.to(C.dtype)
@@ -215,12 +214,14 @@ def two_level_kernel(E, B_bar, C, L):
     while columns.shape[-1] ** 2 < L:  # A_bar^j B_bar: 2, 4, 8, ... columns
         columns = torch.cat([columns, columns + E @ columns], -1)  # (D, N, m)
         E = square(E)
+    n = C.shape[1]
     m = columns.shape[-1]
-    while rows.shape[2] * m < L:  # C A_bar^(i m): 1, 2, 4, ... rows
-        rows = torch.cat([rows, rows + rows @ E], 2)  # (n, D, L / m, N)
+    rows = C
+    while rows.shape[1] * m < n * L:  # C A_bar^(i m): n times 1, 2, 4, ... rows
+        rows = torch.cat([rows, rows + rows @ E], 1)  # (D, n L / m, N)
         E = square(E)
-    K = rows @ columns  # (n, D, L / m, m)
-    return K.flatten(2)[..., :L]
+    K = (rows @ columns).unflatten(1, (-1, n))  # (D, L / m, n, m)
+    return K.movedim(2, 0).flatten(2)[..., :L]
 
 
 def diagonal_kernel(log_A, B_bar, C, L):
@@ -338,7 +339,7 @@ class StateSpace(nn.Module):
     """Linear token mixer y = K * u + D u, (B, L, D) -> (B, L, D): what S4, S4D and DLR share.
 
     A subclass has the parameters of A and B, and system(rate): the discretized E (D, N, N) and
-    B_bar (D, N, 1) in float64, and C (n, D, 1, N).
+    B_bar (D, N, 1) in float64, and C (D, n, N).
     rate: step of the input in units of the training step, 2 for half the sampling rate.
     Computes in float32 (or float64), also under autocast and in a half-precision model.  The FFT
     leaks rounding error (and NaNs) across positions: causality holds up to float precision.
@@ -397,7 +398,7 @@ class StateSpace(nn.Module):
             raise ValueError("a bidirectional layer needs the future; bidirectional=False can step")
         E, B_bar, C = self.system(rate)
         x = C.new_zeros(batch, *E.shape[:2])
-        return State(x, E.to(x.dtype), B_bar.to(x.dtype), C[0])
+        return State(x, E.to(x.dtype), B_bar.to(x.dtype), C)
 
     def step(self, x_t, state):
         """x_t (B, D), State -> y_t (B, D), new State."""
@@ -462,7 +463,7 @@ class S4(StateSpace):
         dt = rate * self.log_dt.double().exp()[:, None]
         E, B_bar = bilinear(Lam, P, B, dt)
         C = torch.view_as_complex(self.C)
-        return E, B_bar, output_rows(C)[:, :, None]
+        return E, B_bar, output_rows(C).transpose(0, 1)
 
 
 class Diagonal(StateSpace):
@@ -475,7 +476,7 @@ class Diagonal(StateSpace):
         log_A, B_bar = self.discretize(rate)
         C = torch.view_as_complex(self.C)
         E = as_matrix(torch.expm1(log_A))
-        return E, coordinates(B_bar)[..., None], output_rows(C)[:, :, None]
+        return E, coordinates(B_bar)[..., None], output_rows(C).transpose(0, 1)
 
     def impulse_response(self, L, rate):
         log_A, B_bar = self.discretize(rate)

@@ -52,16 +52,15 @@ def cut(layer, L):
     """C~ = C (I - A_bar^L): (n, D, N/2) in the precision of C, by the binary digits of L."""
     E, _, C = layer.system()
     C = C.double()
-    row = C  # (n, D, 1, N): C A_bar^L in the end
+    row = C  # (D, n, N): C A_bar^L in the end
     power = L
     while power:
         if power % 2:
             row = row + row @ E
         E = s4.square(E)
         power //= 2
-    row = ((C - row) / 2).flatten(2)  # a row is 2 (Re C, -Im C)
-    real, imag = row.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.complex(real, -imag).to(layer.C.dtype.to_complex())
+    real, imag = ((C - row) / 2).unflatten(-1, (-1, 2)).unbind(-1)  # a row is 2 (Re C, -Im C)
+    return torch.complex(real, -imag).to(layer.C.dtype.to_complex()).transpose(0, 1)
 
 
 def naive_cauchy(layer, L):

@@ -41,7 +41,7 @@ def column(v):
 def kernel(Lam, P, B, C, dt, L):
     """K of A = diag(Lam) - P P^*.  Complex Lam, P, B (D, N/2), C (n, D, N/2), dt (D, 1)."""
     E, B_bar = s4.bilinear(Lam, column(P), column(B), dt)
-    return s4.two_level_kernel(E, B_bar, s4.output_rows(C)[:, :, None], L)
+    return s4.two_level_kernel(E, B_bar, s4.output_rows(C).transpose(0, 1), L)
 
 
 def random_system(D, N, n=1):
@@ -66,7 +66,7 @@ def recurrence(layer, L):
     E, x, C = layer.system()
     out = []
     for _ in range(L):
-        out.append((C[0] @ x)[:, 0, 0])
+        out.append((C @ x)[:, 0, 0])
         x = torch.baddbmm(x, E, x)
         x = torch.where(x.abs() < 1e-200, 0.0, x)  # numbers below 1e-308 are slow
     return torch.stack(out, -1)
