@@ -136,12 +136,15 @@ def test_what_is_not_a_number_is_no_small_error():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kernel", [False, True])
 def test_blocks_with_and_without_a_fused_kernel(causal, kernel, monkeypatch):
-    """Padding under a causal mask, which no kernel takes; no kernel at all; several pieces."""
+    """Padding under a causal mask, which no kernel takes; no kernel at all; several pieces.
+
+    Tensors are transposed: kernels assume that the last axis has stride 1.
+    """
     if not kernel:
         monkeypatch.setattr(da, "has_kernel", lambda *args: False)
     real = da.visible_blocks
     monkeypatch.setattr(da, "visible_blocks", lambda *args: real(*args[:3], 7))
-    q, k, v, grad = (torch.randn(2, h, 45, 8, dtype=torch.float64) for h in (4, 2, 2, 4))
+    q, k, v, grad = (torch.randn(2, h, 8, 45, dtype=torch.float64).mT for h in (4, 2, 2, 4))
     keep = torch.arange(45) < torch.tensor([[45], [20]])
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out = da.ring_attention(*leaves, causal, keep)
