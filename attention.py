@@ -10,8 +10,9 @@
     mask              keep                       (B, Lk) bool, True at real tokens
     pos               positions                  (L,) int64
 
-Differences from the paper are marked where they occur: pre-norm, GELU, no dropout on the attention
-weights.  Not included: cross-attention, sliding windows, paged caches.
+Differences from the paper are marked where they occur: pre-norm and a last norm, GELU, embeddings
+without the factor sqrt(d_model).  Not included: cross-attention, sliding windows, paged caches,
+a head (put one on the features).
 
     python attention.py            checks and a demo
     python attention.py --check    checks only
@@ -119,7 +120,7 @@ def merge(out, lse, out_block, lse_block):
 
     out, out_block: (B, H, Lq, E); lse, lse_block: (B, H, Lq), -inf where a query sees no key.
     """
-    # e^(lse - total) would put the rounding of total into both weights; the difference does not
+    # weights from the difference: exp(lse - total) would add the rounding error of total
     difference = (lse_block - lse).masked_fill(lse_block == -torch.inf, -torch.inf)
     weight = torch.sigmoid(-difference)[..., None]
     weight_block = torch.sigmoid(difference)[..., None]
@@ -134,7 +135,8 @@ def attention(q, k, v, causal=False, keep=None):
     causal: query i sees keys 0 .. i.  Returns (B, H, Lq, E), meaningless at padding.
 
     causal with keep builds a mask of Lq x Lk per sequence.  If all padding is on the right, leave
-    keep out: no real token sees what comes after it.
+    keep out: no real token sees what comes after it.  On CUDA, PyTorch's fused kernels take G < H in
+    half precision only; in float32 it stores all scores.
     """
     mask = None
     if keep is not None:
@@ -152,7 +154,7 @@ def attention(q, k, v, causal=False, keep=None):
 def attention_newest(q, k, v, chunk=256):
     """Causal attention of the newest queries to all keys, in chunks: O(Lk (E + chunk)) memory.
 
-    q: (B, H, Lq, E); k, v: (B, G, Lk, E); query i sees keys 0 .. Lk - Lq + i.  (B, H, Lq, E).
+    q: (B, H, Lq, E); k, v: (B, G, Lk, E); query i sees keys 0 .. Lk - Lq + i.  Returns (B, H, Lq, E).
     """
     seen = k.shape[2] - q.shape[2]  # number of keys that precede the chunk
     if seen == 0:
@@ -232,7 +234,7 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with its projections (arXiv:1706.03762v7, 3.2.2). (B, L, D) -> same.
+    """Multi-head attention with its projections (arXiv:1706.03762v7, 3.2.2). (B, L, D) -> (B, L, D).
 
     n_kv_heads: G; each key and value head serves H / G query heads.
     attend(q, k, v, causal, keep): the attention function, may be replaced.
@@ -282,7 +284,7 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def prefill(self, x, state):
-        """Append x (B, L, D). Returns (y (B, L, D), state). Memory is linear in all tokens."""
+        """Append x (B, L, D). Returns (y (B, L, D), state). Memory grows linearly with the tokens so far."""
         total = state.length + x.shape[1]
         positions = torch.arange(state.length, total, device=x.device)
         q, k, v = self.project(x, positions)
@@ -345,7 +347,7 @@ class Block(nn.Module):
             mixed = self.mixer(h, keep, positions)
         else:
             mixed = self.mixer(h, keep)
-        x = x + self.dropout(mixed)  # differs from the paper: none on the attention weights
+        x = x + self.dropout(mixed)
         return x + self.dropout(self.ffn(self.norm_ffn(x)))
 
     def prefill(self, x, state):
@@ -383,12 +385,12 @@ class Transformer(nn.Module):
                 mix = mixer(c, i)
             feed = ffn(c.d_model, c.d_ff or 4 * c.d_model)
             self.blocks.append(Block(mix, feed, c.d_model, c.dropout))
-        self.norm = nn.LayerNorm(c.d_model)
+        self.norm = nn.LayerNorm(c.d_model)  # differs from the paper: pre-norm needs a last norm
         self.dropout = nn.Dropout(c.dropout)
 
     def embed_at(self, x, positions):
         """Tokens or values -> (B, L, D). With RoPE, the mixers add the positions."""
-        x = self.embed(x)
+        x = self.embed(x)  # differs from the paper: no factor sqrt(d_model)
         if self.config.rope:
             return x
         return x + sinusoids(x, positions)

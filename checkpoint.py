@@ -79,11 +79,12 @@ def differences(old, new, free=()):
 
 
 class Run:
-    """One run and its directory. Of several processes, rank 0 alone writes.
+    """One run and its directory. With several processes, only rank 0 writes.
 
     settings, data: plain values, which must be the same when the run is resumed, except for the
-    settings named in `free`.  position: row of the progress bar.  Ctrl-C and SIGTERM stop the run
-    after the current step with a checkpoint (KeyboardInterrupt), the second time at once.
+    settings named in `free`.  position: row of the progress bar.  In a run of one process,
+    Ctrl-C and SIGTERM stop it after the current step with a checkpoint (KeyboardInterrupt); a
+    second signal stops it at once.
     """
 
     def __init__(self, folder, settings, data=None, free=(), resume=False, position=0):
@@ -146,6 +147,7 @@ class Run:
         config = {**self.about["settings"], "data": self.about["data"]}
         write_json(self.folder / "config.json", config)
         self.metrics = open(self.folder / "metrics.jsonl", "ab")
+        # drop lines that were written after the checkpoint
         self.metrics.truncate(min(self.metrics.tell(), metrics_size))
 
     def __exit__(self, failure, *_):
@@ -171,7 +173,9 @@ class Run:
     def restore(self, parts):
         """Load the checkpoint into {name: object}.  Returns the first step and the best so far."""
         state = self.state
-        self.state = None  # the next stage starts at 0
+        self.state = (
+            None  # train() skips finished stages: the first restore is of the stage cut off
+        )
         if state is None:
             return 0, None
         for name, part in parts.items():

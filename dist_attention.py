@@ -4,11 +4,11 @@ Softmax attention to all keys is merged from attention (out_b, lse_b) to the key
 
     lse' = log(e^lse + e^lse_b),  out' = out e^(lse - lse') + out_b e^(lse_b - lse')
 
-A view of attention at a million tokens: He and Kabic 2023, arXiv:2302.06218v3 (abstract).  Ring:
-Liu et al. 2023, arXiv:2310.01889v4.  All-to-all: Jacobs et al. 2023, arXiv:2309.14509v2 (Ulysses).
+Motivation: He and Kabic 2023, arXiv:2302.06218v3 (we know the abstract only).  Ring: Liu et al.
+2023, arXiv:2310.01889v4.  All-to-all: Jacobs et al. 2023, arXiv:2309.14509v2 (Ulysses).
 
     Q      q        (B, H, n, E), the n tokens of this rank; e bytes per element
-    K, V   k, v     (B, G, m, E), G divides H; on their way kv (2, B, G, m, E)
+    K, V   k, v     (B, G, m, E), G divides H; sent as kv (2, B, G, m, E)
     lse    lse      (B, H, n), log of the summed weights, at least float32
            rank     index of this process, one of W (world)
            layout   "contiguous" or "zigzag": which rank holds which tokens, as chunks (start, stop)
@@ -25,9 +25,10 @@ float32.  Results agree across numbers of ranks up to rounding.
 To train a model whose blocks have a `mixer` (attention, S4, SGConv) on shards of its sequences:
 
     spread(model, "ring", layout)
-    h = model(own_tokens(tokens, layout), positions=positions(L, rank, world, layout))  # (B, n, D)
+    at = {"positions": positions(L, rank, world, layout)}  # for a Transformer; {} for S4, SGConv
+    h = model(own_tokens(tokens, layout), **at)  # (B, n, D)
     mean = SumOverRanks.apply(h.sum(1)) / L  # (B, D), the same on every rank
-    loss.backward()  # a loss that all ranks have must count on one of them only
+    loss.backward()  # if all ranks compute the same loss, multiply it by 0 on all but one
     sum_gradients(model.parameters())
 
 Not included: dropout, windows, additive bias, packed sequences, gradients of lse.
@@ -88,7 +89,7 @@ def ring_ref(q, k, v, at, causal=False):
 # ---------------------------------------------------------------- layouts
 
 
-def chunks(L, rank, world, layout="contiguous"):
+def chunks_of(L, rank, world, layout="contiguous"):
     """The tokens of a rank: consecutive positions [(start, stop), ...].
 
     contiguous: chunk r of W.  zigzag: chunks r and 2W-1-r of 2W, which give every rank the same
@@ -116,7 +117,7 @@ def tokens_of(chunks):
 
 def positions(L, rank, world, layout="contiguous"):
     """Positions of a rank's tokens in the sequence, in local order: (n,) int64."""
-    return tokens_of(chunks(L, rank, world, layout))
+    return tokens_of(chunks_of(L, rank, world, layout))
 
 
 def visible_blocks(q_chunks, k_chunks, causal, longest=sys.maxsize):
@@ -256,7 +257,7 @@ def merge(out, lse, out_block, lse_block):  # same as attention.py:merge
 
     out, out_block: (B, H, Lq, E); lse, lse_block: (B, H, Lq), -inf where a query sees no key.
     """
-    # e^(lse - total) would put the rounding of total into both weights; the difference does not
+    # weights from the difference: exp(lse - total) would add the rounding error of total
     difference = (lse_block - lse).masked_fill(lse_block == -torch.inf, -torch.inf)
     weight = torch.sigmoid(-difference)[..., None]
     weight_block = torch.sigmoid(difference)[..., None]
@@ -271,6 +272,8 @@ def hide(keep, dtype):
 
 
 # ---------------------------------------------------------------- the ring
+# Ranks, further below, passes messages: shift(x, tokens, what) starts to send x to the next rank and
+# returns wait(), which returns what the previous rank sent; `what` names the step in errors.
 
 
 @dataclass(frozen=True)
@@ -342,7 +345,9 @@ class RingAttention(torch.autograd.Function):
 
         Each rank keeps the gradients of its own keys, and adds the sums at the end: one hop less.
         """
-        q, kv, out, lse = ctx.saved_tensors  # once: activation checkpointing forbids a second time
+        q, kv, out, lse = (
+            ctx.saved_tensors
+        )  # read once: activation checkpointing allows no second access
         ranks = ctx.plan.ranks
         what = "the ring, backward"
         dq = torch.zeros_like(q, dtype=lse.dtype)
@@ -432,7 +437,7 @@ def to_tokens(x, ranks, chunks, shares):
 
 def even_shares(C, world):
     """How many of C channels each rank gets."""
-    return [length(chunks(C, rank, world)) for rank in range(world)]
+    return [length(chunks_of(C, rank, world)) for rank in range(world)]
 
 
 def ulysses_attention(q, k, v, causal=False, keep=None, *, group=None, layout="contiguous"):
@@ -551,7 +556,7 @@ def all_reduce(x, op=dist.ReduceOp.SUM):
 
 def sum_gradients(parameters):
     """Sum the gradients over ranks, each of which saw its own tokens or channels only."""
-    parameters = list(parameters)
+    parameters = [p for p in parameters if p.requires_grad]
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -588,7 +593,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     group: object = None
-    staged: object = "cpu"  # the device where messages lie while they travel
+    staged: object = "cpu"  # the device that holds messages in transit
 
     def exchange(self, parts, shapes, what):
         """Start sending parts[p] to rank p and receiving one of shapes[p], of the same dtype.
@@ -692,7 +697,7 @@ def agree(ranks, layout, facts, lengths):
             raise ValueError(f"{name}: ranks differ, they have {values}")
     agreed = []
     for held in zip(*lengths, strict=True):
-        every = [chunks(sum(held), rank, ranks.world, layout) for rank in range(ranks.world)]
+        every = [chunks_of(sum(held), rank, ranks.world, layout) for rank in range(ranks.world)]
         given = [length(own) for own in every]
         if given != list(held):
             raise ValueError(f"ranks hold {list(held)} tokens; layout {layout} gives them {given}")
@@ -903,7 +908,7 @@ def sampled_error(q, out, at, part=65536):
 
 def run(tokens, heads, d_head, device, rank, world):
     """Causal zigzag ring attention to random tokens, once; some rows are checked in float64."""
-    own = chunks(tokens, rank, world, "zigzag")
+    own = chunks_of(tokens, rank, world, "zigzag")
     q_k_v = []
     for seed in range(3):
         parts = [random_tokens(seed, start, stop, heads, d_head) for start, stop in own]

@@ -46,7 +46,7 @@ RELEASE = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
 CIFAR = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 IMDB = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 SPEECH = "http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
-SHA256 = {  # nobody published one of RELEASE
+SHA256 = {  # no checksum of RELEASE was published
     CIFAR: "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
     IMDB: "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe",
     SPEECH: "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58",
@@ -623,7 +623,10 @@ def cached(data_dir, key, make):
             arrays += [split.tokens, split.labels, split.lengths]
         with appearing(path) as part:
             np.savez(part, *arrays)
-    with reading(path, "a whole cache: delete it to make it again"), np.load(path) as file:
+    with (
+        reading(path, "an undamaged cache (delete it to generate it again)"),
+        np.load(path) as file,
+    ):
         arrays = list(file.values())
         return [Split(*arrays[i : i + 3]) for i in (0, 3, 6)]
 

@@ -5,7 +5,7 @@ units", arXiv:1805.08315, with the parameters of the Long Range Arena, arXiv:201
 32 or 64 pixels per side, 128 (Path-X) or 256 (PathX-256).
 
 Two dashed snakes of `contour` segments start near the middle of a picture and grow in turn
-without touching older segments; then short snakes are added to distract.  One disk sits on the
+without touching older segments; then short snakes are added as distractors.  One disk sits on the
 start of a snake, the other on the end of the same (label 1) or of the other snake (label 0).
 
     taken  (n, side^2) uint8   maps of n pictures that grow in lock-step: 255 where occupied
@@ -38,7 +38,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
-VERSION = "v2"  # generator version: do not compare results on different ones
+VERSION = "v2"  # generator version: do not compare results across versions
 CONTOURS = (6, 9, 14)  # segments per snake: easy, intermediate, hard (the Long Range Arena)
 SHARD = 500  # pictures drawn from one seed
 MEMORY = 2**22  # bytes of the maps in which snakes grow in lock-step
@@ -356,7 +356,7 @@ def grow(rng, brush, taken, start, way, length):
         at[row, i] = tip[ok]
         way[row, i] = turn[ok]
         pivot[row, snake] = ahead[ok]
-        # mark the segment before only now: neighbors in a snake may touch
+        # mark the previous segment only now, because neighbors in a snake may touch
         press(taken, row, at[row, i - snakes], brush.mask, last[ok])
     # as published, the last segment of the first of two snakes is never marked
     press(taken, row, at[row, -1], brush.mask, way[row, -1])

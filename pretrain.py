@@ -16,13 +16,13 @@ Data flow (this file follows the same order):
     noisy input, mask, clean     Batch.x, Batch.where, Batch.target           (B, L)
 
 Every random choice is a function of (seed, stage, step) alone, so a run that was killed continues
-to the same bits. B counts sequences: a pair of documents is two of them, with one label.
+with the same bits. B counts sequences: a pair of documents is two of them, with one label.
 
 Differences from the paper: validation masks are fixed (drawn anew there); attention does not see
 padding (it does there); every example is evaluated (the last partial batch is dropped there).
 Not included: data that do not fit into device memory.
 
-    python pretrain.py                                    train four small models on synthetic data
+    python pretrain.py                                    four small models (benchmarks/demo.py)
     python pretrain.py --settings lattice-s4 --out runs/a
     torchrun --standalone --nproc-per-node 4 pretrain.py --settings listops-s4
 """
@@ -47,7 +47,7 @@ import sgconv
 from attention import Transformer, TransformerConfig
 from checkpoint import Run, differences, load, means, ranks, save
 from dist_attention import RankLost, process_group, wait_for_rank0
-from s4 import S4Config, S4Model, diagonal_mixer, print_table, s4_mixer, s4d_mixer
+from s4 import S4Config, S4Model, dlr_mixer, print_table, s4_mixer, s4d_mixer
 from settings import KERNELS, Config, parser, resolve
 from sgconv import SGConvConfig, SGConvModel
 from structured_ffn import ffn_factory
@@ -65,6 +65,8 @@ def load_data(config):
     try:
         data = lra_data.load(config.task, data_dir=config.data_dir, **options)
     except TypeError as error:
+        if not options:
+            raise
         raise ValueError(f"task {config.task} has no --source or no --pictures: {error}") from error
     losses = ["ce"] if data.mean is None else ["l1"]
     if data.mean is not None and data.vocab_size and data.train.tokens.shape[2] == 1:
@@ -83,7 +85,9 @@ class Resident:
     def __init__(self, split, data, device):
         self.tokens = torch.from_numpy(np.ascontiguousarray(split.tokens)).to(device)
         self.labels = torch.from_numpy(split.labels).to(device)  # (n,)
-        self.lengths = np.asarray(split.lengths)  # (n,) or (n, 2), on the host: they decide order
+        self.lengths = np.asarray(
+            split.lengths
+        )  # (n,) or (n, 2), on the host: they decide the order of batches
         self.data = data
         self.pairs = self.lengths.ndim == 2
 
@@ -195,7 +199,7 @@ def make_batch(split, index, stage, config, generator):
     else:  # causal: predict the input one step later, at all but the last position of a sequence
         where = F.pad(real[:, 1:], (0, 1))
         x = inputs(raw, None, split.data)
-        clean = torch.roll(raw, -1, dims=1)
+        clean = torch.roll(raw, -1, dims=1)  # the last position wraps, but is not in where
     if config.loss == "l1":
         return Batch(x, keep, where, normalize(clean, split.data))
     if clean.ndim == 3:
@@ -219,7 +223,7 @@ def build_model(config, data):
         return Transformer(TransformerConfig(**sizes, **own), ffn=ffn)
     if config.model == "sgconv":
         return SGConvModel(SGConvConfig(**sizes, **sgconv_kernel(config, data)))
-    mixer = {"s4": s4_mixer, "s4d": s4d_mixer, "diagonal": diagonal_mixer}[config.model]
+    mixer = {"s4": s4_mixer, "s4d": s4d_mixer, "diagonal": dlr_mixer}[config.model]
     own = {"d_state": config.d_state, "dt_min": config.dt_min, "dt_max": config.dt_max}
     return S4Model(S4Config(**sizes, **own), mixer)
 
@@ -246,7 +250,7 @@ class PairHead(nn.Module):
         self.out = nn.Linear(d_model, n_classes)
 
     def forward(self, pooled):
-        a, b = pooled.unflatten(0, (-1, 2)).unbind(1)  # (2 B, D) -> (B, D) twice
+        a, b = pooled.unflatten(0, (-1, 2)).unbind(1)  # (B, D) -> (B/2, D) twice
         return self.out(F.gelu(self.hidden(torch.cat([a, b, a - b, a * b], -1))))
 
 
@@ -332,7 +336,7 @@ def seeded(config, *numbers, own=0):
 
     own: added for torch's own alone, so that processes with other examples drop other units.
     """
-    # the length comes first: numpy takes (1,) and (1, 0) for the same; torch's seeds have 63 bits
+    # the length comes first: numpy treats (1,) and (1, 0) as the same seed; torch's seeds have 63 bits
     entropy = np.random.SeedSequence((len(numbers), *numbers))
     value = int(entropy.generate_state(1, np.uint64)[0]) >> 1
     torch.manual_seed(value + own)
@@ -340,7 +344,7 @@ def seeded(config, *numbers, own=0):
 
 
 def schedule(step, steps, warmup, shape="cosine"):
-    """Fraction of the peak learning rate: linear warmup, then half a cosine down to 0, or 1."""
+    """Fraction of the peak learning rate: linear warmup, then half a cosine down to 0, or 1 throughout ("constant")."""
     rise = max(1, round(warmup * steps))
     if step < rise:
         return (step + 1) / rise
@@ -394,13 +398,13 @@ def fit(stage, model, head, train, val, config, run):
 
     for step in run.steps(stage, start, steps):
         generator = seeded(config, config.seed, number, step, own=rank)
-        batch = make_batch(train, next(order), stage, config, generator)
+        batch = make_batch(train, next(order), stage, config, generator)  # of all processes
         count = len(batch.target) if batch.where is None else batch.where.sum().clamp(min=1)
 
         sums = 0
         for i in range(pieces):
             piece, weight = part(batch, rank * pieces + i, world * pieces)
-            objective.require_backward_grad_sync = i + 1 == pieces  # as DDP's no_sync does
+            objective.require_backward_grad_sync = i + 1 == pieces  # as no_sync; only DDP reads it
             loss, seen = objective(piece)
             (loss * weight * world / count).backward()  # DDP averages over the processes
             sums = sums + weight * seen
@@ -424,7 +428,7 @@ def fit(stage, model, head, train, val, config, run):
                 score = {**score, "step": step + 1}
                 best = {"merit": merit, "score": score, **copy.deepcopy(weights)}
         if validate or run.interrupted:
-            run.save(step, parts, best)
+            run.save(step, parts, best)  # raises KeyboardInterrupt if interrupted
             wait_for_rank0()
 
     model.load_state_dict(best["model"])
@@ -493,7 +497,7 @@ def initial_head(stage, model, config, split):
     return build_head(stage, config, split).to(next(model.parameters()))
 
 
-# What must be the same for pretrained weights to make sense. n_heads, for one, shows in no shape.
+# What must be the same for pretrained weights to make sense. n_heads, for example, changes no shape.
 BODY = ("model", "d_model", "n_layers", "n_heads", "d_ff", "ffn", "d_state", "rope", "causal")
 TOKENS = ("vocab_size", "symbols", "mean", "std")
 
@@ -526,7 +530,7 @@ def identity(data):
 def data_parallel(objective, stage, train, config):
     """The objective, its gradients averaged over processes that share the examples of a batch."""
     parallel = DistributedDataParallel(objective)
-    # It changes the order of its sums after the first backward. So we do one for nothing: then a
+    # It changes the order of its sums after the first backward. So run one backward and discard it: then a
     # resumed run adds up in the order of an uninterrupted one.
     batch = make_batch(train, np.arange(1), stage, config, seeded(config, config.seed))
     parallel(batch)[0].backward()
@@ -546,13 +550,15 @@ def part(batch, i, n):
     return Batch(*own, batch.target[start:stop]), weight
 
 
-def rank0_first(load, config):
-    """load(config), first on rank 0, which may fill a cache, then on the others."""
+def rank0_first(make, config):
+    """make(config), first on rank 0, which may fill a cache, then on the others."""
     rank, _ = ranks()
-    for rank0 in (True, False):
-        if rank0 == (rank == 0):
-            data = load(config)
-        wait_for_rank0()
+    if rank == 0:
+        data = make(config)
+    wait_for_rank0()
+    if rank > 0:
+        data = make(config)
+    wait_for_rank0()
     return data
 
 
@@ -600,7 +606,7 @@ def self_check(device="cpu"):
     ]
 
 
-def run(config):
+def run_command(config):
     """Train on the processes of torchrun, or on this one alone; print the result."""
     if config.resume and not Path(config.out, "config.json").exists():
         raise ValueError(f"{config.out} contains no run: nothing to resume")
@@ -628,7 +634,7 @@ def command(argv):
     elif check:
         sys.exit(not print_table(self_check(config.device)))
     else:
-        run(config)
+        run_command(config)
 
 
 def main(argv=None):

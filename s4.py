@@ -15,7 +15,8 @@ Diagonal State Space Models", arXiv:2206.11893v2.
     B_bar        B_bar           (D, N, 1) real
     K            K               (D, L), or (2, D, L) if bidirectional
     D            D_skip          (D,)
-    u, y; x      x, y; state.x   (B, L, D); (B, D, N) real
+    u, y         x, y            (B, L, D)
+    x            state.x         (B, D, N) real
 
 In real coordinates a state is Re x_1, Im x_1, Re x_2, ... of the kept half.  There diag(Lam)
 consists of 2 x 2 blocks, and A is these blocks minus 2 P P^T.  Differences from the papers are
@@ -141,7 +142,7 @@ def s4d_inv(N):
 
 
 def s4d_legs(N):
-    """Return S4D-LegS: the diagonal part of HiPPO-LegS with B / 2, its limit for large N."""
+    """Return S4D-LegS: the diagonal part of HiPPO-LegS with B / 2: for large N it acts like the full matrix."""
     Lam, _, B, _ = nplr_legs(N)
     return Lam, B / 2
 
@@ -203,7 +204,7 @@ def two_level_kernel(E, B_bar, C, L):
     """K[i m + j] = (C A_bar^(i m)) (A_bar^j B_bar): sqrt L rows times sqrt L columns.
 
     E (D, N, N), B_bar (D, N, 1) in float64, C (D, n, N).  Returns (n, D, L) in the dtype of C.
-    O(D N (N^2 log L + L)) time, O(D N sqrt L + D L) memory.
+    O(D N (N^2 log L + L)) time, O(D (N^2 log L + N sqrt L + L)) memory: autograd keeps every power.
     """
     # differs from the paper: powers of A_bar, no Cauchy sums
     columns = torch.cat([B_bar, B_bar + E @ B_bar], -1)  # (D, N, 2)
@@ -331,7 +332,7 @@ class State(NamedTuple):
     B_bar: torch.Tensor  # (D, N, 1)
     C: torch.Tensor  # (D, 1, N)
 
-    def __deepcopy__(self, memo):  # torch's own refuses tensors that have a gradient to come
+    def __deepcopy__(self, memo):  # torch's deepcopy refuses non-leaf tensors with gradients
         return State(*[part.clone() for part in self])
 
 
@@ -466,7 +467,7 @@ class S4(StateSpace):
         return E, B_bar, output_rows(C).transpose(0, 1)
 
 
-class Diagonal(StateSpace):
+class DiagonalStateSpace(StateSpace):
     """A is diagonal, which makes K cheaper: what S4D and DLR share.
 
     A subclass has discretize(rate), which returns log A_bar and B_bar, (D, N/2) complex128.
@@ -484,7 +485,7 @@ class Diagonal(StateSpace):
         return diagonal_kernel(log_A, B_bar, C, L)
 
 
-class S4D(Diagonal):
+class S4D(DiagonalStateSpace):
     """S4D: A is diagonal; zero-order hold.  init (N -> Lam, B): s4d_lin, s4d_inv, s4d_legs."""
 
     def __init__(
@@ -506,12 +507,12 @@ class S4D(Diagonal):
         return log_A, torch.expm1(log_A) / Lam * B  # expm1: exact for small dt Lam
 
 
-class DLR(Diagonal):
+class DLR(DiagonalStateSpace):
     """Diagonal linear recurrence x_l = exp(Lam) x_{l-1} + u_l, y_l = 2 Re(C x_l): no HiPPO, no dt.
 
     arXiv:2310.02980v4, equation 3.  Phases start at 2 pi k / N as there, decays log-uniform in
-    [dt_min, dt_max]: the paper gives none.  (The authors' code halves them and shares them between
-    channels.)
+    [dt_min, dt_max].  (The paper gives no decays; the authors' code halves the drawn ones and shares
+    them between channels.)
     """
 
     def __init__(self, d_model, d_state=64, bidirectional=False, dt_min=1e-3, dt_max=1e-1):
@@ -574,7 +575,7 @@ def s4d_mixer(config, i):
     return S4D(config.d_model, config.d_state, not config.causal, config.dt_min, config.dt_max)
 
 
-def diagonal_mixer(config, i):
+def dlr_mixer(config, i):
     return DLR(config.d_model, config.d_state, not config.causal, config.dt_min, config.dt_max)
 
 
@@ -588,6 +589,8 @@ class S4Model(nn.Module):
         super().__init__()
         self.config = config
         D = config.d_model
+        if (config.vocab_size is None) == (config.n_channels is None):
+            raise ValueError(f"set exactly one of vocab_size and n_channels in {config}")
         if config.vocab_size is None:
             self.embed = nn.Linear(config.n_channels, D)
         else:
@@ -716,7 +719,7 @@ def check_kernels(dtype, device, limit, N=64, L=16384):
 
 
 def check_layers(dtype, device, limit, L=150):
-    """The convolution of every layer against its recurrence, and against both directions apart."""
+    """The convolution of every layer against its recurrence, and against the two directions computed separately."""
     x = torch.randn(2, L, 4, dtype=dtype, device=device)
     for kind in (S4, S4D, DLR):
         layer = kind(4, 16).to(device, dtype)

@@ -64,7 +64,7 @@ class Config:
     finetune_steps: int = flag(300, "optimizer steps of fine-tuning")
     pretrain_lr: float = flag(3e-3, "peak learning rate of pretraining")
     finetune_lr: float = flag(1e-3, "peak learning rate of fine-tuning")
-    batch_size: int = flag(64, "sequences per step, over all processes")
+    batch_size: int = flag(64, "examples per step, over all processes")
     pretrain_batch_size: int = flag(None, "batch size for pretraining (default: --batch-size)")
     accumulate: int = flag(1, "gradient accumulation steps (saves memory)")
     warmup: float = flag(0.1, "fraction of a stage's steps with warmup")
@@ -176,7 +176,7 @@ V3 = "S4, arXiv:2111.00396, as revised in its code (state-spaces/s4), configs lr
 GCONV = "SGConv, arXiv:2210.09298, its code (ctlllll/SGConv, preview), configs lra/gconv-lra-*.yaml"
 SMALL = "ours: about an hour on one data-center GPU (an estimate)"
 LAPTOP = "ours: minutes on a laptop"
-NORM = "norm: batch norm (Image: layer norm) there, layer norm before the mixer here; weight decay:"
+NORM = "norm: batch norm (Image: layer norm) there, layer norm before the mixer here; weight decay"
 REVIEWS = "data: 25,000 reviews train and the test split validates there, a tenth is held out here"
 LOCAL = "attention: local blocks there, the whole sequence here"
 CHANNELS = "A and B: two sets for all channels there, one per channel here"
@@ -194,9 +194,9 @@ ROWS = {}
 
 
 def row(name, *parents, source=None, departures=None, **settings):
-    """Add a row: the settings of its parents, the last one above the others, then its own.
+    """Add a row.  Later parents override earlier ones, the row's own settings override all.
 
-    Without a source, its own values have that of the last parent.
+    Without a source, its own values take that of the last parent.
     """
     source = source or ROWS[parents[-1]].source
     merged = {}
@@ -230,7 +230,7 @@ row("pathfinder128", "scratch", task="pathfinder128", n_layers=6, d_model=256,
     batch_size=16, finetune_epochs=50, finetune_lr=0.001, warmup=0.1)
 
 row("s4", source=V3, model="s4", d_state=64, dt_min=1e-3, dt_max=0.1, departures=f"{NORM} "
-    "C decays too there, not here; learning rate of A, B and dt: at most 1e-3 here")
+    "of C: there, not here; learning rate of A, B and dt: at most 1e-3 here")
 row("listops-s4-scratch", "listops", "s4")
 row("text-s4-scratch", "text", "s4")
 row("retrieval-s4-scratch", "retrieval", "s4")
@@ -243,7 +243,7 @@ row("speech-s4", "scratch", "s4", source="S4's code, config sc/s4-sc; warmup and
     departures=CHANNELS, task="speech", n_layers=6, d_model=128,
     batch_size=16, finetune_epochs=40, finetune_lr=0.01, warmup=0.1)
 
-row("sgconv", source=GCONV, model="sgconv", departures=f"{NORM} kernels decay too there, not here")
+row("sgconv", source=GCONV, model="sgconv", departures=f"{NORM} of kernels: there, not here")
 row("listops-sgconv", "listops", "sgconv", kernel_dim=1)
 row("text-sgconv", "text", "sgconv", kernel_dim=2)
 row("retrieval-sgconv", "retrieval", "sgconv", kernel_dim=1, warmup=0.054)
@@ -343,7 +343,7 @@ row("listops-sgconv-laptop", "trees", model="sgconv", objective="none", kernel_d
 row("listops-transformer-laptop", "trees", model="transformer", n_heads=4, d_ff=128,
     pretrain_steps=1500, finetune_steps=500, finetune_lr=1e-3)
 row("pictures", "laptop", task="pathfinder32-easy", pictures=2000, d_model=32, batch_size=16,
-    pretrain_steps=300, finetune_steps=100, finetune_lr=1e-3, eval_every=100)  # learns too little
+    pretrain_steps=300, finetune_steps=100, finetune_lr=1e-3, eval_every=100)  # too short to learn the task
 row("pathfinder32-s4-laptop", "pictures", model="s4", d_state=16)
 row("pathfinder32-transformer-laptop", "pictures", model="transformer", n_heads=4, d_ff=64)
 row("demo", "laptop", source=f"{LAPTOP}; learning rates: results/demo_grid.json",

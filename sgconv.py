@@ -16,7 +16,7 @@ damped by alpha^i: the near past gets a fine description, the far past a coarse 
     k              kernel(L)               (D, L), or (2, D, L): lags 0, 1, ... and lags -1, -2, ...
 
 Differences from the paper are marked where they occur: the number of scales is rounded up, and each
-channel has its own Z. Left out: a recurrent mode (this kernel is no small state space model),
+channel has its own Z. Left out: a recurrent mode (this kernel is not that of a small state space model),
 sub-kernels summed instead of concatenated, learned decays, BatchNorm (LayerNorm here).
 
     python sgconv.py            checks, then a demo: find the period of a noisy sine
@@ -39,7 +39,9 @@ from torch import nn
 
 def upsample_ref(w, factor):
     """Interpolate w (d,) linearly to (factor d,) samples: [0, 1] by 2 is [0, .25, .75, 1]."""
-    centers = (np.arange(factor * len(w)) + 0.5) / factor - 0.5  # of the new cells, in old cells
+    centers = (
+        np.arange(factor * len(w)) + 0.5
+    ) / factor - 0.5  # centers of the new samples, in units of the old spacing
     return np.interp(centers, np.arange(len(w)), w)  # constant beyond the outermost old centers
 
 
@@ -238,7 +240,7 @@ class SGConv(nn.Module):
         self.w = nn.Parameter(init((n_scales, *directions, d_model, kernel_dim)))
         self.D_skip = nn.Parameter(torch.randn(d_model))
         k = self.unscaled_kernel(self.w.detach().double(), first_len * 2 ** (n_scales - 1))
-        # differs from the paper: one Z per channel; a buffer, because a trained w depends on its Z
+        # differs from the paper: one Z per channel; a buffer, so that w is saved with its Z
         norm = k.norm(dim=-1, keepdim=True)
         self.register_buffer("norm", norm.to(self.w.dtype))
 
@@ -254,7 +256,9 @@ class SGConv(nn.Module):
         """
         if not 1 <= L <= self.max_len:
             raise ValueError(f"the length must be 1 to max_len = {self.max_len}, got {L}")
-        dtype = torch.promote_types(self.w.dtype, torch.float32)  # bfloat16 cannot count the lags
+        dtype = torch.promote_types(
+            self.w.dtype, torch.float32
+        )  # bfloat16 skips integers above 256, so lags would repeat
         w = self.w.to(dtype) / self.norm.to(dtype)
         return self.unscaled_kernel(w, L)
 

@@ -46,7 +46,7 @@ from torch import nn
 def grid_matrix_ref(V, U):
     """W[a, b] = U[a, :, b] V[b, a].  V: (n_in, n_out, c, P), U: (n_out, S, n_in, c).
 
-    Returns (n_out S, n_in P).  Contains the three of the paper, which follow.
+    Returns (n_out S, n_in P).  The paper's three layers, defined below, are special cases.
     """
     n_in, n_out, _, P = V.shape
     S = U.shape[1]
@@ -214,7 +214,7 @@ class LowRank(Grid):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Start at the best rank-R approximation of a dense N(0, 0.02^2) (as the paper's code)."""
+        """Start at the best rank-R approximation of a dense N(0, 0.02^2) (as in the paper's code)."""
         self.project_(0.02 * torch.randn(self.d_out, self.d_in, device=self.V.device))
         if self.bias is not None:
             self.bias.zero_()
@@ -274,7 +274,7 @@ class Guide:
     returns True, as its parameters have changed; with stochastic=True wrap it once, with
     find_unused_parameters=True.
 
-    Raises ValueError if the model has no structured layer or a guided one, and in step if the
+    Raises ValueError if the model has no structured layer, or one that is guided already, and in step if the
     optimizer does not train W.
     """
 

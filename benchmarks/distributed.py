@@ -50,7 +50,7 @@ def tensors(L, args, rank=0, world=1):
     q_k_v = []
     for seed in range(3):
         parts = []
-        for start, stop in da.chunks(L, rank, world, "zigzag"):
+        for start, stop in da.chunks_of(L, rank, world, "zigzag"):
             parts.append(da.random_tokens(seed, start, stop, args.heads, D_HEAD))
         q_k_v.append(torch.cat(parts, 2).requires_grad_(args.backward))
     return q_k_v

@@ -82,7 +82,7 @@ def test_layouts_deal_out_every_token_once(layout, world):
 
 def work(layout, L, world):
     """Pairs of query and key that each rank computes under a causal mask."""
-    chunks = [da.chunks(L, rank, world, layout) for rank in range(world)]
+    chunks = [da.chunks_of(L, rank, world, layout) for rank in range(world)]
     pairs = []
     for mine in chunks:
         pairs.append(0)
@@ -106,8 +106,8 @@ def test_zigzag_is_balanced_and_contiguous_is_not(L):
 @pytest.mark.parametrize("longest", [2, 5, 100])
 def test_visible_blocks_cover_the_causal_mask_once(layout, longest):
     for L in (2, 37):
-        for mine in (da.chunks(L, rank, 3, layout) for rank in range(3)):
-            for theirs in (da.chunks(L, rank, 3, layout) for rank in range(3)):
+        for mine in (da.chunks_of(L, rank, 3, layout) for rank in range(3)):
+            for theirs in (da.chunks_of(L, rank, 3, layout) for rank in range(3)):
                 q_at, k_at = da.tokens_of(mine), da.tokens_of(theirs)
                 count = torch.zeros(len(q_at), len(k_at))
                 for rows, cols, diagonal in da.visible_blocks(mine, theirs, True, longest):

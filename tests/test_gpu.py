@@ -47,20 +47,27 @@ def test_self_check(file, dtype):
 
 
 @pytest.mark.parametrize("dtype, limit", [(SINGLE, 2e-6), (HALF, 1e-2)])
-@pytest.mark.parametrize("shape", [(64, 64), (33, 70), (70, 33), (3, 40), (129, 129)])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "shape, causal",
+    [((64, 64), False), ((33, 70), False), ((70, 33), False), ((3, 40), False),
+     ((64, 64), True), ((129, 129), True)],
+)  # fmt: skip
 def test_blocks_of_attention_are_those_of_float64(dtype, limit, shape, causal):
-    """Fused kernels or tiles, whichever is chosen, with as many keys as queries or not."""
+    """Fused kernels where there are any; as many keys as queries, or not."""
     generator = torch.Generator("cuda").manual_seed(0)
-    sizes = [(2, 4, shape[0], 32), (2, 2, shape[1], 32), (2, 2, shape[1], 32), (2, 4, shape[0], 32)]
-    draws = [torch.randn(s, device="cuda", generator=generator).to(dtype) for s in sizes]
-    (*q_k_v, grad), exact = draws, [x.double() for x in draws]
-    out, lse = dist_attention.attention_block(*q_k_v, causal)
-    want, want_lse = attention.attention_online(*exact[:3], causal)
+    n, m = shape
+
+    def draw(length):
+        x = torch.randn(2, 4, length, 32, device="cuda", generator=generator)
+        return x.to(dtype)
+
+    q, k, v, grad = draw(n), draw(m), draw(m), draw(n)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    want, want_lse = attention.attention_online(*exact, causal)
+    wanted = torch.autograd.grad(attention.attention_slow(*exact, causal), exact, grad.double())
+    out, lse = dist_attention.attention_block(q, k, v, causal)
     assert rel_err(out, want) < limit and rel_err(lse, want_lse) < limit
-    grads = dist_attention.attention_block_grad(grad, *q_k_v, out, lse, causal)
-    leaves = [x.requires_grad_() for x in exact[:3]]
-    wanted = torch.autograd.grad(attention.attention_slow(*leaves, causal), leaves, exact[3])
+    grads = dist_attention.attention_block_grad(grad, q, k, v, out, lse, causal)
     assert max(map(rel_err, grads, wanted)) < 2 * limit
 
 
@@ -187,7 +194,7 @@ def test_two_ranks_on_one_gpu_are_one_process(tmp_path):
 
 
 def test_guided_training_frees_its_guide():
-    """W, its gradient and its optimiser state leave the memory of the device."""
+    """W, its gradient and its optimizer state leave the memory of the device."""
     layer = structured_ffn.LowRank(512, 2048, 16).cuda()
     guide = structured_ffn.Guide(layer, 2)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)

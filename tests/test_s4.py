@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = json.loads((ROOT / "tests/golden/s4.json").read_text())
 SLOW = pytest.mark.slow
 KINDS = pytest.mark.parametrize("kind", [S4, S4D, DLR])
-MIXERS = pytest.mark.parametrize("mixer", [s4_mixer, s4d_mixer, s4.diagonal_mixer])
+MIXERS = pytest.mark.parametrize("mixer", [s4_mixer, s4d_mixer, s4.dlr_mixer])
 
 
 @pytest.fixture(autouse=True)
