@@ -135,8 +135,8 @@ def attention(q, k, v, causal=False, keep=None):
     causal: query i sees keys 0 .. i.  Returns (B, H, Lq, E), meaningless at padding.
 
     causal with keep builds a mask of Lq x Lk per sequence.  If all padding is on the right, leave
-    keep out: no real token sees what comes after it.  On CUDA, PyTorch's fused kernels take G < H in
-    half precision only; in float32 it stores all scores.
+    keep out: no real token sees what comes after it.  On CUDA, G < H has a fused kernel in half
+    precision only; in float32 all scores are stored.
     """
     mask = None
     if keep is not None:
@@ -154,7 +154,8 @@ def attention(q, k, v, causal=False, keep=None):
 def attention_newest(q, k, v, chunk=256):
     """Causal attention of the newest queries to all keys, in chunks: O(Lk (E + chunk)) memory.
 
-    q: (B, H, Lq, E); k, v: (B, G, Lk, E); query i sees keys 0 .. Lk - Lq + i.  Returns (B, H, Lq, E).
+    q: (B, H, Lq, E); k, v: (B, G, Lk, E); query i sees keys 0 .. Lk - Lq + i.
+    Returns (B, H, Lq, E).
     """
     seen = k.shape[2] - q.shape[2]  # number of keys that precede the chunk
     if seen == 0:
@@ -234,7 +235,7 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with its projections (arXiv:1706.03762v7, 3.2.2). (B, L, D) -> (B, L, D).
+    """Multi-head attention with projections (arXiv:1706.03762v7, 3.2.2): (B, L, D) -> (B, L, D).
 
     n_kv_heads: G; each key and value head serves H / G query heads.
     attend(q, k, v, causal, keep): the attention function, may be replaced.
@@ -284,7 +285,7 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def prefill(self, x, state):
-        """Append x (B, L, D). Returns (y (B, L, D), state). Memory grows linearly with the tokens so far."""
+        """Append x (B, L, D). Returns (y (B, L, D), state). Memory is linear in the tokens so far."""
         total = state.length + x.shape[1]
         positions = torch.arange(state.length, total, device=x.device)
         q, k, v = self.project(x, positions)

@@ -272,8 +272,8 @@ def hide(keep, dtype):
 
 
 # ---------------------------------------------------------------- the ring
-# Ranks, further below, passes messages: shift(x, tokens, what) starts to send x to the next rank and
-# returns wait(), which returns what the previous rank sent; `what` names the step in errors.
+# Ranks, further below, passes messages: shift(x, tokens, what) starts to send x to the next rank
+# and returns wait(), which returns what the previous rank sent; `what` names the step in errors.
 
 
 @dataclass(frozen=True)

@@ -336,7 +336,7 @@ def seeded(config, *numbers, own=0):
 
     own: added for torch's own alone, so that processes with other examples drop other units.
     """
-    # the length comes first: numpy treats (1,) and (1, 0) as the same seed; torch's seeds have 63 bits
+    # the length comes first: numpy treats (1,) and (1, 0) as one seed; torch's seeds have 63 bits
     entropy = np.random.SeedSequence((len(numbers), *numbers))
     value = int(entropy.generate_state(1, np.uint64)[0]) >> 1
     torch.manual_seed(value + own)
@@ -344,7 +344,7 @@ def seeded(config, *numbers, own=0):
 
 
 def schedule(step, steps, warmup, shape="cosine"):
-    """Fraction of the peak learning rate: linear warmup, then half a cosine down to 0, or 1 throughout ("constant")."""
+    """Fraction of the peak learning rate: linear warmup, then half a cosine to 0, or constant 1."""
     rise = max(1, round(warmup * steps))
     if step < rise:
         return (step + 1) / rise
@@ -497,7 +497,7 @@ def initial_head(stage, model, config, split):
     return build_head(stage, config, split).to(next(model.parameters()))
 
 
-# What must be the same for pretrained weights to make sense. n_heads, for example, changes no shape.
+# What must be the same for pretrained weights to make sense (n_heads, say, changes no shape).
 BODY = ("model", "d_model", "n_layers", "n_heads", "d_ff", "ffn", "d_state", "rope", "causal")
 TOKENS = ("vocab_size", "symbols", "mean", "std")
 
@@ -530,8 +530,8 @@ def identity(data):
 def data_parallel(objective, stage, train, config):
     """The objective, its gradients averaged over processes that share the examples of a batch."""
     parallel = DistributedDataParallel(objective)
-    # It changes the order of its sums after the first backward. So run one backward and discard it: then a
-    # resumed run adds up in the order of an uninterrupted one.
+    # It changes the order of its sums after the first backward. So run one backward and discard
+    # it: then a resumed run adds up in the order of an uninterrupted one.
     batch = make_batch(train, np.arange(1), stage, config, seeded(config, config.seed))
     parallel(batch)[0].backward()
     parallel.zero_grad()

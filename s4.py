@@ -142,7 +142,7 @@ def s4d_inv(N):
 
 
 def s4d_legs(N):
-    """Return S4D-LegS: the diagonal part of HiPPO-LegS with B / 2: for large N it acts like the full matrix."""
+    """Return S4D-LegS: the diagonal part of HiPPO-LegS with B / 2, like the whole for large N."""
     Lam, _, B, _ = nplr_legs(N)
     return Lam, B / 2
 
@@ -511,8 +511,8 @@ class DLR(DiagonalStateSpace):
     """Diagonal linear recurrence x_l = exp(Lam) x_{l-1} + u_l, y_l = 2 Re(C x_l): no HiPPO, no dt.
 
     arXiv:2310.02980v4, equation 3.  Phases start at 2 pi k / N as there, decays log-uniform in
-    [dt_min, dt_max].  (The paper gives no decays; the authors' code halves the drawn ones and shares
-    them between channels.)
+    [dt_min, dt_max].  (The paper gives no decays; the authors' code halves the drawn ones and
+    shares them between channels.)
     """
 
     def __init__(self, d_model, d_state=64, bidirectional=False, dt_min=1e-3, dt_max=1e-1):
@@ -719,7 +719,7 @@ def check_kernels(dtype, device, limit, N=64, L=16384):
 
 
 def check_layers(dtype, device, limit, L=150):
-    """The convolution of every layer against its recurrence, and against the two directions computed separately."""
+    """The convolution of every layer against its recurrence, and against two separate directions."""
     x = torch.randn(2, L, 4, dtype=dtype, device=device)
     for kind in (S4, S4D, DLR):
         layer = kind(4, 16).to(device, dtype)

@@ -343,7 +343,7 @@ row("listops-sgconv-laptop", "trees", model="sgconv", objective="none", kernel_d
 row("listops-transformer-laptop", "trees", model="transformer", n_heads=4, d_ff=128,
     pretrain_steps=1500, finetune_steps=500, finetune_lr=1e-3)
 row("pictures", "laptop", task="pathfinder32-easy", pictures=2000, d_model=32, batch_size=16,
-    pretrain_steps=300, finetune_steps=100, finetune_lr=1e-3, eval_every=100)  # too short to learn the task
+    pretrain_steps=300, finetune_steps=100, finetune_lr=1e-3, eval_every=100)  # too short to learn
 row("pathfinder32-s4-laptop", "pictures", model="s4", d_state=16)
 row("pathfinder32-transformer-laptop", "pictures", model="transformer", n_heads=4, d_ff=64)
 row("demo", "laptop", source=f"{LAPTOP}; learning rates: results/demo_grid.json",

@@ -16,7 +16,7 @@ damped by alpha^i: the near past gets a fine description, the far past a coarse 
     k              kernel(L)               (D, L), or (2, D, L): lags 0, 1, ... and lags -1, -2, ...
 
 Differences from the paper are marked where they occur: the number of scales is rounded up, and each
-channel has its own Z. Left out: a recurrent mode (this kernel is not that of a small state space model),
+channel has its own Z. Left out: a recurrent mode (no small recurrence gives this kernel),
 sub-kernels summed instead of concatenated, learned decays, BatchNorm (LayerNorm here).
 
     python sgconv.py            checks, then a demo: find the period of a noisy sine

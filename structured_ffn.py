@@ -214,7 +214,7 @@ class LowRank(Grid):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Start at the best rank-R approximation of a dense N(0, 0.02^2) (as in the paper's code)."""
+        """Start at the best rank-R approximation of a dense N(0, 0.02^2), as the paper's code does."""
         self.project_(0.02 * torch.randn(self.d_out, self.d_in, device=self.V.device))
         if self.bias is not None:
             self.bias.zero_()
@@ -274,8 +274,8 @@ class Guide:
     returns True, as its parameters have changed; with stochastic=True wrap it once, with
     find_unused_parameters=True.
 
-    Raises ValueError if the model has no structured layer, or one that is guided already, and in step if the
-    optimizer does not train W.
+    Raises ValueError if the model has no structured layer, or one that is guided already, and in
+    step if the optimizer does not train W.
     """
 
     def __init__(self, model, n_steps, stochastic=False, seed=0, t=0):

@@ -623,7 +623,7 @@ def test_mistakes_on_the_command_line_get_one_line(tmp_path, capsys, monkeypatch
     def interrupted(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrain, "run", interrupted)
+    monkeypatch.setattr(pretrain, "run_command", interrupted)
     assert exit_of(capsys, *out)[0] == "pretrain.py: interrupted"
 
 
