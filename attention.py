@@ -285,7 +285,7 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def prefill(self, x, state):
-        """Append x (B, L, D). Returns (y (B, L, D), state). Memory is linear in the tokens so far."""
+        """Append x (B, L, D). Returns (y (B, L, D), state); memory is linear in all tokens."""
         total = state.length + x.shape[1]
         positions = torch.arange(state.length, total, device=x.device)
         q, k, v = self.project(x, positions)

@@ -719,7 +719,7 @@ def check_kernels(dtype, device, limit, N=64, L=16384):
 
 
 def check_layers(dtype, device, limit, L=150):
-    """The convolution of every layer against its recurrence, and against two separate directions."""
+    """The convolution of each layer against its recurrence and against two separate directions."""
     x = torch.randn(2, L, 4, dtype=dtype, device=device)
     for kind in (S4, S4D, DLR):
         layer = kind(4, 16).to(device, dtype)
