@@ -214,7 +214,7 @@ class LowRank(Grid):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Start at the best rank-R approximation of a dense N(0, 0.02^2), as in the paper's code."""
+        """Start at the best rank-R approximation of N(0, 0.02^2), as in the paper's code."""
         self.project_(0.02 * torch.randn(self.d_out, self.d_in, device=self.V.device))
         if self.bias is not None:
             self.bias.zero_()
