@@ -231,7 +231,7 @@ def train(config, data, seed, steps, lr, guided=0, warmup=0.05):
 
 
 def load(path):
-    return json.loads(path.read_text()) if path.exists() else {"runs": []}
+    return json.loads(path.read_text("utf-8")) if path.exists() else {"runs": []}
 
 
 def complete(path, keys, measure, max_runs, settings):

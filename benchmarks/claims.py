@@ -319,13 +319,13 @@ def count_tests(claim, words):
 
 def measure_anew(claim):
     """Measure from nothing; the old file stays if the command fails."""
-    old = claim.path.read_text() if claim.path.exists() else None
+    old = claim.path.read_text("utf-8") if claim.path.exists() else None
     claim.path.unlink(missing_ok=True)
     try:
         measure(claim)
     finally:
         if old is not None and not claim.path.exists():
-            claim.path.write_text(old)
+            claim.path.write_text(old, encoding="utf-8")
 
 
 def minutes(content):
@@ -344,7 +344,7 @@ def judge(claim):
     row = {k: getattr(claim, k) for k in ("paper", "says", "theirs", "scale", "command", "file")}
     if not claim.file or not claim.path.exists():
         return row | {"ours": claim.why, "verdict": UNRUN}
-    content = json.loads(claim.path.read_text())
+    content = json.loads(claim.path.read_text("utf-8"))
     ours, verdict = claim.judge(content)
     row["minutes"] = minutes(content)
     for key in ("seeds", "date", "commit", "hardware", "cpu", "torch"):

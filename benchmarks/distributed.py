@@ -156,7 +156,7 @@ def memory(args, rank, world):
     """Peak memory of one causal ring above that of its process before."""
     L = args.memory
     once(ring, tensors(64 * world, args, rank, world), True, args.backward)  # loads code
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    Path("/proc/self/clear_refs").write_bytes(b"5")  # resets the peak
     before = peak_bytes()
     x = tensors(L, args, rank, world)
     wall, _ = once(ring, x, True, args.backward)

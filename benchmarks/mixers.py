@@ -230,7 +230,7 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    cells = json.loads(args.out.read_text())["cells"] if args.out.exists() else []
+    cells = json.loads(args.out.read_text("utf-8"))["cells"] if args.out.exists() else []
     shape = shape_of(args)
     run = provenance()
     for L in args.lengths:

@@ -26,7 +26,7 @@ PATHFINDER = ("step_time_gpu_pathfinder", "step_time_gpu_pathfinder_s4", "step_t
 
 
 def load(name):
-    return json.loads((ROOT / f"results/{name}.json").read_text())
+    return json.loads((ROOT / f"results/{name}.json").read_text("utf-8"))
 
 
 # ---------------------------------------------------------------- Markdown

@@ -1,10 +1,14 @@
-"""Every script: --check passes, a device that does not work ends in one clear line."""
+"""Every script: a device that does not work ends in one clear line, text files are UTF-8."""
 
+import ast
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
 
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")])
 FILES = ["s4", "sgconv", "attention", "structured_ffn", "dist_attention", "pretrain"]
 
 
@@ -18,3 +22,25 @@ def test_a_device_that_does_not_work_ends_in_one_line(name, device, capsys, monk
     last = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2
     assert "device" in last and device in last
+
+
+def text_calls(tree):
+    """Calls that read or write text: open (not binary), read_text, write_text."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        constants = [a.value for a in node.args if isinstance(a, ast.Constant)]
+        binary = any(isinstance(c, str) and "b" in c and len(c) < 4 for c in constants)
+        module = getattr(getattr(node.func, "value", None), "id", "")
+        if name in ("read_text", "write_text") or (name == "open" and not binary):
+            if module not in ("tarfile", "wave"):
+                yield node
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_text_is_read_and_written_as_utf8_whatever_the_locale(path):
+    for call in text_calls(ast.parse(path.read_text(encoding="utf-8"))):
+        named = [k for k in call.keywords if k.arg == "encoding"]
+        given = [a for a in call.args if isinstance(a, ast.Constant) and "utf" in str(a.value)]
+        assert named or given, f"{path.name}:{call.lineno} has no encoding"
