@@ -68,8 +68,20 @@ def rotate_ref(x, positions):
 # ---------------------------------------------------------------- torch: plain to fast
 
 
+def check_shapes(q, k, v, keep):
+    """Refuse shapes that would broadcast by accident."""
+    B, H, _, E = q.shape
+    G, Lk = k.shape[1:3]
+    if k.shape != (B, G, Lk, E) or v.shape[:-1] != (B, G, Lk) or H % G:
+        shapes = [tuple(x.shape) for x in (q, k, v)]
+        raise ValueError(f"expected q (B, H, Lq, E), k, v (B, G, Lk, E), G divides H; got {shapes}")
+    if keep is not None and (keep.shape != (B, Lk) or keep.dtype != torch.bool):
+        raise ValueError(f"expected keep {B, Lk} bool, got {tuple(keep.shape)} {keep.dtype}")
+
+
 def attention_slow(q, k, v, causal=False, keep=None):
     """The formula written out, with all scores in memory: O(L^2). Arguments as `attention`."""
+    check_shapes(q, k, v, keep)
     group = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(group, dim=1)  # (B, G, Lk, E) -> (B, H, Lk, E)
     v = v.repeat_interleave(group, dim=1)
@@ -88,6 +100,7 @@ def attention_online(q, k, v, causal=False, keep=None, tile=128):
     Milakov and Gimelshein 2018, arXiv:1805.02867v2, algorithm 3.  Arguments as `attention`.
     Returns (out (B, H, Lq, E), log-sum-exp (B, H, Lq)): 0 and -inf where a query sees no key.
     """
+    check_shapes(q, k, v, keep)
     group = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(group, dim=1)  # (B, G, Lk, E) -> (B, H, Lk, E)
     v = v.repeat_interleave(group, dim=1)
@@ -120,6 +133,9 @@ def merge(out, lse, out_block, lse_block):
 
     out, out_block: (B, H, Lq, E); lse, lse_block: (B, H, Lq), -inf where a query sees no key.
     """
+    if not (out.shape == out_block.shape and lse.shape == lse_block.shape == out.shape[:-1]):
+        shapes = [tuple(x.shape) for x in (out, lse, out_block, lse_block)]
+        raise ValueError(f"expected (B, H, Lq, E), (B, H, Lq), twice; got {shapes}")
     # weights from the difference: exp(lse - total) would add the rounding error of total
     difference = (lse_block - lse).masked_fill(lse_block == -torch.inf, -torch.inf)
     weight = torch.sigmoid(-difference)[..., None]
@@ -138,11 +154,9 @@ def attention(q, k, v, causal=False, keep=None):
     keep out: no real token sees what comes after it.  On CUDA, G < H has a fused kernel in half
     precision only; in float32 all scores are stored.
     """
+    check_shapes(q, k, v, keep)
     mask = None
     if keep is not None:
-        shape = (len(q), k.shape[2])
-        if keep.shape != shape or keep.dtype != torch.bool:  # others might broadcast
-            raise ValueError(f"expected keep {shape} bool, got {tuple(keep.shape)} {keep.dtype}")
         mask = keep[:, None, None]  # (B, 1, 1, Lk)
         if causal:  # the kernel takes a mask or is_causal, not both
             past = keep.new_ones(q.shape[2], k.shape[2]).tril()
@@ -181,8 +195,9 @@ def angles(x, positions=None):
     L, D = x.shape[-2:]
     if positions is None:
         positions = torch.arange(L, device=x.device)
-    if positions.shape != (L,):  # one position would broadcast
-        raise ValueError(f"expected positions of shape ({L},), got {tuple(positions.shape)}")
+    if positions.shape != (L,) or not x.is_floating_point():  # one position would broadcast
+        got = f"{tuple(positions.shape)} and {x.dtype}"
+        raise ValueError(f"expected positions of shape ({L},) and float x, got {got}")
     even = torch.arange(0, D, 2, dtype=torch.float64, device=x.device)
     return positions[:, None] * 10000.0 ** (-even / D)
 
@@ -247,9 +262,10 @@ class Attention(nn.Module):
         super().__init__()
         if n_kv_heads is None:
             n_kv_heads = n_heads
-        if d_model % n_heads or n_heads % n_kv_heads:
+        positive = min(d_model, n_heads, n_kv_heads) >= 1
+        if not positive or d_model % n_heads or n_heads % n_kv_heads:
             sizes = f"d_model {d_model}, n_heads {n_heads}, n_kv_heads {n_kv_heads}"
-            raise ValueError(f"{sizes}: each must be divisible by the next")
+            raise ValueError(f"{sizes}: each must be positive and divisible by the next")
         self.n_heads = n_heads
         self.n_kv_heads = n_kv_heads
         self.d_head = d_model // n_heads
@@ -376,6 +392,9 @@ class Transformer(nn.Module):
             self.embed = nn.Linear(c.n_channels, c.d_model)
         else:
             self.embed = nn.Embedding(c.vocab_size, c.d_model)
+        d_ff = 4 * c.d_model if c.d_ff is None else c.d_ff
+        if min(c.n_layers, d_ff, self.embed.weight.numel()) < 1:
+            raise ValueError(f"every size must be at least 1 in {c}")
         if ffn is None:
             ffn = FeedForward
         self.blocks = nn.ModuleList()
@@ -384,8 +403,7 @@ class Transformer(nn.Module):
                 mix = Attention(c.d_model, c.n_heads, c.causal, c.n_kv_heads, c.rope, attend)
             else:
                 mix = mixer(c, i)
-            feed = ffn(c.d_model, c.d_ff or 4 * c.d_model)
-            self.blocks.append(Block(mix, feed, c.d_model, c.dropout))
+            self.blocks.append(Block(mix, ffn(c.d_model, d_ff), c.d_model, c.dropout))
         self.norm = nn.LayerNorm(c.d_model)  # differs from the paper: pre-norm needs a last norm
         self.dropout = nn.Dropout(c.dropout)
 

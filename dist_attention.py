@@ -257,6 +257,9 @@ def merge(out, lse, out_block, lse_block):  # same as attention.py:merge
 
     out, out_block: (B, H, Lq, E); lse, lse_block: (B, H, Lq), -inf where a query sees no key.
     """
+    if not (out.shape == out_block.shape and lse.shape == lse_block.shape == out.shape[:-1]):
+        shapes = [tuple(x.shape) for x in (out, lse, out_block, lse_block)]
+        raise ValueError(f"expected (B, H, Lq, E), (B, H, Lq), twice; got {shapes}")
     # weights from the difference: exp(lse - total) would add the rounding error of total
     difference = (lse_block - lse).masked_fill(lse_block == -torch.inf, -torch.inf)
     weight = torch.sigmoid(-difference)[..., None]
@@ -724,17 +727,20 @@ def agree_on_attention(schedule, q, k, v, causal, keep, group, layout):
     lengths = [q.shape[-2], k.shape[-2]]
     q_chunks, k_chunks = agree(ranks, layout, facts, lengths)
     fits = q.ndim == 4 and k.shape == v.shape and q_sizes[::2] == k_sizes[::2]
-    if not fits or q.shape[1] % k.shape[1]:
-        got = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        raise ValueError(f"expected q (B, H, n, E), k and v (B, G, m, E), G divides H, got {got}")
+    if not fits or q.shape[1] % k.shape[1] or not q.is_floating_point():
+        got = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} {q.dtype}"
+        raise ValueError(
+            f"expected float q (B, H, n, E), k and v (B, G, m, E), G divides H, got {got}"
+        )
     Lq = length(chain(*q_chunks))
     Lk = length(chain(*k_chunks))
     if causal and Lq != Lk:
         raise ValueError(f"a causal mask needs as many queries as keys, got {Lq} and {Lk}")
     if keep is not None:
         keep = unshard(keep, 1, group, layout)
-        if keep.shape != (len(k), Lk):
-            raise ValueError(f"expected keep (B, L) = {len(k), Lk}, got {tuple(keep.shape)}")
+        if keep.shape != (len(k), Lk) or keep.dtype != torch.bool:
+            got = f"{tuple(keep.shape)} {keep.dtype}"
+            raise ValueError(f"expected bool keep (B, L) = {len(k), Lk}, got {got}")
     return Plan(ranks, causal, q_chunks, k_chunks, keep)
 
 

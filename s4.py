@@ -206,6 +206,11 @@ def two_level_kernel(E, B_bar, C, L):
     E (D, N, N), B_bar (D, N, 1) in float64, C (D, n, N).  Returns (n, D, L) in the dtype of C.
     O(D N (N^2 log L + L)) time, O(D (N^2 log L + N sqrt L + L)) memory: autograd keeps every power.
     """
+    D, N, _ = E.shape
+    fits = E.shape == (D, N, N) and B_bar.shape == (D, N, 1) and C.mT.shape[:2] == (D, N)
+    if not fits or C.ndim != 3 or not C.is_floating_point():
+        got = f"{tuple(E.shape)}, {tuple(B_bar.shape)} and {tuple(C.shape)} {C.dtype}"
+        raise ValueError(f"expected E (D, N, N), B_bar (D, N, 1) and float C (D, n, N), got {got}")
     # differs from the paper: powers of A_bar, no Cauchy sums
     columns = torch.cat([B_bar, B_bar + E @ B_bar], -1)  # (D, N, 2)
     E = square(E)  # A_bar^2 - I
@@ -231,7 +236,7 @@ def diagonal_kernel(log_A, B_bar, C, L):
     log_A, B_bar (D, N/2) complex128, C (n, D, N/2).  Returns (n, D, L) in the dtype of C, but real.
     O(D N L) time, O(D N sqrt L + D L) memory.
     """
-    m = 2 ** ((L - 1).bit_length() // 2)  # about sqrt L
+    m = 2 ** (int(L - 1).bit_length() // 2)  # about sqrt L
     i = torch.arange(0, L, m, device=C.device)[:, None]  # (L / m, 1)
     j = torch.arange(m, device=C.device)[:, None]  # (m, 1)
     v = (C * B_bar)[:, :, None]  # (n, D, 1, N/2)
@@ -286,7 +291,9 @@ def fft_conv(u, K):
     K (D, L) is causal: y[t] = sum_s K[s] u[t - s].
     K (2, D, L) also looks ahead: K[0] holds the lags 0, 1, ... and K[1] the lags -1, -2, ...
     """
-    L = u.shape[1]
+    _, L, D = u.shape
+    if K.shape[:-1] not in ((D,), (2, D)) or (K.ndim == 3 and K.shape[2] < L):
+        raise ValueError(f"expected K ({D}, L) or (2, {D}, {L}), got {tuple(K.shape)}")
     n = fft_length(2 * L - 1)
     K = K[..., :L]
     if u.numel() == 0:  # FFT libraries refuse an empty batch
@@ -376,7 +383,9 @@ class StateSpace(nn.Module):
         return two_level_kernel(*self.system(rate), L)
 
     def kernel(self, L, rate=1.0):
-        """Return K: (D, L), or (2, D, L) if bidirectional (see fft_conv)."""
+        """Return K: (D, L), or (2, D, L) if bidirectional (see fft_conv).  ValueError if L < 1."""
+        if L < 1:
+            raise ValueError(f"the length must be at least 1, got {L}")
         with torch.autocast(self.C.device.type, enabled=False):
             K = self.impulse_response(L, rate)  # (n, D, L)
         return K if self.bidirectional else K[0]
@@ -401,8 +410,15 @@ class StateSpace(nn.Module):
         x = C.new_zeros(batch, *E.shape[:2])
         return State(x, E.to(x.dtype), B_bar.to(x.dtype), C)
 
+    def check_piece(self, x, state):
+        """Refuse x (B, L, D) that would broadcast to the state's batch by accident."""
+        check_input(x, None, self.d_model)
+        if len(x) != len(state.x):
+            raise ValueError(f"expected batch size {len(state.x)} as in the state, got {len(x)}")
+
     def step(self, x_t, state):
         """x_t (B, D), State -> y_t (B, D), new State."""
+        self.check_piece(x_t[:, None], state)
         x, E, B_bar, C = state
         u = x_t.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
@@ -416,6 +432,7 @@ class StateSpace(nn.Module):
 
         Chunks have 1, 2, 4, ... tokens, one per binary digit of L, and then 64.
         """
+        self.check_piece(x, state)
         h, E, columns, C = state
         h = h.permute(1, 2, 0)  # (D, N, B)
         u = x.to(h.dtype).permute(2, 1, 0)  # (D, L, B)
@@ -595,6 +612,8 @@ class S4Model(nn.Module):
             self.embed = nn.Linear(config.n_channels, D)
         else:
             self.embed = nn.Embedding(config.vocab_size, D)
+        if config.n_layers < 1 or self.embed.weight.numel() == 0:
+            raise ValueError(f"every size must be at least 1 in {config}")
         self.blocks = nn.ModuleList()
         for i in range(config.n_layers):
             self.blocks.append(S4Block(D, mixer(config, i), config.dropout))

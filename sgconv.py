@@ -179,7 +179,9 @@ def fft_conv(u, K):  # same as s4.py:fft_conv
     K (D, L) is causal: y[t] = sum_s K[s] u[t - s].
     K (2, D, L) also looks ahead: K[0] holds the lags 0, 1, ... and K[1] the lags -1, -2, ...
     """
-    L = u.shape[1]
+    _, L, D = u.shape
+    if K.shape[:-1] not in ((D,), (2, D)) or (K.ndim == 3 and K.shape[2] < L):
+        raise ValueError(f"expected K ({D}, L) or (2, {D}, {L}), got {tuple(K.shape)}")
     n = fft_length(2 * L - 1)
     K = K[..., :L]
     if u.numel() == 0:  # FFT libraries refuse an empty batch
@@ -223,6 +225,10 @@ class SGConv(nn.Module):
         first_factor=1,
     ):
         super().__init__()
+        sizes = d_model, max_len, kernel_dim, first_factor
+        if min(sizes) < 1 or max_len % 1:
+            names = "d_model, max_len, kernel_dim, first_factor"
+            raise ValueError(f"{names} must be integers of at least 1, got {sizes}")
         self.d_model = d_model
         self.max_len = max_len
         self.bidirectional = bidirectional
@@ -348,6 +354,8 @@ class SGConvModel(nn.Module):
             self.embed = nn.Linear(config.n_channels, D)
         else:
             self.embed = nn.Embedding(config.vocab_size, D)
+        if config.n_layers < 1 or self.embed.weight.numel() == 0:
+            raise ValueError(f"every size must be at least 1 in {config}")
         self.blocks = nn.ModuleList()
         for i in range(config.n_layers):
             self.blocks.append(SGConvBlock(D, mixer(config, i), config.dropout))

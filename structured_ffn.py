@@ -105,6 +105,9 @@ def grid_linear(x, V, U, bias=None):
     """
     n_in, n_out, c, P = V.shape
     S = U.shape[1]
+    if U.shape != (n_out, S, n_in, c) or (bias is not None and bias.shape != (n_out * S,)):
+        shapes = f"V {tuple(V.shape)}, U {tuple(U.shape)}"
+        raise ValueError(f"expected U (n_out, S, n_in, c), bias (n_out S,); got {shapes}")
     V = V.flatten(1, 2)  # (n_in, n_out c, P)
     U = U.flatten(2)  # (n_out, S, n_in c)
     if n_in == n_out == 1:  # fewer calls, which take most of the time when tokens are few
@@ -139,7 +142,7 @@ def paper_to_grid(V, U):
 
 def divide(name, n, k):
     """Return n / k; raises ValueError if k does not divide n."""
-    if n % k:
+    if k < 1 or n % k:
         raise ValueError(f"{name} {n} is not divisible by {k}: choose a multiple of it")
     return n // k
 

@@ -1,0 +1,320 @@
+"""Every public module and function of the model files, used as people use PyTorch.
+
+A new module is covered by adding it to MODULES and SIZES, a new function by adding it to CALLS.
+"""
+
+import copy
+import inspect
+import io
+import pickle
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import checkpoint
+
+import attention
+import dist_attention
+import s4
+import sgconv
+import structured_ffn
+from attention import Attention, Transformer, TransformerConfig
+from s4 import DLR, S4, S4D, S4Config, S4Model, rel_err
+from sgconv import SGConv, SGConv2d, SGConvConfig, SGConvModel
+from structured_ffn import BlockDense, BlockShuffle, LowRank, Merged, StructuredFFN
+
+SLOW = pytest.mark.slow
+ERRORS = (ValueError, RuntimeError, TypeError, IndexError)
+
+# ---------------------------------------------------------------- modules
+
+MODULES = {  # how to make it, shape of an input
+    "S4": (lambda: S4(6, 4), (2, 9, 6)),
+    "S4D": (lambda: S4D(6, 4, bidirectional=True), (2, 9, 6)),
+    "DLR": (lambda: DLR(6, 4), (2, 9, 6)),
+    "SGConv": (lambda: SGConv(6, 16, 4), (2, 9, 6)),
+    "SGConv2d": (lambda: SGConv2d(6, 3, 4, 2), (2, 6, 3, 4)),
+    "Attention": (lambda: Attention(8, 2), (2, 9, 8)),
+    "Attention, RoPE": (lambda: Attention(8, 2, causal=True, rope=True), (2, 9, 8)),
+    "Attention, grouped": (lambda: Attention(8, 4, n_kv_heads=2), (2, 9, 8)),
+    "LowRank": (lambda: LowRank(16, 24, 4), (5, 16)),
+    "BlockDense": (lambda: BlockDense(16, 24, 8, 4), (5, 16)),
+    "BlockShuffle": (lambda: BlockShuffle(16, 24, 2), (5, 16)),
+    "StructuredFFN": (lambda: StructuredFFN(8, 16, partial(LowRank, R=4)), (2, 9, 8)),
+    "S4Model": (lambda: S4Model(S4Config(6, 2, 4, n_channels=3)), (2, 9, 3)),
+    "SGConvModel": (lambda: SGConvModel(SGConvConfig(6, 2, 16, 4, n_channels=3)), (2, 9, 3)),
+    "Transformer": (lambda: Transformer(TransformerConfig(8, 2, 2, n_channels=3)), (2, 9, 3)),
+}
+EACH = pytest.mark.parametrize("name", MODULES)
+
+
+def build(name, seed=0):
+    make, shape = MODULES[name]
+    torch.manual_seed(seed)
+    return make(), torch.randn(shape)
+
+
+def gradients(run, module, x):
+    """Gradients of the input and of all parameters, as one vector."""
+    module.zero_grad()
+    x = x.clone().requires_grad_()
+    run(x).sin().sum().backward()
+    return torch.cat([p.grad.flatten() for p in [x, *module.parameters()]])
+
+
+def test_every_module_is_in_the_list():
+    tested = {Merged}  # for inference only
+    for name in MODULES:
+        for module in build(name)[0].modules():
+            tested.update(type(module).__mro__)
+    for file in (s4, sgconv, attention, structured_ffn):
+        for _, kind in inspect.getmembers(file, inspect.isclass):
+            if issubclass(kind, nn.Module) and kind.__module__ == file.__name__:
+                assert kind in tested
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@EACH
+def test_activation_checkpointing_changes_no_gradient(name, use_reentrant):
+    module, x = build(name)
+    again = partial(checkpoint.checkpoint, module, use_reentrant=use_reentrant)
+    assert torch.equal(gradients(again, module, x), gradients(module, module, x))
+
+
+@SLOW
+@EACH
+def test_compiles(name):
+    torch.compiler.reset()
+    module, x = build(name)
+    module = module.double()
+    x = x.double()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    assert rel_err(gradients(compiled, module, x), gradients(module, module, x)) < 1e-12
+
+
+@EACH
+def test_autocast_is_close_to_float32(name):
+    module, x = build(name)
+    run = torch.autocast("cpu", torch.bfloat16)(module.forward)
+    assert rel_err(run(x), module(x)) < 0.03
+    assert rel_err(gradients(run, module, x), gradients(module, module, x)) < 0.1
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-5), (torch.bfloat16, 0.1)])
+@EACH
+def test_converted_modules_are_close(name, dtype, limit):
+    module, x = build(name)
+    want = module(x)
+    got = module.to(dtype)(x.to(dtype))
+    assert got.dtype == dtype
+    assert rel_err(got, want) < limit  # False for nan
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@EACH
+def test_a_copy_gives_the_same_bits_and_shares_nothing(name, clone):
+    module, x = build(name)
+    gradients(module, module, x)  # what a training step leaves behind is copied as well
+    want = module(x)
+    twin = clone(module)
+    assert torch.equal(twin(x), want)
+    for p in twin.parameters():
+        p.data.zero_()
+    assert torch.equal(module(x), want)
+
+
+@EACH
+def test_a_saved_state_dict_gives_the_same_bits(name):
+    module, x = build(name)
+    other, _ = build(name, seed=1)
+    assert not torch.equal(other(x), module(x))
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other(x), module(x))
+
+
+@EACH
+def test_exports(name):
+    module, x = build(name)
+    with torch.no_grad():
+        program = torch.export.export(module.eval(), (x,), strict=False)
+        assert rel_err(program.module()(x), module(x)) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    store = tmp_path_factory.mktemp("ranks") / "store"
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@SLOW
+@pytest.mark.parametrize("option", [None, "static_graph", "gradient_as_bucket_view"])
+@EACH
+def test_data_parallel_changes_no_gradient(name, option, one_rank):
+    module, x = build(name)
+    want = gradients(module, module, x)
+    options = {option: True} if option else {}
+    parallel = DistributedDataParallel(module, **options)
+    for _ in range(2):  # a static graph is recorded in the first step
+        assert torch.equal(gradients(parallel, module, x), want)
+
+
+# ---------------------------------------------------------------- functions: shapes and dtypes
+
+LENGTHS = {  # X = I P, Y = O S
+    "B": 2, "C": 4, "D": 3, "E": 8, "G": 2, "H": 4, "I": 2, "L": 6, "N": 4, "O": 3, "P": 5,
+    "S": 4, "X": 10, "Y": 12, "1": 1, "*": 2,
+}  # fmt: skip
+
+torch.manual_seed(0)
+S4_LAYER = S4(3, 4).double()
+HEADS = Attention(8, 2, causal=True, rope=True).double()
+VALUES = {"n_channels": 3, "causal": True}
+QKV = "q BHnE, k BGLE, v BGLe, keep BL"
+RING = "q BHnE, k BGLE, v BGLE, keep BL"
+MIXER = "x BLD, keep BL"
+
+# Axes in capitals have one length only, others any; * stands for any axes.
+CALLS = {
+    "attention": (attention.attention, QKV),
+    "attention_slow": (attention.attention_slow, QKV),
+    "attention_online": (attention.attention_online, QKV),
+    "merge": (attention.merge, "out BHLE, lse BHL, out_block BHLE, lse_block BHL"),
+    "sinusoids": (attention.sinusoids, "x *Le, positions L"),
+    "rotate": (attention.rotate, "x *LE, positions L"),
+    "Attention": (HEADS, "x BLE, keep BL, positions L"),
+    "Attention.prefill": (lambda x: HEADS.prefill(x, HEADS.initial_state(2)), "x BlE"),
+    "Attention.step": (lambda x_t: HEADS.step(x_t, HEADS.initial_state(2)), "x_t BE"),
+    "fft_conv": (s4.fft_conv, "u blD, K Dl"),
+    "fft_conv, both ways": (sgconv.fft_conv, "u blD, K *DL"),
+    "two_level_kernel": (partial(s4.two_level_kernel, L=7), "E DNN, B_bar DN1, C DnN"),
+    "S4": (S4_LAYER, MIXER),
+    "S4.prefill": (lambda x: S4_LAYER.prefill(x, S4_LAYER.initial_state(2)), "x BlD"),
+    "S4.step": (lambda x_t: S4_LAYER.step(x_t, S4_LAYER.initial_state(2)), "x_t BD"),
+    "S4D": (S4D(3, 4).double(), MIXER),
+    "DLR": (DLR(3, 4).double(), MIXER),
+    "SGConv": (SGConv(3, 16, 4).double(), MIXER),
+    "grid_linear": (structured_ffn.grid_linear, "x *X, V IOCP, U OSIC, bias Y"),
+    "grid_linear, one block": (structured_ffn.grid_linear, "x *P, V 11CP, U 1S1C, bias S"),
+    "S4Model": (S4Model(S4Config(4, 1, 4, **VALUES)).double(), MIXER),
+    "SGConvModel": (SGConvModel(SGConvConfig(4, 1, 8, 4, **VALUES)).double(), MIXER),
+    "Transformer": (Transformer(TransformerConfig(8, 1, 2, **VALUES)).double(), MIXER),
+    "ring_attention": (dist_attention.ring_attention, RING),
+    "allgather_attention": (dist_attention.allgather_attention, RING),
+    "ulysses_attention": (dist_attention.ulysses_attention, RING),
+}
+
+
+def arguments(spec):
+    """Return {name: its axes} and {name: a right tensor, with small integers as values}."""
+    axes = dict(argument.split() for argument in spec.split(", "))
+    tensors = {}
+    for name, letters in axes.items():
+        shape = [LENGTHS[letter.upper()] for letter in letters]
+        tensors[name] = torch.randint(-3, 4, shape).double()
+    if "keep" in axes:
+        tensors["keep"] = tensors["keep"] > -3
+    if "positions" in axes:
+        tensors["positions"] = torch.arange(LENGTHS["L"])
+    return axes, tensors
+
+
+def wrong_shapes(axes, shape):
+    """Yield the shapes that broadcast where an axis has one length only."""
+    for i, letter in enumerate(axes):
+        if letter.isupper():
+            yield *shape[:i], 1, *shape[i + 1 :]
+    if "*" not in axes:
+        yield from (shape[1:], (1, *shape), (*shape, 1))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_shape_that_would_broadcast_is_refused(name):
+    call, spec = CALLS[name]
+    axes, right = arguments(spec)
+    call(**right)
+    accepted = []
+    for argument, letters in axes.items():
+        for shape in wrong_shapes(letters, tuple(right[argument].shape)):
+            wrong = right[argument].new_ones(shape)
+            try:
+                call(**{**right, argument: wrong})
+            except ERRORS:
+                continue
+            accepted.append((argument, shape))
+    assert not accepted
+
+
+def first(result):
+    """Return the output, without log-sum-exp or state."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_integers_are_refused_or_mean_the_same(name):
+    """Never rounded results in silence."""
+    call, spec = CALLS[name]
+    _, right = arguments(spec)
+    want = first(call(**right))
+    for argument, tensor in right.items():
+        try:
+            got = first(call(**{**right, argument: tensor.long()}))
+        except ERRORS:
+            continue
+        assert rel_err(got, want) < 1e-6, argument
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def s4_model(**sizes):
+    return S4Model(S4Config(**sizes))
+
+
+def sgconv_model(**sizes):
+    return SGConvModel(SGConvConfig(**sizes))
+
+
+def transformer(**sizes):
+    return Transformer(TransformerConfig(**sizes))
+
+
+SIZES = {
+    "S4": (S4, {"d_model": 4, "d_state": 4}),
+    "S4D": (S4D, {"d_model": 4, "d_state": 4}),
+    "DLR": (DLR, {"d_model": 4, "d_state": 4}),
+    "SGConv": (SGConv, {"d_model": 4, "max_len": 8, "kernel_dim": 2, "first_factor": 2}),
+    "SGConv2d": (SGConv2d, {"d_model": 4, "height": 3, "width": 3, "kernel_dim": 2}),
+    "Attention": (Attention, {"d_model": 8, "n_heads": 4, "n_kv_heads": 2}),
+    "LowRank": (LowRank, {"d_in": 8, "d_out": 8, "R": 2}),
+    "BlockDense": (BlockDense, {"d_in": 8, "d_out": 8, "R": 4, "n_blocks": 2}),
+    "BlockShuffle": (BlockShuffle, {"d_in": 8, "d_out": 8, "n_blocks": 2}),
+    "S4Model": (s4_model, {"d_model": 4, "n_layers": 1, "d_state": 4, "n_channels": 1}),
+    "SGConvModel": (sgconv_model, {"d_model": 4, "n_layers": 1, "max_len": 8, "vocab_size": 3}),
+    "Transformer": (transformer, {"d_model": 4, "n_layers": 1, "d_ff": 4, "vocab_size": 3}),
+    "S4.kernel": (S4_LAYER.kernel, {"L": 5}),
+    "S4D.kernel": (S4D(3, 4).kernel, {"L": 5}),
+    "SGConv.kernel": (SGConv(3, 16, 4).kernel, {"L": 5}),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_are_positive_integers_also_those_of_numpy(name):
+    make, sizes = SIZES[name]
+    make(**{size: np.int64(value) for size, value in sizes.items()})
+    accepted = []
+    for size in sizes:
+        for value in (0, -1, 1.5):
+            try:
+                make(**{**sizes, size: value})
+            except ERRORS:
+                continue
+            accepted.append((size, value))
+    assert not accepted
