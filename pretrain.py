@@ -73,6 +73,10 @@ def load_data(config):
         losses = ["ce", "l1"]  # gray levels are symbols and numbers
     if config.objective != "none" and config.loss not in losses:
         raise ValueError(f"loss {config.loss!r} does not fit task {config.task}: use --loss")
+    labels = np.concatenate([data.train.labels, data.val.labels, data.test.labels])
+    if labels.min() < 0 or labels.max() >= data.n_classes:
+        found = f"labels {labels.min()} to {labels.max()}"
+        raise ValueError(f"task {config.task} has {found}, expected 0 to {data.n_classes - 1}")
     return data
 
 
@@ -85,9 +89,8 @@ class Resident:
     def __init__(self, split, data, device):
         self.tokens = torch.from_numpy(np.ascontiguousarray(split.tokens)).to(device)
         self.labels = torch.from_numpy(split.labels).to(device)  # (n,)
-        self.lengths = np.asarray(
-            split.lengths
-        )  # (n,) or (n, 2), on the host: they decide the order of batches
+        # (n,) or (n, 2), on the host: they decide the order of batches
+        self.lengths = np.asarray(split.lengths)
         self.data = data
         self.pairs = self.lengths.ndim == 2
 
@@ -513,7 +516,11 @@ def load_pretrained(model, config, data):
     now.update({name: getattr(data, name) for name in TOKENS})
     if changed := differences(old, now):
         raise ValueError(f"{path} was pretrained with other settings or data: {changed}")
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:  # sizes that follow from the data, such as sgconv's longest input
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} does not fit this model: {reason[:300]}") from error
 
 
 def identity(data):

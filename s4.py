@@ -311,8 +311,9 @@ def check_input(x, keep, d_model):
     """Refuse shapes that would broadcast by accident, and integers."""
     if x.ndim != 3 or x.shape[2] != d_model or not x.is_floating_point():
         raise ValueError(f"expected float x (B, L, {d_model}), got {tuple(x.shape)} {x.dtype}")
-    if keep is not None and keep.shape != x.shape[:2]:
-        raise ValueError(f"expected keep {tuple(x.shape[:2])}, got {tuple(keep.shape)}")
+    if keep is not None and (keep.shape != x.shape[:2] or keep.dtype != torch.bool):
+        got = f"{tuple(keep.shape)} {keep.dtype}"
+        raise ValueError(f"expected bool keep {tuple(x.shape[:2])}, got {got}")
 
 
 def per_channel(v, d_model):

@@ -134,6 +134,8 @@ def misfit(f, value):
     types = (int, float) if f.type is float else f.type
     if not isinstance(value, types) or isinstance(value, bool) != (f.type is bool):
         return f.type.__name__
+    if value == "":
+        return "a value"
     choices = f.metadata["choices"]
     if choices and value not in choices:
         return f"one of {', '.join(choices)}"

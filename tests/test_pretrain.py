@@ -16,6 +16,7 @@ from runs import TINY, bits, lattice, load_small, run, same, start
 import checkpoint
 import lra_data
 import pretrain
+import sgconv
 from pretrain import Resident
 from settings import Config
 
@@ -664,3 +665,29 @@ def test_ranks_wait_for_every_file_that_rank_0_writes(small_lattice, tmp_path, m
     run(tmp_path, "a")
     stage = "checkpoint wait checkpoint wait"
     assert " ".join(events[2:]) == f"{stage} pretrained wait {stage}"
+
+
+def test_labels_out_of_range_are_refused_before_training(monkeypatch):
+    data = lra_data.load("lattice", n_train=8, n_val=4, n_test=4)
+    data.test.labels[0] = 2
+    monkeypatch.setattr(lra_data, "load", lambda task, data_dir: data)
+    with pytest.raises(ValueError, match="labels 0 to 2, expected 0 to 1"):
+        pretrain.load_data(Config())
+
+
+def test_an_empty_directory_name_is_refused():
+    with pytest.raises(ValueError, match="out '': expected a value"):
+        Config(out="")
+
+
+def test_weights_of_another_length_are_refused_in_one_line(tmp_path):
+    data = lra_data.load("lattice", n_train=8, n_val=4, n_test=4)
+    config = Config(model="sgconv", pretrained=str(tmp_path / "pretrained.pt"))
+    model = pretrain.build_model(config, data)
+    about = {"settings": vars(config), "data": pretrain.identity(data)}
+    weights = {"model": model.state_dict(), "head": {}}
+    checkpoint.save(tmp_path / "pretrained.pt", {**weights, **about})
+    pretrain.load_pretrained(model, config, data)
+    model.blocks[0].mixer = sgconv.SGConv(config.d_model, 128, 32, bidirectional=True)
+    with pytest.raises(ValueError, match=r"pretrained.pt does not fit this model: .*mixer.w"):
+        pretrain.load_pretrained(model, config, data)
