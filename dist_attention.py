@@ -377,11 +377,11 @@ class RingAttention(torch.autograd.Function):
 def ring_attention(q, k, v, causal=False, keep=None, *, group=None, layout="contiguous"):
     """Exact attention over shards, keys and values going round a ring (arXiv:2310.01889v4).
 
-    q: (B, H, n, E), k, v: (B, G, m, E): this rank's tokens in the given layout; n and m may differ
-    across ranks and be 0.  causal: queries and keys are of the same tokens.  keep: (B, m) bool.
-    Returns (B, H, n, E) in the dtype of q, with gradients.  Every rank of the group must call it,
-    forward and backward.  Raises the same ValueError on every rank if ranks disagree, RankLost if
-    one died or is silent.
+    q: (B, H, n, E), k, v: (B, G, m, E): this rank's tokens as the layout gives them (`positions`),
+    of short sequences perhaps none.  keep: (B, m) bool.  causal: queries and keys are of the same
+    tokens.  Returns (B, H, n, E) in the dtype of q, with gradients.  Every rank of the group must
+    call it, forward and backward.  Raises the same ValueError on every rank if ranks disagree,
+    RankLost if one died or is silent.
     """
     plan = agree_on_attention("ring", q, k, v, causal, keep, group, layout)
     return RingAttention.apply(plan, q, torch.stack([k, v]))

@@ -333,7 +333,10 @@ def log_uniform(low, high, *shape):
 
 
 class State(NamedTuple):
-    """Recurrent state and the discretized system; make a new one after changing parameters."""
+    """Recurrent state and the discretized system; make a new one after changing parameters.
+
+    To keep x over training steps: layer.initial_state(B)._replace(x=state.x.detach()).
+    """
 
     x: torch.Tensor  # (B, D, N)
     E: torch.Tensor  # (D, N, N)
