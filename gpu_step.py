@@ -1,0 +1,119 @@
+"""A training step as a CUDA graph: one call starts all kernels of a step.
+
+    step = CapturedStep(take_step, model, optimizer)
+    sums = step(batch)  # as take_step(batch)
+
+On a GPU a small model spends most of a step launching kernels.  A CUDA graph records the launches
+of a step once and then repeats them, in the same memory.  So, in a step that is recorded,
+
+    inputs          are copied into buffers, one set per shape of the batch
+    shapes          do not depend on the data: a loss with weights, where x[mask] would be plainer
+    learning rates  are tensors, which every replay reads (see `prepare` and `set_lr`)
+    random numbers  follow torch's generator: torch.manual_seed before a step acts as outside
+    gradients       live within the step, which begins and ends with p.grad = None
+
+Not included: steps of several processes, whose messages would have to be part of the graph.
+"""
+
+import warnings
+from functools import partial
+
+import torch
+
+
+def prepare(optimizer, device, graphs):
+    """Set AdamW up for this device, and for graphs; again after load_state_dict, which undoes it.
+
+    On a GPU one kernel updates all parameters, and the learning rates are float32 tensors.
+    """
+    gpu = torch.device(device).type == "cuda"
+    for group in optimizer.param_groups:
+        group["fused"] = gpu or None  # None: as torch chooses
+        group["capturable"] = graphs
+        lr = float(group["lr"])
+        group["lr"] = torch.tensor(lr, device=device) if gpu else lr
+    for state in optimizer.state.values():  # of a checkpoint, perhaps from another device
+        state["step"] = state["step"].to(device if gpu else "cpu")
+
+
+def set_lr(group, lr):
+    """Set the learning rate of a group, in place if it is a tensor that graphs read."""
+    if torch.is_tensor(group["lr"]):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
+
+
+class Graphs:
+    """Records functions as CUDA graphs.  They share memory: only one of them runs at a time."""
+
+    def __init__(self):
+        if not torch.cuda.is_available():
+            raise ValueError("CUDA graphs need a CUDA device, and PyTorch finds none here")
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()  # the default stream cannot be recorded
+
+    def rehearse(self, function):
+        """Call the function: what is loaded at the first call cannot be recorded."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            function()
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def record(self, function):
+        """Record the launches of function() without running them.  Returns replay() -> tensor."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            out = function()
+
+        def replay():
+            graph.replay()
+            return out.clone()  # the next replay of any graph may write there
+
+        return replay
+
+
+class CapturedStep:
+    """Call a step on a batch: recorded when a shape is new, replayed from then on.
+
+    step: batch, a NamedTuple of tensors and None -> tensor.  It may change what is in the state
+    dicts of `model` and `optimizer` (AdamW), and torch's generators; nothing else.
+    ValueError without a CUDA device.
+    """
+
+    def __init__(self, step, model, optimizer, graphs=None):
+        self.step = step
+        self.model = model
+        self.optimizer = optimizer
+        self.graphs = graphs or Graphs()
+        self.recorded = {}  # shapes -> buffers, replay
+
+    def __call__(self, batch):
+        shapes = tuple(None if t is None else (t.shape, t.dtype) for t in batch)
+        if shapes not in self.recorded:
+            buffers = [None if t is None else t.clone() for t in batch]
+            step = partial(self.step, type(batch)(*buffers))
+            self.rehearse(step)
+            self.recorded[shapes] = buffers, self.graphs.record(step)
+        buffers, replay = self.recorded[shapes]
+        for buffer, t in zip(buffers, batch, strict=True):
+            if t is not None:
+                buffer.copy_(t)
+        return replay()
+
+    def rehearse(self, step):
+        """Take the step, then undo it."""
+        old_states = set(self.optimizer.state)
+        kept = list(self.model.state_dict().values())
+        for state in self.optimizer.state.values():
+            kept += state.values()
+        copies = [t.clone() for t in kept]
+        gpus = range(torch.cuda.device_count())
+        with torch.random.fork_rng(gpus), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # AdamW prefers not to be called outside a graph
+            self.graphs.rehearse(step)
+        for t, copy in zip(kept, copies, strict=True):
+            t.copy_(copy)
+        for p in set(self.optimizer.state) - old_states:
+            for t in self.optimizer.state[p].values():
+                t.zero_()  # as AdamW begins
