@@ -77,10 +77,12 @@ def test_a_replay_reads_the_buffers_not_the_batch_that_was_recorded():
     model = nn.Linear(1, 1)
     optimizer = torch.optim.AdamW(model.parameters())
     step = CapturedStep(lambda batch: seen.append(batch) or batch.x + 0, model, optimizer, Again())
-    step(Batch(torch.tensor([1.0]), None))
-    x = torch.tensor([2.0])
-    assert step(Batch(x, None)).item() == 2.0
-    assert seen[-1].x is seen[0].x is not x
+    first = torch.tensor([1.0])
+    second = torch.tensor([2.0])
+    step(Batch(first, None))
+    assert step(Batch(second, None)).item() == 2.0
+    assert seen[-1].x is seen[0].x
+    assert (first.item(), second.item()) == (1.0, 2.0)  # the caller's own stay as they were
 
 
 def test_without_a_gpu_graphs_are_refused(monkeypatch):
@@ -101,7 +103,16 @@ def test_an_optimizer_saved_on_a_gpu_continues_on_a_cpu():
         group.update(fused=True, capturable=True, lr=torch.tensor(0.1))
     optimizer.load_state_dict(state)
     prepare(optimizer, "cpu", graphs=False)
-    for group in optimizer.param_groups:
-        set_lr(group, 0.2)
-        assert group["lr"] == 0.2 and not group["fused"] and not group["capturable"]
+    (group,) = optimizer.param_groups
+    assert type(group["lr"]) is float and not group["fused"] and not group["capturable"]
     optimizer.step()
+
+
+def test_set_lr_keeps_a_tensor_which_a_graph_reads():
+    lr = torch.tensor(0.1)
+    group = {"lr": lr}
+    set_lr(group, 0.25)
+    assert group["lr"] is lr and lr.item() == 0.25
+    group = {"lr": 0.1}
+    set_lr(group, 0.25)
+    assert group["lr"] == 0.25
