@@ -76,10 +76,13 @@ class Data:
     val: Split
     test: Split
     vocab_size: int | None
-    n_classes: int
+    n_classes: int | None  # None: regression, labels are (n, k) float32
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     symbols: tuple[str, ...] | None = None  # the text of each token
+    classes: tuple[str, ...] | None = None  # the name of each class
+    y_mean: tuple[float, ...] | None = None  # of the training labels of a regression
+    y_std: tuple[float, ...] | None = None
 
 
 # ------------------------------------------------------------------------------------------ lattice

@@ -206,9 +206,10 @@ def denoise(run, n, data_dir=None):
     config = replace(config, device="cpu", compile=False, sequence_parallel=None)
     config = replace(config, data_dir=data_dir or config.data_dir, precision="float32")
     data = pretrain.load_data(config)
-    resident = pretrain.Resident(data.val, data, "cpu").documents()
-    model = pretrain.build_model(config, data).float().eval()
-    head = pretrain.build_head("pretrain", config, resident)
+    about = pretrain.identity(data)
+    resident = pretrain.Resident(data.val, about, "cpu").documents()
+    model = pretrain.build_model(config, about).float().eval()
+    head = pretrain.build_head("pretrain", config, about)
     model.load_state_dict(state["model"])
     head.load_state_dict(state["head"])
 

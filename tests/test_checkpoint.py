@@ -156,11 +156,19 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     assert checkpoint.load(path) == {"step": 1}
 
 
-def test_a_new_run_leaves_no_weights_of_the_old_one(tmp_path):
+def test_a_finished_run_is_replaced_only_with_overwrite(tmp_path, monkeypatch):
+    """And refused before the data are loaded; a new run leaves no weights of the old one."""
     run(tmp_path, "a")
     assert (tmp_path / "a" / "pretrained.pt").exists()
-    run(tmp_path, "a", objective="none", seed=1)
+    before = bits(tmp_path / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "load_data", lambda config: die())
+        with pytest.raises(ValueError, match=r"a contains a finished run: pass --overwrite"):
+            run(tmp_path, "a", seed=1)
+    same(before, bits(tmp_path / "a"))
+    run(tmp_path, "a", objective="none", seed=1, overwrite=True)
     assert not (tmp_path / "a" / "pretrained.pt").exists()
+    assert (tmp_path / "a" / "metrics.jsonl").read_text().count("pretrain") == 0
 
 
 def test_a_folder_in_use_is_refused(tmp_path):

@@ -17,7 +17,7 @@ import checkpoint
 import lra_data
 import pretrain
 import sgconv
-from pretrain import Resident
+from pretrain import identity
 from settings import Config
 
 ROOT = Path(__file__).parent.parent
@@ -55,12 +55,16 @@ def pairs(lengths):
     return replace(data, train=split, val=split, test=split)
 
 
+def resident(data, split):
+    return pretrain.Resident(getattr(data, split), identity(data), "cpu")
+
+
 def batch_of(data, stage="pretrain", seed=0, **settings):
     config = Config(**(TINY | settings))
-    resident = Resident(data.train, data, "cpu")
+    split = resident(data, "train")
     generator = pretrain.seeded(config, seed)
-    index = np.arange(len(resident))
-    return config, pretrain.make_batch(resident, index, stage, config, generator)
+    index = np.arange(len(split))
+    return config, pretrain.make_batch(split, index, stage, config, generator)
 
 
 # ------------------------------------------------------------------------------- corruption
@@ -129,14 +133,14 @@ def test_a_pair_is_two_documents_with_one_label():
     config, batch = batch_of(data, "finetune")
     assert batch.x.shape == (4, 9) and batch.target.tolist() == [0, 1]
     assert torch.equal(batch.x, torch.from_numpy(data.train.tokens.reshape(4, 9)).long())
-    model = pretrain.build_model(config, data)
-    head = pretrain.build_head("finetune", config, Resident(data.train, data, "cpu"))
+    model = pretrain.build_model(config, identity(data))
+    head = pretrain.build_head("finetune", config, identity(data))
     assert pretrain.loss_sums(model, head, batch, config)[1][1] == 2
 
 
 def test_pretraining_takes_the_documents_of_pairs_one_by_one():
     data = pairs([4, 9, 5, 7])
-    split = Resident(data.train, data, "cpu")
+    split = resident(data, "train")
     single = split.documents()
     assert len(single) == 4 and single.lengths.tolist() == [4, 9, 5, 7]
     assert single.labels.tolist() == [0, 0, 1, 1] and split.pairs and not single.pairs
@@ -163,10 +167,10 @@ def test_sgconv_reaches_as_far_as_the_longest_split(shape):
     }[shape]
     data = replace(short, test=long.test)
     config = Config(**TINY, model="sgconv", loss="l1" if shape == "numbers" else "ce")
-    model = pretrain.build_model(config, data)
+    model = pretrain.build_model(config, identity(data))
     assert model.config.max_len == 30
-    resident = Resident(data.test, data, "cpu")
-    batch = pretrain.make_batch(resident, np.arange(len(resident)), "finetune", config, None)
+    split = resident(data, "test")
+    batch = pretrain.make_batch(split, np.arange(len(split)), "finetune", config, None)
     assert model(batch.x, batch.keep).shape[1] == 30
 
 
@@ -177,7 +181,7 @@ def test_sgconv_reaches_as_far_as_the_longest_split(shape):
 def test_sgconv_has_the_published_kernel_of_its_task(task, width, decay):
     data = numbers(L=256, C=1) if task == "image-real" else symbols([256, 256])
     config = Config(**(TINY | {"kernel_dim": None}), model="sgconv", task=task)
-    mixer = pretrain.build_model(config, data).blocks[0].mixer
+    mixer = pretrain.build_model(config, identity(data)).blocks[0].mixer
     assert (mixer.w.shape[-1], mixer.decay.__name__) == (width, decay)
 
 
@@ -202,8 +206,8 @@ def test_bucketing_leaves_little_padding():
 
 def test_subsets_are_nested():
     data = symbols(range(1, 33))
-    resident = Resident(data.train, data, "cpu")
-    small, large = resident.subset(5), resident.subset(20)
+    split = resident(data, "train")
+    small, large = split.subset(5), split.subset(20)
     assert np.array_equal(small.lengths, large.lengths[:5]) and len(set(large.lengths)) == 20
 
 
@@ -214,9 +218,8 @@ def test_subsets_are_nested():
 def test_structured_ffns_stand_in_all_blocks_but_the_first(ffn):
     data = symbols([9, 9])
     sizes = {"d_model": 32, "d_ff": 128, "n_layers": 3}
-    dense, model = (
-        pretrain.build_model(Config(**(TINY | sizes), ffn=kind), data) for kind in ("dense", ffn)
-    )
+    dense = pretrain.build_model(Config(**(TINY | sizes)), identity(data))
+    model = pretrain.build_model(Config(**(TINY | sizes), ffn=ffn), identity(data))
     count = [[sum(p.numel() for p in b.ffn.parameters()) for b in m.blocks] for m in (dense, model)]
     assert count[0][0] == count[1][0] and all(n < 0.5 * count[0][0] for n in count[1][1:])
     assert model(torch.zeros(2, 9, dtype=torch.long)).shape == (2, 9, 32)
@@ -244,12 +247,12 @@ def test_a_batch_mate_never_changes_a_result(model, objective, pooling):
     data = symbols([5, 30, 12])
     config = Config(**TINY, model=model, objective=objective, pooling=pooling)
     torch.manual_seed(0)
-    body = pretrain.build_model(config, data).double().eval()
-    resident = Resident(data.train, data, "cpu")
-    head = pretrain.build_head("finetune", config, resident).double()
+    body = pretrain.build_model(config, identity(data)).double().eval()
+    split = resident(data, "train")
+    head = pretrain.build_head("finetune", config, identity(data)).double()
 
     def logits(index):
-        batch = pretrain.make_batch(resident, np.array(index), "finetune", config, None)
+        batch = pretrain.make_batch(split, np.array(index), "finetune", config, None)
         return head(pretrain.pool(body(batch.x, batch.keep), batch.keep, pooling))
 
     together = logits([0, 1, 2])
@@ -264,7 +267,7 @@ def test_loss_counts_only_the_chosen_positions():
     data = symbols([8, 12, 12])
     config, batch = batch_of(data, mask_ratio=0.5)
     h = torch.randn(3, 12, 16)
-    head = pretrain.build_head("pretrain", config, Resident(data.train, data, "cpu"))
+    head = pretrain.build_head("pretrain", config, identity(data))
     spoiled = torch.where(batch.where[..., None], h, 1e3)
     loss, sums = pretrain.loss_sums(lambda x, keep: h, head, batch, config)
     assert torch.equal(loss, pretrain.loss_sums(lambda x, keep: spoiled, head, batch, config)[0])
@@ -278,9 +281,9 @@ def test_loss_counts_only_the_chosen_positions():
 def test_an_absolute_error_has_no_accuracy():
     data = numbers(C=3)
     config, batch = batch_of(data, task="image-real")
-    split = Resident(data.train, data, "cpu")
-    head = pretrain.build_head("pretrain", config, split)
-    model = pretrain.build_model(config, data)
+    split = resident(data, "train")
+    head = pretrain.build_head("pretrain", config, identity(data))
+    model = pretrain.build_model(config, identity(data))
     loss, _ = pretrain.loss_sums(model, head, batch, config)
     error = (head(model(batch.x)) - batch.target).abs()[batch.where]
     assert loss.item() == pytest.approx(error.mean(-1).sum().item(), rel=1e-5)
@@ -452,7 +455,7 @@ def test_processes_share_the_masks_but_drop_other_units():
 
 def test_random_init_leaves_no_structure():
     config = Config(**(TINY | {"d_model": 64}), model="s4", random_init=True)
-    model = pretrain.initial_model(config, lattice())
+    model = pretrain.initial_model(config, identity(lattice()), [64])
     values = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert abs(values.mean()) < 0.002 and abs(values.std() - 0.1) < 0.002
     assert all(p.std() > 0.02 for p in model.parameters())
@@ -495,7 +498,7 @@ def test_ten_step_trajectory_in_float64(model, tmp_path):
 
 def test_evaluation_counts_every_example_once():
     data = lattice()
-    config, resident = Config(**TINY), Resident(data.val, data, "cpu")
+    config, split = Config(**TINY), resident(data, "val")
     seen = []
 
     class Body(torch.nn.Module):
@@ -504,7 +507,7 @@ def test_evaluation_counts_every_example_once():
             return x[..., None].double().expand(-1, -1, 16)
 
     head = torch.nn.Linear(16, 2).double()
-    score = pretrain.evaluate(Body(), head, resident, "finetune", replace(config, batch_size=7))
+    score = pretrain.evaluate(Body(), head, split, "finetune", replace(config, batch_size=7))
     assert sorted(seen) == sorted(data.val.tokens.tolist())
     logits = head(torch.tensor(data.val.tokens).double().mean(1, keepdim=True).expand(-1, 16))
     right = (logits.argmax(1).numpy() == data.val.labels).mean()
@@ -591,7 +594,7 @@ def test_a_dead_rank_ends_the_other_and_the_run_goes_on(tmp_path):
     [
         ({"d_model": 30, "n_heads": 4}, "30.*4"),
         ({"labels": 97}, "labels 97.*96"),
-        ({"pictures": 5}, "task lattice has no"),
+        ({"pictures": 5}, "task lattice has no option --pictures"),
         ({"loss": "l1"}, "'l1' does not fit task lattice"),
     ],
 )
@@ -660,11 +663,10 @@ def test_ranks_wait_for_every_file_that_rank_0_writes(small_lattice, tmp_path, m
         save(path, state)
 
     monkeypatch.setattr(checkpoint, "save", spy)
-    monkeypatch.setattr(pretrain, "save", spy)
     monkeypatch.setattr(pretrain, "wait_for_rank0", lambda: events.append("wait"))
     run(tmp_path, "a")
     stage = "checkpoint wait checkpoint wait"
-    assert " ".join(events[2:]) == f"{stage} pretrained wait {stage}"
+    assert " ".join(events[3:]) == f"{stage} pretrained wait {stage} model wait"
 
 
 def test_labels_out_of_range_are_refused_before_training(monkeypatch):
@@ -683,11 +685,11 @@ def test_an_empty_directory_name_is_refused():
 def test_weights_of_another_length_are_refused_in_one_line(tmp_path):
     data = lra_data.load("lattice", n_train=8, n_val=4, n_test=4)
     config = Config(model="sgconv", pretrained=str(tmp_path / "pretrained.pt"))
-    model = pretrain.build_model(config, data)
-    about = {"settings": vars(config), "data": pretrain.identity(data)}
+    model = pretrain.build_model(config, identity(data))
+    about = {"settings": vars(config), "data": identity(data)}
     weights = {"model": model.state_dict(), "head": {}}
     checkpoint.save(tmp_path / "pretrained.pt", {**weights, **about})
-    pretrain.load_pretrained(model, config, data)
+    pretrain.load_pretrained(model, config, identity(data))
     model.blocks[0].mixer = sgconv.SGConv(config.d_model, 128, 32, bidirectional=True)
     with pytest.raises(ValueError, match=r"pretrained.pt does not fit this model: .*mixer.w"):
-        pretrain.load_pretrained(model, config, data)
+        pretrain.load_pretrained(model, config, identity(data))
