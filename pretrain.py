@@ -130,7 +130,7 @@ class Resident:
         self.tokens = torch.from_numpy(np.ascontiguousarray(split.tokens)).to(device)
         self.labels = torch.from_numpy(split.labels).to(device)  # (n,), or (n, k) for regression
         if about["y_mean"] is not None:
-            self.labels = standardize(self.labels, about["y_mean"], about["y_std"])
+            self.labels = standardize(self.labels, about)
         # (n,) or (n, 2), on the host: they decide the order of batches
         self.lengths = np.asarray(split.lengths)
         self.about = about
@@ -183,11 +183,16 @@ def trim(raw, lengths):
     return raw, torch.arange(L, device=raw.device) < lengths[:, None]
 
 
-def standardize(y, mean, std):
-    """(n, k) labels -> float64 targets of mean 0 and standard deviation 1 in training."""
-    mean = torch.tensor(mean, dtype=torch.float64, device=y.device)
-    std = torch.tensor(std, dtype=torch.float64, device=y.device)
-    return (y - mean) / std
+def standardize(y, about):
+    """y (n, k) -> float64 targets of mean 0 and standard deviation 1 in training."""
+    y = y.double()
+    return (y - y.new_tensor(about["y_mean"])) / y.new_tensor(about["y_std"])
+
+
+def in_units_of_y(target, about):
+    """The inverse of `standardize`."""
+    target = target.double()
+    return target * target.new_tensor(about["y_std"]) + target.new_tensor(about["y_mean"])
 
 
 def draw(lengths, batch_size, *seed):
