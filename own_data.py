@@ -13,9 +13,9 @@
     my.py:load  a function without arguments that returns a `Data`: from_arrays makes and checks it
 
 Texts become UTF-8 bytes, or characters, and are cut after 4,096. Labels of a table are classes if
-all of them are whole numbers or if one is not a number; otherwise they are regression targets.
-Whatever is wrong ends in a ValueError of one line: the file, the row of the array (from 0) or the
-line of the table (from 1), and the reason.
+all of them are whole numbers (3, not 3.0) or one is not a number; otherwise they are regression
+targets. Whatever is wrong ends in a ValueError of one line: the file, the row of its arrays (from
+0) or the line of its text (from 1), and the reason.
 """
 
 import csv
@@ -31,6 +31,7 @@ import numpy as np
 
 from lra_data import SPLITS, Data, Split, pad
 
+TABLES = (".csv", ".tsv")
 MAX_VOCAB = 2**20
 
 
@@ -41,7 +42,7 @@ def load(task, seed=0, text_column="text", label_column="label", characters=Fals
     per byte; max_len, the number of tokens after which a text is cut (default: 4,096).
     """
     path = Path(task)
-    if is_table(path):
+    if path.suffix.lower() in TABLES:
         data = load_table(path, seed, text_column, label_column, characters, max_len)
     else:
         only_tables = not characters and max_len is None
@@ -58,6 +59,8 @@ def load(task, seed=0, text_column="text", label_column="label", characters=Fals
 
 def load_table(path, seed, text_column, label_column, characters, max_len):
     """Return a .csv or .tsv file as `Data`."""
+    max_len = 4096 if max_len is None else max_len
+    need(max_len > 0, f"max_len is {max_len}, expected 1 or more")
     texts, labels, split = read_table(path, text_column, label_column)
     if split is None:
         split = random_split(path.name, len(texts), seed)
@@ -66,11 +69,9 @@ def load_table(path, seed, text_column, label_column, characters, max_len):
         counts = Counter()
         for text, part in zip(texts, split, strict=True):
             if part == "train":
-                counts.update(text)
+                counts.update(text[:max_len])
         often = sorted(symbol for symbol in counts if counts[symbol] > 1)
         symbols = ("<unk>", *often)  # characters that occur once train <unk>
-    max_len = 4096 if max_len is None else max_len
-    need(max_len > 0, f"max_len is {max_len}, expected 1 or more")
     tokens, lengths = encode(path.name, texts, symbols, max_len)
     size = len(symbols) if characters else 256
     own = dict(vocab_size=size, symbols=symbols)
@@ -112,7 +113,8 @@ def from_arrays(
         facts["y_mean"], facts["y_std"] = moments(name, "target", train.labels)
     else:
         unseen = [facts["classes"][i] for i in np.setdiff1d(labels, train.labels)]
-        need(not unseen, f"{name}: the training split lacks class {', '.join(unseen)[:60]}")
+        found = ", ".join(unseen)[:60]
+        need(not unseen, f"{name}: not in the training split: {found} (regression needs decimals)")
     return Data(name, *parts, **facts)
 
 
@@ -143,7 +145,7 @@ def describe(data):
     sizes = ", ".join(f"{len(part):,} {name}" for part, name in zip(parts, SPLITS, strict=True))
     goal = f"{data.n_classes} classes"
     if data.n_classes is None:
-        goal = f"regression of {len(data.y_mean)}"
+        goal = f"regression, {len(data.y_mean)} targets"
     elif data.classes:
         goal += ": " + ", ".join(data.classes[:8])
     kind = f"{data.vocab_size} symbols"
@@ -166,8 +168,11 @@ def examples(path, about, text_column="text", label_column="label"):
     path = Path(path)
     symbols = about["symbols"]
     max_len = about["max_len"]
-    if is_table(path):
-        reads_text = about["vocab_size"] == 256 if symbols is None else len(symbols[-1]) == 1
+    if path.suffix.lower() in TABLES:
+        if symbols is None:
+            reads_text = about["vocab_size"] == 256
+        else:
+            reads_text = all(len(symbol) == 1 for symbol in symbols[1:])
         need(reads_text and about["mean"] is None, f"{path}: text, but the run reads no text")
         texts, labels, _ = read_table(path, text_column, label_column, labeled=False)
         tokens, lengths = encode(path.name, texts, symbols, max_len)
@@ -176,9 +181,9 @@ def examples(path, about, text_column="text", label_column="label"):
         tokens, lengths = check_inputs(path.name, arrays["x"], arrays.get("lengths"))
         labels = arrays.get("y")
     check_kind(path.name, tokens, about)
-    longest = int(lengths.max())
-    fits = max_len is None or longest <= max_len
-    need(fits, f"{path}: length {longest:,}, but the run reads at most {max_len:,}")
+    L = tokens.shape[1]
+    fits = max_len is None or L <= max_len
+    need(fits, f"{path}: length {L}, but the run reads at most {max_len}")
     if labels is not None:
         labels = known_labels(path.name, labels, len(tokens), about)
     return tokens, lengths, labels
@@ -232,7 +237,10 @@ def no_row(bad, name, reason):
 
 
 def check_inputs(name, x, lengths):
-    """tokens (n, L) uint8 or int32, or values (n, L, C) float32, 0 at padding; lengths (n,)."""
+    """Tokens (n, L) uint8 or int32, or values (n, L, C) float32, 0 at padding; lengths (n,).
+
+    L is the longest length.
+    """
     x = np.array(x)  # a copy
     need(x.dtype.kind in "iuf", f"{name}: x is {x.dtype}, expected integers or floats")
     need(x.ndim in (2, 3) and x.size > 0, f"{name}: x has shape {x.shape}, expected (n, L[, C])")
@@ -243,13 +251,13 @@ def check_inputs(name, x, lengths):
     need(fits, f"{name}: lengths are {found}, expected integers {(n,)}")
     no_row((lengths < 1) | (lengths > L), name, f"its length is not in 1 .. {L}")
     x[np.arange(L) >= lengths[:, None]] = 0
+    x = x[:, : lengths.max()]
     lengths = lengths.astype(np.int32)
     if x.ndim == 2 and x.dtype.kind in "iu":
         no_row(x < 0, name, "a negative token (integers are tokens; turn values into floats)")
         no_row(x >= MAX_VOCAB, name, f"a token above {MAX_VOCAB - 1:,}: number them from 0")
         return x.astype(np.uint8 if x.max() < 256 else np.int32), lengths
-    with np.errstate(over="ignore"):  # becomes infinity
-        x = x.astype(np.float32).reshape(n, L, -1)
+    x = x.astype(np.float32).reshape(*x.shape[:2], -1)
     no_row(~np.isfinite(x), name, "NaN or infinity in x")
     return x, lengths
 
@@ -260,9 +268,8 @@ def check_labels(name, y, n):
     need(y.dtype.kind in "iufU", f"{name}: y is {y.dtype}, expected integers, floats or text")
     need(y.shape[:1] == (n,), f"{name}: y has shape {y.shape}, but x has {n} rows")
     if y.dtype.kind == "f":
-        need(y.ndim < 3 and y.size > 0, f"{name}: y has shape {y.shape}, expected (n,) or (n, k)")
-        with np.errstate(over="ignore"):  # becomes infinity
-            y = y.astype(np.float32).reshape(n, -1)
+        need(y.ndim < 3, f"{name}: y has shape {y.shape}, expected (n,) or (n, k)")
+        y = y.astype(np.float32).reshape(n, -1)
         no_row(~np.isfinite(y), name, "NaN or infinity in y")
         return y
     need(y.ndim == 1, f"{name}: y has shape {y.shape}, expected (n,); regression needs floats")
@@ -277,10 +284,6 @@ def say(message):
     """Print on one of the processes that load the same data."""
     if os.environ.get("RANK", "0") == "0":
         print(message)
-
-
-def is_table(path):
-    return path.suffix.lower() in (".csv", ".tsv")
 
 
 def read_arrays(path):
@@ -298,8 +301,40 @@ def read_arrays(path):
     return arrays
 
 
-def read_columns(path):
-    """The fields of each column of a .csv or .tsv file by its name, and the line of each row."""
+def read_table(path, text_column, label_column, labeled=True):
+    """Return texts, labels and names of splits of a .csv or .tsv file, None if it has none."""
+    csv.field_size_limit(2**31 - 1)  # texts may be long
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    file = io.StringIO(decode(path), newline="")
+    reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+    rows = []
+    try:
+        header = [name.strip() for name in reader.fieldnames or []]
+        reader.fieldnames = header
+        check_header(path, header, text_column, label_column, labeled)
+        wanted = [name for name in (text_column, label_column, "split") if name in header]
+        for row in reader:
+            line = f"{path}, line {reader.line_num}"
+            ragged = None in row or None in row.values()
+            need(not ragged, f"{line}: expected {len(header)} fields, as in the first line")
+            for name in wanted:
+                field = row[name].strip()
+                missing = field.lower() in ("", "nan", "inf", "-inf")
+                need(not missing, f"{line}: {name} is {field or 'empty'}")
+            rows.append(row)
+    except csv.Error as error:
+        line = reader.line_num + 1  # after the last good row
+        raise ValueError(f"{path}, line {line}: {error}, check the quotes") from error
+    need(rows, f"{path}: no examples after the first line")
+    columns = {name: [row[name] for row in rows] for name in wanted}
+    labels = None
+    if label_column in columns:
+        labels = parse(columns[label_column])
+    return columns[text_column], labels, columns.get("split")
+
+
+def decode(path):
+    """Return the text of a UTF-8 file."""
     need(path.is_file(), f"{path}: no such file")
     raw = path.read_bytes()
     try:
@@ -309,41 +344,17 @@ def read_columns(path):
         raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason})") from error
     line = text.partition("\0")[0].count("\n") + 1
     need("\0" not in text, f"{path}, line {line}: a NUL byte, is this a text file?")
-    csv.field_size_limit(2**31 - 1)  # texts may be long
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows = []
-    lines = []
-    try:
-        for row in reader:
-            if row:  # not an empty line
-                rows.append(row)
-                lines.append(f"{path}, line {reader.line_num}")
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-    need(len(rows) > 1, f"{path}: expected the names of the columns and at least one example")
-    header = [name.strip() for name in rows[0]]
+    return text
+
+
+def check_header(path, header, text_column, label_column, labeled):
+    """Refuse a table without the columns that are needed."""
     found = ", ".join(header)
+    need(header, f"{path}: an empty file")
     need(len(set(header)) == len(header), f"{path}: two columns have one name: {found}")
-    for row, line in zip(rows, lines, strict=True):
-        need(len(row) == len(header), f"{line}: {len(row)} fields, but {len(header)} columns")
-    columns = zip(*rows[1:], strict=True)
-    return dict(zip(header, columns, strict=True)), lines[1:]
-
-
-def read_table(path, text_column, label_column, labeled=True):
-    """Return texts, labels and names of splits of a .csv or .tsv file, None if it has none."""
-    columns, lines = read_columns(path)
-    found = ", ".join(columns)
-    need(text_column in columns, f"{path}: no column {text_column} (--text-column) in {found}")
-    has_label = label_column in columns
-    need(has_label or not labeled, f"{path}: no column {label_column} (--label-column) in {found}")
-    for name in (text_column, label_column, "split"):
-        for field, line in zip(columns.get(name, ()), lines, strict=False):
-            missing = field.strip().lower() in ("", "nan", "inf", "-inf")
-            need(not missing, f"{line}: {name} is {field.strip() or 'empty'}")
-    labels = parse(columns[label_column]) if has_label else None
-    return columns[text_column], labels, columns.get("split")
+    need(text_column in header, f"{path}: no column {text_column} (--text-column) in {found}")
+    has_label = label_column in header or not labeled
+    need(has_label, f"{path}: no column {label_column} (--label-column) in {found}")
 
 
 def parse(labels):
@@ -363,9 +374,11 @@ def encode(name, texts, symbols, max_len):
     else:
         place = {symbol: i for i, symbol in enumerate(symbols)}
         rows = [np.array([place.get(symbol, 0) for symbol in text]) for text in texts]
-    if max_len is not None:
-        long = sum(len(row) > max_len for row in rows)
-        say(f"{name}: {long:,} of {len(rows):,} texts were cut after {max_len:,} tokens")
+    longest = max(len(row) for row in rows)
+    max_len = longest if max_len is None else max_len
+    n_cut = sum(len(row) > max_len for row in rows)
+    if n_cut > 0:
+        say(f"{name}: {n_cut:,} of {len(rows):,} texts were cut after {max_len:,} tokens")
     return pad([row[:max_len] for row in rows])
 
 
