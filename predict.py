@@ -56,30 +56,24 @@ class Predictor(nn.Module):
         return pretrain.in_units_of_y(out, self.about)
 
     def documents(self, x, lengths):
-        """Checked inputs: x (B, L[, C]) on the device, lengths (B,) on the host; a pair is two."""
+        """x (B, L[, C]) on the device and lengths (B,) on the host, checked; a pair becomes two."""
         x = torch.as_tensor(x, device=next(self.head.parameters()).device)
-        channels = self.about["n_channels"]
-        vocab_size = self.about["vocab_size"]
-        if channels:
-            x = x[..., None] if x.ndim == 2 else x
-            fits = x.ndim == 3 and x.shape[2] == channels and x.isfinite().all()
-            expected = f"finite values (B, L, {channels})"
-        else:
-            shape = x.shape[1:-1]  # nothing, or (2,) for pairs
-            fits = x.ndim > 1 and shape == (2,) * self.about["pairs"]
-            fits = fits and not x.is_floating_point() and 0 <= x.min() and x.max() < vocab_size
-            expected = f"integers 0 to {vocab_size - 1} {'(B, 2, L)' if self.about['pairs'] else '(B, L)'}"
-        if not fits:
-            raise ValueError(f"x {tuple(x.shape)} of {x.dtype}: expected {expected}")
-        if self.about["pairs"]:
-            x = x.flatten(0, 1)
-        L = x.shape[1]
-        if lengths is None:
-            return x, np.full(len(x), L)
-        lengths = torch.as_tensor(lengths).cpu().numpy().reshape(-1)
-        if len(lengths) != len(x) or lengths.min() < 1 or lengths.max() > L:
-            raise ValueError(f"{len(lengths)} lengths for {len(x)} inputs: expected 1 to {L} for each")
-        return x, lengths
+        if self.about["n_channels"] == 1 and x.ndim == 2:
+            x = x[..., None]
+        like = self.about["train"]  # (n, L), (n, L, C) or (n, 2, L)
+        axis = 1 if self.about["pairs"] else 2  # of pairs or channels
+        if x.ndim != len(like) or list(x.shape[axis : axis + 1]) != like[axis : axis + 1]:
+            raise ValueError(f"x has shape {tuple(x.shape)}, but the run was trained on {like}")
+        if self.about["mean"] is None:
+            x = x.flatten(0, -2)
+            size = self.about["vocab_size"]
+            if x.is_floating_point() or int(x.min()) < 0 or int(x.max()) >= size:
+                raise ValueError(f"x ({x.dtype}) must be integers from 0 to {size - 1}")
+        B, L = x.shape[:2]
+        lengths = torch.full((B,), L) if lengths is None else torch.as_tensor(lengths).flatten()
+        if len(lengths) != B or lengths.min() < 1 or lengths.max() > L:
+            raise ValueError(f"{len(lengths)} lengths for {B} inputs: expected 1 to {L} for each")
+        return x, lengths.cpu().numpy()
 
 
 def load(folder, device="cpu"):
@@ -119,9 +113,9 @@ def predict(predictor, tokens, lengths, batch_size):
 def table(out, about):
     """Outputs -> rows of the file, the first with the names of the columns."""
     if about["y_mean"]:
-        names = [f"prediction {i}" for i in range(out.shape[1])]
-        yield names if len(names) > 1 else ["prediction"]
-        yield from ([f"{value:.9g}" for value in row] for row in out.tolist())
+        yield [f"prediction {i}" for i in range(out.shape[1])]
+        for row in out.tolist():
+            yield [f"{value:.9g}" for value in row]
         return
     classes = about["classes"] or range(about["n_classes"])
     yield ["prediction", *(f"p({name})" for name in classes)]
@@ -169,7 +163,7 @@ def command(args):
     limit = about["max_len"] if limited else None
     tokens, lengths, labels = own_data.examples(args.data, {**about, "max_len": limit}, **columns)
     with appearing(out) as file:
-        found = predict(predictor, tokens, lengths, args.batch_size or config.batch_size)
+        found = predict(predictor, tokens, lengths, config.batch_size)
         csv.writer(file, lineterminator="\n").writerows(table(found, about))
     print(f"{len(found):,} predictions in {out}")
     if labels is not None:
@@ -185,7 +179,6 @@ def main(argv=None):
     add("--overwrite", action="store_true", help="replace --out if it exists")
     add("--text-column", help="column with the text (default: as in training)")
     add("--label-column", help="column with the labels (default: as in training)")
-    add("--batch-size", type=int, help="examples per batch (default: as in training)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
     try:

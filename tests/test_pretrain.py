@@ -11,7 +11,18 @@ import make_golden
 import numpy as np
 import pytest
 import torch
-from runs import TINY, bits, lattice, load_small, run, same, start
+from runs import (
+    TINY,
+    bits,
+    lattice,
+    load_small,
+    numbers,
+    pairs,
+    run,
+    same,
+    start,
+    symbols,
+)
 
 import checkpoint
 import lra_data
@@ -26,33 +37,6 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def small_lattice(monkeypatch):
     load_small(monkeypatch)
-
-
-def symbols(lengths, vocab=7, seed=0):
-    """A task of symbols with the given lengths, zero padded."""
-    rng = np.random.RandomState(seed)
-    lengths = np.array(lengths, np.int32)
-    tokens = rng.randint(0, vocab, (len(lengths), lengths.max())).astype(np.uint8)
-    tokens[np.arange(lengths.max()) >= lengths[:, None]] = 0
-    split = lra_data.Split(tokens, rng.randint(0, 2, len(lengths)).astype(np.int64), lengths)
-    return lra_data.Data("symbols", split, split, split, vocab, 2)
-
-
-def numbers(n=6, L=20, C=3, seed=0):
-    """A task of real values in C channels."""
-    rng = np.random.RandomState(seed)
-    tokens = rng.randint(0, 256, (n, L, C)).astype(np.uint8)
-    split = lra_data.Split(tokens, np.zeros(n, np.int64), np.full(n, L, np.int32))
-    return lra_data.Data("image", split, split, split, 256, 2, (100.0,) * C, (50.0,) * C)
-
-
-def pairs(lengths):
-    """Pairs of documents: `symbols`, two by two, with labels 0, 1, 0, ..."""
-    data = symbols(lengths)
-    tokens = data.train.tokens.reshape(len(lengths) // 2, 2, -1)
-    labels = np.arange(len(tokens)) % 2
-    split = lra_data.Split(tokens, labels, data.train.lengths.reshape(-1, 2))
-    return replace(data, train=split, val=split, test=split)
 
 
 def resident(data, split):
@@ -439,8 +423,8 @@ def test_streams_of_different_steps_differ():
     """(seed,), (seed, 0) and (seed, 0, 0) too, of which numpy alone makes one."""
     config = Config(**TINY)
     seen = set()
-    for numbers in ((3,), (3, 0), (3, 0, 0), (3, 0, 1), (3, 1, 0)):
-        mask = torch.rand(3, generator=pretrain.seeded(config, *numbers))
+    for entropy in ((3,), (3, 0), (3, 0, 0), (3, 0, 1), (3, 1, 0)):
+        mask = torch.rand(3, generator=pretrain.seeded(config, *entropy))
         seen |= {tuple(mask.tolist()), tuple(torch.rand(2).tolist())}
     assert len(seen) == 10
 
