@@ -683,11 +683,13 @@ def layout_of(config):
 def own_tokens(batch, config):
     """This rank's tokens of a batch, and their positions if the model is a Transformer."""
     layout = layout_of(config)
-    own = [t if t is None or t.ndim == 1 else dist_attention.own_tokens(t, layout) for t in batch]
+    tensors = batch if batch.where is not None else batch[:3]  # else a target is per example
+    own = [t if t is None else dist_attention.own_tokens(t, layout) for t in tensors]
+    own = Batch(*own, *batch[len(own) :])
     if config.model != "transformer":
-        return Batch(*own), ()
+        return own, ()
     positions = dist_attention.positions(batch.x.shape[1], *ranks(), layout)
-    return Batch(*own), (positions.to(batch.x.device),)
+    return own, (positions.to(batch.x.device),)
 
 
 # -------------------------------------------------------------------- self-check, command line

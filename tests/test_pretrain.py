@@ -18,6 +18,7 @@ from runs import (
     load_small,
     numbers,
     pairs,
+    regression,
     run,
     same,
     start,
@@ -274,6 +275,39 @@ def test_an_absolute_error_has_no_accuracy():
     assert list(pretrain.evaluate(model, head, split, "pretrain", config)) == ["loss"]
 
 
+@pytest.mark.parametrize("target_loss", ["l2", "l1"])
+def test_regression_learns_standardized_targets(target_loss):
+    data = regression(symbols([9, 12, 7, 7]))
+    config, batch = batch_of(data, "finetune", target_loss=target_loss)
+    y = data.train.labels.astype(np.float64)
+    assert np.allclose(batch.target, (y - y.mean(0)) / y.std(0), atol=1e-9)
+    assert np.allclose(pretrain.in_units_of_y(batch.target, identity(data)), y, rtol=1e-9)
+    model = pretrain.build_model(config, identity(data))
+    head = pretrain.build_head("finetune", config, identity(data))
+    loss, sums = pretrain.loss_sums(model, head, batch, config)
+    error = head(pretrain.pool(model(batch.x, batch.keep), batch.keep, "mean")) - batch.target
+    penalty = error.abs() if target_loss == "l1" else error**2
+    assert loss.item() == pytest.approx(penalty.mean(1).sum().item(), rel=1e-9)
+    assert sums[1] == 4 and sums[0] == loss.detach()
+
+
+def test_r2_and_absolute_error_are_those_of_all_examples(monkeypatch):
+    """In the units of y, whatever the batches; as numpy has them."""
+    data = regression(symbols(range(2, 13)))
+    config = Config(**(TINY | {"batch_size": 4}))
+    model = pretrain.initial_model(config, identity(data), [])
+    head = pretrain.initial_head("finetune", model, config, identity(data))
+    found = pretrain.evaluate(model, head, resident(data, "test"), "finetune", config)
+    _, batch = batch_of(replace(data, train=data.test), "finetune")
+    out = pretrain.outputs(model, head, batch.x, batch.keep, None, config)
+    guess = pretrain.in_units_of_y(out, identity(data)).detach().numpy()
+    y = data.test.labels.astype(np.float64)
+    r2 = 1 - ((guess - y) ** 2).sum(0) / ((y - y.mean(0)) ** 2).sum(0)
+    assert found["r2"] == pytest.approx(r2.mean(), rel=1e-5)
+    assert found["mae"] == pytest.approx(abs(guess - y).mean(), rel=1e-5)
+    assert "accuracy" not in found
+
+
 @pytest.mark.parametrize("shape", ["symbols", "pairs"])
 def test_the_parts_of_a_batch_are_the_batch(shape):
     """Also more parts than examples: the empty ones weigh nothing."""
@@ -326,20 +360,29 @@ def test_each_stage_sees_its_own_examples_in_its_own_batches(small_lattice, tmp_
     assert len(set(np.concatenate(seen["finetune"]))) == 30
 
 
-@pytest.mark.parametrize(("stage", "best"), [("pretrain", 4), ("finetune", 8)])
-def test_pretraining_is_judged_by_loss_and_fine_tuning_by_accuracy(
-    stage, best, small_lattice, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("stage", "best", "data"),
+    [
+        ("pretrain", 4, lattice()),
+        ("finetune", 8, lattice()),
+        ("finetune", 4, regression(lattice())),
+    ],
+)
+def test_pretraining_and_regression_are_judged_by_loss_and_classes_by_accuracy(
+    stage, best, data, tmp_path, monkeypatch
 ):
+    load_small(monkeypatch, data)
     scores = {2: (0.5, 0.6), 4: (0.1, 0.3), 6: (0.3, 0.6), 8: (0.9, 0.7), 10: (0.8, 0.7)}
     steps = itertools.cycle(scores)
 
     def judge(model, head, split, asked, config):
         loss, accuracy = scores[next(steps)] if asked == stage else (1.0, 0.5)
-        return {"loss": loss, "accuracy": accuracy}
+        name = "accuracy" if data.n_classes else "r2"
+        return {"loss": loss, name: accuracy}
 
     monkeypatch.setattr(pretrain, "evaluate", judge)
     result = run(tmp_path, "a", pretrain_steps=10, finetune_steps=10, eval_every=2)
-    assert result[stage] == {"loss": scores[best][0], "accuracy": scores[best][1], "step": best}
+    assert result[stage]["loss"] == scores[best][0] and result[stage]["step"] == best
 
 
 def test_a_stage_ends_with_its_best_weights(small_lattice, tmp_path, monkeypatch):
@@ -658,6 +701,14 @@ def test_labels_out_of_range_are_refused_before_training(monkeypatch):
     data.test.labels[0] = 2
     monkeypatch.setattr(lra_data, "load", lambda task, data_dir: data)
     with pytest.raises(ValueError, match="labels 0 to 2, expected 0 to 1"):
+        pretrain.load_data(Config())
+
+
+def test_targets_that_are_not_numbers_are_refused_before_training(monkeypatch):
+    data = regression(symbols([9, 12, 7]))
+    data.val.labels[1, 1] = np.nan
+    load_small(monkeypatch, data)
+    with pytest.raises(ValueError, match="labels nan to nan, expected finite numbers"):
         pretrain.load_data(Config())
 
 
