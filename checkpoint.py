@@ -82,31 +82,28 @@ def differences(old, new, free=()):
 
 
 def new_folder(name, root="runs"):
-    """Make a new folder root/name-DATE-TIME; root/latest becomes a link to it."""
+    """Make a folder root/name-1, or -2, ...; root/latest becomes a link to it."""
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     latest = root / "latest"
     if latest.is_dir() and not latest.is_symlink():
         raise ValueError(f"{latest} is a folder, not a link to one: rename it, or pass --out")
-    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = root / stem
-    for i in itertools.count(2):
-        try:
+    for i in itertools.count(1):
+        folder = root / f"{name}-{i}"
+        with contextlib.suppress(FileExistsError):  # also of a run that begins at the same time
             folder.mkdir()
             break
-        except FileExistsError:  # another run began in the same second
-            folder = root / f"{stem}-{i}"
-    link = folder / "latest"  # made under another name, then renamed: others may do the same
+    link = folder / "latest"  # renamed when it is whole: others may read it, or do the same
     try:
         link.symlink_to(folder.name)
-    except OSError:  # a file system without links: a text file with the name
+    except OSError:  # a file system without links
         link.write_text(folder.name, "utf-8")
     os.replace(link, latest)
     return folder
 
 
 def find_run(path):
-    """The folder itself if path is a link made by `new_folder`."""
+    """The folder that root/latest stands for, by a link or a file with its name; else the path."""
     path = Path(path)
     if path.name == "latest" and path.is_symlink():
         return path.parent / os.readlink(path)
@@ -242,7 +239,7 @@ class Run:
         """Write weights, with all that is needed to rebuild their modules."""
         if self.rank == 0:
             weights = {"model": model.state_dict(), "head": head.state_dict()}
-            save(self.folder / name, {**weights, **self.about})
+            save(self.folder / name, {**weights, **self.about, "stage": self.stage})
 
     def steps(self, stage, first, last):
         """The steps of a stage, with a progress bar on a terminal."""

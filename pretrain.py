@@ -34,7 +34,7 @@ import copy
 import itertools
 import math
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,36 +61,28 @@ VALIDATION_SEED = 2310_02980  # for the masks of validation and test
 
 # -------------------------------------------------------------------------------------- data
 
-
-# The options of lra_data.load that are settings: {setting: option}.
+# Settings that are options of lra_data.load.
 OPTIONS = {"source": "source", "pictures": "n"}
 OPTIONS.update({name: name for name in ("text_column", "label_column", "characters", "max_len")})
 
 
 def load_data(config):
     """The task as arrays.  ValueError if there is no such task or option, or a label is wrong."""
-    options = {}
-    for setting, option in OPTIONS.items():
-        if value := getattr(config, setting):
-            options[option] = value
+    given = [name for name in OPTIONS if getattr(config, name)]
+    options = {OPTIONS[name]: getattr(config, name) for name in given}
     try:
         data = lra_data.load(config.task, data_dir=config.data_dir, **options)
     except TypeError as error:
-        unknown = [name for name, option in OPTIONS.items() if f"argument '{option}'" in str(error)]
-        if not unknown:
+        if "unexpected keyword argument" not in str(error):
             raise
-        name = unknown[0].replace("_", "-")
-        raise ValueError(f"task {config.task} has no option --{name}") from error
+        raise ValueError(f"task {config.task} does not take all of: {', '.join(given)}") from error
     labels = np.concatenate([data.train.labels, data.val.labels, data.test.labels])
-    if data.n_classes is None:
-        fits = np.isfinite(labels).all()
-        expected = "finite numbers"
-    else:
-        fits = labels.min() >= 0 and labels.max() < data.n_classes
-        expected = f"0 to {data.n_classes - 1}"
-    if not fits:
+    low, high = -1e30, 1e30
+    if data.n_classes is not None:
+        low, high = 0, data.n_classes - 1
+    if not low <= labels.min() <= labels.max() <= high:
         found = f"labels {labels.min()} to {labels.max()}"
-        raise ValueError(f"task {config.task} has {found}, expected {expected}")
+        raise ValueError(f"task {config.task} has {found}, expected {low} to {high}")
     return data
 
 
@@ -98,12 +90,14 @@ def identity(data):
     """What a run keeps of its data: enough to refuse other data and to rebuild its model."""
     names = "name n_classes classes vocab_size symbols mean std y_mean y_std"
     about = {name: getattr(data, name) for name in names.split()}
-    for name in ("train", "val", "test"):
-        about[name] = list(getattr(data, name).tokens.shape)  # (n, L), (n, L, C) or (n, 2, L)
-    values = data.mean is not None
-    about["n_channels"] = about["train"][2] if values else None
-    about["pairs"] = len(about["train"]) == 3 and not values
-    about["max_len"] = max(about[name][1 if values else -1] for name in ("train", "val", "test"))
+    splits = [data.train, data.val, data.test]
+    for name, split in zip(lra_data.SPLITS, splits, strict=True):
+        about[name] = list(split.tokens.shape)  # (n, L), (n, L, C) or (n, 2, L)
+    axis = -1 if data.mean is None else 1  # of tokens
+    about["n_channels"] = None if data.mean is None else about["train"][2]
+    about["pairs"] = data.train.lengths.ndim == 2
+    about["min_len"] = int(min(split.lengths.min() for split in splits))
+    about["max_len"] = max(split.tokens.shape[axis] for split in splits)
     about["checksum"] = lra_data.checksum(data)
     return about
 
@@ -117,58 +111,58 @@ def fitted(config, about):
     config = replace(config, mask_ratio=config.mask_ratio or ratio, loss=config.loss or loss)
     if config.objective != "none" and config.loss not in losses:
         raise ValueError(f"loss {config.loss!r} does not fit task {config.task}: use --loss")
+    short, long = about["min_len"], about["max_len"]
+    if config.compile and config.model != "transformer" and short < long:
+        many = f"for each length from {short} to {long}"
+        raise ValueError(f"compile: {config.model} would be compiled {many}, drop it")
     return config
 
 
+def resident(split, about, device):
+    """A split on the device, regression targets standardized."""
+    tokens = torch.from_numpy(np.ascontiguousarray(split.tokens)).to(device)
+    labels = torch.from_numpy(split.labels).to(device)
+    if about["y_mean"] is not None:
+        labels = standardize(labels, about)
+    return Resident(tokens, labels, np.asarray(split.lengths), about)
+
+
+@dataclass
 class Resident:
-    """A split on the device as small integers, so that a batch is a draw of indices.
+    """A split, so that a batch is a draw of indices."""
 
-    tokens: (n, L) symbols, (n, L, C) numbers, or (n, 2, L) symbols of pairs of documents.
-    """
-
-    def __init__(self, split, about, device):
-        self.tokens = torch.from_numpy(np.ascontiguousarray(split.tokens)).to(device)
-        self.labels = torch.from_numpy(split.labels).to(device)  # (n,), or (n, k) for regression
-        if about["y_mean"] is not None:
-            self.labels = standardize(self.labels, about)
-        # (n,) or (n, 2), on the host: they decide the order of batches
-        self.lengths = np.asarray(split.lengths)
-        self.about = about
-        self.pairs = about["pairs"]
+    tokens: torch.Tensor  # (n, L) symbols, (n, L, C) numbers, or (n, 2, L) symbols of pairs
+    labels: torch.Tensor  # (n,) classes or (n, k) targets
+    lengths: np.ndarray  # (n,) or (n, 2), on the host: they decide the order of batches
+    about: dict  # see `identity`
 
     def __len__(self):
         return len(self.lengths)
 
     def longest(self):
         """(n,) length of each example, or of the longer document of each pair."""
-        return self.lengths.max(1) if self.pairs else self.lengths
+        return self.lengths.reshape(len(self), -1).max(1)
 
     def subset(self, n):
         """The first n examples of one fixed random order, so that subsets are nested."""
         if not 0 < n <= len(self):
             raise ValueError(f"labels {n}: the training split has {len(self)} examples")
         chosen = np.random.RandomState(42).permutation(len(self))[:n]
-        part = copy.copy(self)
-        part.tokens = self.tokens[chosen]
-        part.labels = self.labels[chosen]
-        part.lengths = self.lengths[chosen]
-        return part
+        lengths = self.lengths[chosen]
+        return Resident(self.tokens[chosen], self.labels[chosen], lengths, self.about)
 
     def documents(self):
         """Pairs as twice as many single documents: denoising needs no pairs."""
-        if not self.pairs:
+        if self.lengths.ndim == 1:
             return self
-        single = copy.copy(self)
-        single.tokens = self.tokens.flatten(0, 1)
-        single.labels = self.labels.repeat_interleave(2, 0)
-        single.lengths = self.lengths.reshape(-1)
-        single.pairs = False
-        return single
+        tokens = self.tokens.flatten(0, 1)
+        labels = self.labels.repeat_interleave(2, 0)
+        return Resident(tokens, labels, self.lengths.reshape(-1), self.about)
 
     def gather(self, index):
         """Examples, cut to the longest: raw (B, L[, C]), keep (B, L) bool or None (no padding)."""
         raw = self.tokens[torch.from_numpy(index).to(self.tokens.device)]
-        if self.pairs:
+        if self.lengths.ndim == 2:
             raw = raw.flatten(0, 1)
         return trim(raw, self.lengths[index].reshape(-1))
 
@@ -544,11 +538,11 @@ def train(config, position=0):
     data = rank0_first(load_data, config)
     about = identity(data)
     config = fitted(config, about)
-    train_split = Resident(data.train, about, config.device)
-    val_split = Resident(data.val, about, config.device)
-    test_split = Resident(data.test, about, config.device)
+    train_split = resident(data.train, about, config.device)
+    val_split = resident(data.val, about, config.device)
+    test_split = resident(data.test, about, config.device)
     labeled = train_split.subset(config.labels) if config.labels else train_split
-    model = initial_model(config, about, np.unique(data.train.lengths))
+    model = initial_model(config, about)
     if config.out is None:
         config = replace(config, out=agreed_folder(config))
     with Run(config.out, asdict(config), about, FREE, position) as run:
@@ -570,7 +564,7 @@ def train(config, position=0):
     return run.result
 
 
-def initial_model(config, about, lengths):
+def initial_model(config, about):
     """The model at the start of a run: weights from the seed or from a file, on the device."""
     seeded(config, config.seed)
     model = build_model(config, about)
@@ -581,9 +575,6 @@ def initial_model(config, about, lengths):
         load_pretrained(model, config, about)
     if config.sequence_parallel:
         dist_attention.spread(model, config.sequence_parallel, layout_of(config))
-    if config.compile and config.model != "transformer" and len(lengths) > 1:
-        many = f"{len(lengths)} lengths"
-        raise ValueError(f"compile: {config.model} would be compiled for each of {many}, drop it")
     if config.compile:
         model.compile()
     return model.to(config.device, torch.float64 if config.precision == "float64" else None)
@@ -606,8 +597,8 @@ def load_pretrained(model, config, about):
     if config.out and path.resolve().parent == Path(config.out).resolve():
         raise ValueError(f"--out {config.out} contains {path} and would replace it: choose another")
     state = load(path)
-    if "stage" in state or "model" not in state:  # checkpoint.pt and model.pt have a stage
-        raise ValueError(f"{path} is no pretrained weights: pass the pretrained.pt of a run")
+    if "model" not in state or "optimizer" in state or state.get("stage") == "finetune":
+        raise ValueError(f"{path} is not what pretraining left: pass the pretrained.pt of a run")
     old = {**state.get("settings", {}), **state.get("data", {})}
     now = {name: getattr(config, name) for name in BODY}
     now.update({name: about[name] for name in TOKENS})
@@ -699,7 +690,7 @@ def self_check(device="cpu"):
     """[(name, error, limit)] for the steps that go wrong silently."""
     config = Config(device=device)
     data = lra_data.load("lattice", n_train=64, n_val=8, n_test=8)
-    split = Resident(data.train, identity(data), device)
+    split = resident(data.train, identity(data), device)
     index = np.arange(64)
     epoch = np.concatenate(list(itertools.islice(draw(split.longest(), 8, 0), 8)))
     batch = make_batch(split, index, "pretrain", config, seeded(config, 1))

@@ -119,7 +119,7 @@ def pretrain_losses(model, folder):
     split = lra_data.Split(tokens, np.zeros(24, np.int64), np.full(24, 16, np.int32))
     data = lra_data.Data("closed form", split, split, split, 2, 2)
     about = pretrain.identity(data)
-    resident = pretrain.Resident(split, about, "cpu")
+    resident = pretrain.resident(split, about, "cpu")
     body = pretrain.build_model(config, about).double()
     head = pretrain.build_head("pretrain", config, about).double()
     with torch.no_grad():

@@ -106,6 +106,7 @@ def start(args, log, **environment):
 
 def main(args, log, environment):
     os.environ.update(environment)
+    os.chdir(log.parent)
     sys.stdout = sys.stderr = open(log, "a", 1)
     torch.set_num_threads(1)
     data = lattice()
