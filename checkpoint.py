@@ -1,19 +1,22 @@
 """Crash-safe run directory: checkpoints, metrics and result.
 
-    with Run("runs/a", settings, data, resume=True) as run:
+    with Run("runs/a", settings, data) as run:
         start, best = run.restore(parts)              # (0, None), or where the run was stopped
         for step in run.steps("train", start, last):  # progress bar
             ...
             run.log(step, sums, tokens)               # metrics.jsonl, every LOG_EVERY steps
             run.save(step, parts, best)               # checkpoint.pt
-    # config.json: settings and data; result.json: written last
+    # config.json: settings and data; result.json: written last; a run that was killed goes on
+    # if settings has resume=True, a finished one is replaced only if it has overwrite=True
 
 kill -9 costs at most the steps since the last checkpoint. A checkpoint is written under another
 name, flushed to disk and renamed: checkpoint.pt or checkpoint.pt.previous is always whole. A
 resumed run ends in the same bits if all else follows from settings and step, as in pretrain.py.
 """
 
+import contextlib
 import errno
+import itertools
 import json
 import math
 import os
@@ -65,7 +68,7 @@ def ranks():
 
 def means(sums):
     """Sums of loss, count, correct -> mean loss and accuracy; no accuracy if `correct` is nan."""
-    loss, count, correct = sums.tolist()
+    loss, count, correct = sums[:3].tolist()
     count = max(count, 1)  # nothing is masked in a small batch
     if math.isnan(correct):
         return {"loss": loss / count}
@@ -78,6 +81,49 @@ def differences(old, new, free=()):
     return ", ".join(shorten(f"{name} {old.get(name)} -> {new[name]}", 160) for name in names)
 
 
+def new_folder(name, root="runs"):
+    """Make a folder root/name-1, or -2, ...; root/latest becomes a link to it."""
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    latest = root / "latest"
+    if latest.is_dir() and not latest.is_symlink():
+        raise ValueError(f"{latest} is a folder, not a link to one: rename it, or pass --out")
+    for i in itertools.count(1):
+        folder = root / f"{name}-{i}"
+        with contextlib.suppress(FileExistsError):  # also of a run that begins at the same time
+            folder.mkdir()
+            break
+    link = folder / "latest"  # renamed when it is whole: others may read it, or do the same
+    try:
+        link.symlink_to(folder.name)
+    except OSError:  # a file system without links
+        link.write_text(folder.name, "utf-8")
+    os.replace(link, latest)
+    return folder
+
+
+def find_run(path):
+    """The folder that root/latest stands for, by a link or a file with its name; else the path."""
+    path = Path(path)
+    if path.name == "latest" and path.is_symlink():
+        return path.parent / os.readlink(path)
+    if path.name == "latest" and path.is_file():
+        return path.parent / path.read_text("utf-8")
+    return path
+
+
+def check_free(folder, replace=False):
+    """ValueError if the folder contains a run that may not be replaced."""
+    if replace:
+        return
+    if Path(folder, "result.json").exists():
+        how = "pass --overwrite to replace it or choose another --out"
+        raise ValueError(f"{folder} contains a finished run: {how}")
+    if any(Path(folder).glob("checkpoint.pt*")):
+        how = "pass --resume to continue it or choose another --out"
+        raise ValueError(f"{folder} contains an unfinished run: {how}")
+
+
 class Run:
     """One run and its directory. With several processes, only rank 0 writes.
 
@@ -87,11 +133,10 @@ class Run:
     second signal stops it at once.
     """
 
-    def __init__(self, folder, settings, data=None, free=(), resume=False, position=0):
+    def __init__(self, folder, settings, data=None, free=(), position=0):
         self.folder = Path(folder)
         self.about = {"settings": settings, "data": data or {}}
         self.free = free
-        self.resume = resume
         self.position = position
         self.rank, self.world = ranks()
         self.pending = []  # sums of the steps since the last line of metrics
@@ -102,7 +147,9 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
             self.lock = lock(self.folder)
-        self.state = self.newest() if self.resume else None
+        resume = self.about["settings"].get("resume")
+        check_free(self.folder, resume or self.about["settings"].get("overwrite"))
+        self.state = self.newest() if resume else None
         state = self.state or {"result": {}, "tokens": 0, "seconds": 0.0, "metrics": 0}
         self.result = state["result"]  # scores of the finished stages
         self.tokens = state["tokens"]
@@ -134,16 +181,11 @@ class Run:
         return state
 
     def open_files(self, metrics_size):
-        """Refuse to replace an unfinished run; remove what a finished one left."""
-        result = self.folder / "result.json"
-        checkpoints = list(self.folder.glob("checkpoint.pt*"))
+        """Remove what an older run left; begin config.json and metrics.jsonl."""
         if self.state is None:
-            if checkpoints and not result.exists():
-                how = "pass --resume to continue it or choose another --out"
-                raise ValueError(f"{self.folder} contains an unfinished run: {how}")
-            for path in [*checkpoints, *self.folder.glob("pretrained.pt*")]:
+            for path in self.folder.glob("*.pt*"):
                 path.unlink()
-        result.unlink(missing_ok=True)
+        (self.folder / "result.json").unlink(missing_ok=True)
         config = {**self.about["settings"], "data": self.about["data"]}
         write_json(self.folder / "config.json", config)
         self.metrics = open(self.folder / "metrics.jsonl", "ab")
@@ -173,9 +215,7 @@ class Run:
     def restore(self, parts):
         """Load the checkpoint into {name: object}.  Returns the first step and the best so far."""
         state = self.state
-        self.state = (
-            None  # train() skips finished stages: the first restore is of the stage cut off
-        )
+        self.state = None  # finished stages are skipped: only the first restore has a checkpoint
         if state is None:
             return 0, None
         for name, part in parts.items():
@@ -195,9 +235,16 @@ class Run:
         if self.interrupted:
             raise KeyboardInterrupt("interrupted; --resume continues")
 
+    def save_weights(self, name, model, head):
+        """Write weights, with all that is needed to rebuild their modules."""
+        if self.rank == 0:
+            weights = {"model": model.state_dict(), "head": head.state_dict()}
+            save(self.folder / name, {**weights, **self.about, "stage": self.stage})
+
     def steps(self, stage, first, last):
         """The steps of a stage, with a progress bar on a terminal."""
         self.stage = stage
+        self.begun = (time.perf_counter(), self.tokens, first)
         options = {"position": self.position, "leave": False, "initial": first, "total": last}
         options["disable"] = None if self.rank == 0 else True  # None: unless it is a terminal
         self.bar = tqdm(range(first, last), f"{self.folder.name} {stage}", **options)
@@ -221,6 +268,22 @@ class Run:
         score = means(sums)
         self.bar.set_postfix(score)
         self.write(step, score)
+
+    def validated(self, step, score):
+        """Note a validation; print it where there is no terminal for a progress bar."""
+        self.write(step, score, "val_")
+        if self.rank > 0 or sys.stderr.isatty():
+            return
+        began, tokens, first = self.begun
+        seconds = time.perf_counter() - began
+        last = self.bar.total
+        left = seconds / (step + 1 - first) * (last - step - 1)
+        words = [f"{name} {value:.4g}" for name, value in score.items()]
+        words.append(f"{(self.tokens - tokens) / seconds:,.0f} tokens/s")
+        words.append(f"{tqdm.format_interval(left)} left")
+        line = f"{self.folder.name} {self.stage} {step + 1}/{last}: validation {', '.join(words)}"
+        with contextlib.suppress(OSError):  # nobody reads it any more: training goes on
+            print(line, file=sys.stderr, flush=True)
 
     def write(self, step, score, kind=""):
         """Add a line to the metrics.  FloatingPointError if the loss is not finite."""

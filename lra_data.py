@@ -76,10 +76,13 @@ class Data:
     val: Split
     test: Split
     vocab_size: int | None
-    n_classes: int
+    n_classes: int | None  # None: regression, labels are (n, k) float32
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     symbols: tuple[str, ...] | None = None  # the text of each token
+    classes: tuple[str, ...] | None = None  # the name of each class
+    y_mean: tuple[float, ...] | None = None  # of the training labels of a regression
+    y_std: tuple[float, ...] | None = None
 
 
 # ------------------------------------------------------------------------------------------ lattice
@@ -538,9 +541,17 @@ TASKS["pathx256"] = TASKS["pathfinder256"]
 
 
 def load(task, data_dir="data", seed=0, **options):
-    """Return the named task as `Data`; options are the keyword arguments of its load function."""
+    """Return the named task as `Data`; options are the keyword arguments of its load function.
+
+    A task can also be your own: a .npz, .csv or .tsv file, or file.py:function (own_data.py).
+    """
+    if str(task).lower().endswith((".npz", ".csv", ".tsv")) or ".py:" in str(task):
+        import own_data  # it imports this file
+
+        return own_data.load(task, seed, **options)
     if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
+        own = "a .npz, .csv or .tsv file, or file.py:function"
+        raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}, {own}")
     options = TASKS[task].options | options
     return TASKS[task].load(task, data_dir, seed, **options)
 
@@ -548,7 +559,9 @@ def load(task, data_dir="data", seed=0, **options):
 def summary(data):
     """What to know about a task before training, as text."""
     kind = "symbols" if data.mean is None else f"numbers, mean {data.mean}, std {data.std}"
-    lines = [f"{data.name}: {data.n_classes} classes, {data.vocab_size} {kind}"]
+    goal = "regression" if data.n_classes is None else f"{data.n_classes} classes"
+    size = "" if data.vocab_size is None else f"{data.vocab_size} "
+    lines = [f"{data.name}: {goal}, {size}{kind}"]
     for name in SPLITS:
         split = getattr(data, name)
         low, median, high = np.quantile(split.lengths, [0, 0.5, 1]).astype(int)
@@ -561,6 +574,8 @@ def summary(data):
 
 def trivial_levels(data):
     """Test accuracy of the most frequent training label: overall, by first token, by length."""
+    if data.n_classes is None:
+        return {}
 
     def level(feature):  # in each of twenty bins of the feature
         edges = np.quantile(feature(data.train), np.arange(0.05, 1, 0.05))
@@ -728,11 +743,17 @@ def print_table(rows):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("task", nargs="?", choices=TASKS, metavar="task", help="default: list all")
+    own = "a task, a .npz, .csv or .tsv file, or file.py:function (default: list all tasks)"
+    parser.add_argument("task", nargs="?", help=own)
     parser.add_argument("--data-dir", default="data", help="folder for data (default: data)")
     parser.add_argument("--source", help="directory or tar archive to read (default: --data-dir)")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the data (default: 0)")
     parser.add_argument("--n", type=int, help="number of Pathfinder pictures (default: 200000)")
+    parser.add_argument("--text-column", help="column with the texts (default: text)")
+    parser.add_argument("--label-column", help="column with the labels (default: label)")
+    own = "one token per character of a text (default: per byte)"
+    parser.add_argument("--characters", action="store_true", default=None, help=own)
+    parser.add_argument("--max-len", type=int, help="tokens per text (default: 4096)")
     parser.add_argument("--download", action="store_true", help="fetch the published archive first")
     parser.add_argument("--check", action="store_true", help="check this file, then exit")
     args = parser.parse_args(argv)
@@ -742,13 +763,11 @@ def main(argv=None):
         for name, task in TASKS.items():
             print(f"{name:22} {task.size:38} {task.url or 'generated'}")
         return 0
-    options = {}
-    if args.source is not None:
-        options["source"] = args.source
-    if args.n is not None:
-        options["n"] = args.n
+    names = ("source", "n", "text_column", "label_column", "characters", "max_len")
+    options = {name: getattr(args, name) for name in names}
+    options = {name: value for name, value in options.items() if value is not None}
     try:
-        if args.download and TASKS[args.task].url:
+        if args.download and args.task in TASKS and TASKS[args.task].url:
             print(f"archive: {download(TASKS[args.task].url, args.data_dir)}")
         print(summary(load(args.task, args.data_dir, args.seed, **options)))
     except (ValueError, TypeError, OSError) as error:

@@ -7,12 +7,14 @@ architectures disappears.
 Data flow (this file follows the same order):
 
     load_data -> Resident (on the device, once) -> draw (indices) -> make_batch (corrupt) -> model
-    -> head -> loss_sums -> fit (the loop); train: fit, the same model with a new head, fit, test
+    -> head -> loss_sums -> fit (the loop); train: fit, the same model with a new head, fit, test,
+    model.pt (see predict.py)
 
     paper                        here                                         shape
     self-pretraining (SPT)       --objective masked | causal, stage "pretrain"
     trained from scratch (TFS)   --objective none
     masked token                 id vocab_size, one more row of the embedding
+    regression                   labels (n, k) instead of classes, trained on (y - y_mean) / y_std
     noisy input, mask, clean     Batch.x, Batch.where, Batch.target           (B, L)
 
 Every random choice is a function of (seed, stage, step) alone, so a run that was killed continues
@@ -23,7 +25,8 @@ padding (it does there); every example is evaluated (the last partial batch is d
 Not included: data that do not fit into device memory.
 
     python pretrain.py                                    four small models (benchmarks/demo.py)
-    python pretrain.py --settings lattice-s4 --out runs/a
+    python pretrain.py --settings lattice-s4              in a new folder; runs/latest is its link
+    python pretrain.py --task my.csv --model s4           your own data (own_data.py)
     torchrun --standalone --nproc-per-node 4 pretrain.py --settings listops-s4
 """
 
@@ -31,12 +34,13 @@ import copy
 import itertools
 import math
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -45,10 +49,10 @@ import dist_attention
 import lra_data
 import sgconv
 from attention import Transformer, TransformerConfig
-from checkpoint import Run, differences, load, means, ranks, save
+from checkpoint import Run, check_free, differences, find_run, load, means, new_folder, ranks
 from dist_attention import RankLost, process_group, wait_for_rank0
 from s4 import S4Config, S4Model, dlr_mixer, print_table, s4_mixer, s4d_mixer
-from settings import KERNELS, Config, parser, resolve
+from settings import KERNELS, OWN_SYMBOLS, OWN_VALUES, Config, parser, resolve
 from sgconv import SGConvConfig, SGConvModel
 from structured_ffn import ffn_factory
 
@@ -57,84 +61,132 @@ VALIDATION_SEED = 2310_02980  # for the masks of validation and test
 
 # -------------------------------------------------------------------------------------- data
 
+# Settings that are options of lra_data.load.
+OPTIONS = {"source": "source", "pictures": "n"}
+OPTIONS.update({name: name for name in ("text_column", "label_column", "characters", "max_len")})
+
 
 def load_data(config):
-    """The task as arrays.  ValueError if there is no such task, or if it has no such option."""
-    options = {"source": config.source, "n": config.pictures}
-    options = {name: value for name, value in options.items() if value is not None}
+    """The task as arrays.  ValueError if there is no such task or option, or a label is wrong."""
+    given = [name for name in OPTIONS if getattr(config, name)]
+    options = {OPTIONS[name]: getattr(config, name) for name in given}
     try:
         data = lra_data.load(config.task, data_dir=config.data_dir, **options)
     except TypeError as error:
-        if not options:
+        if "unexpected keyword argument" not in str(error):
             raise
-        raise ValueError(f"task {config.task} has no --source or no --pictures: {error}") from error
-    losses = ["ce"] if data.mean is None else ["l1"]
-    if data.mean is not None and data.vocab_size and data.train.tokens.shape[2] == 1:
-        losses = ["ce", "l1"]  # gray levels are symbols and numbers
-    if config.objective != "none" and config.loss not in losses:
-        raise ValueError(f"loss {config.loss!r} does not fit task {config.task}: use --loss")
+        raise ValueError(f"task {config.task} does not take all of: {', '.join(given)}") from error
     labels = np.concatenate([data.train.labels, data.val.labels, data.test.labels])
-    if labels.min() < 0 or labels.max() >= data.n_classes:
+    low, high = -1e30, 1e30
+    if data.n_classes is not None:
+        low, high = 0, data.n_classes - 1
+    if not low <= labels.min() <= labels.max() <= high:
         found = f"labels {labels.min()} to {labels.max()}"
-        raise ValueError(f"task {config.task} has {found}, expected 0 to {data.n_classes - 1}")
+        raise ValueError(f"task {config.task} has {found}, expected {low} to {high}")
     return data
 
 
+def identity(data):
+    """What a run keeps of its data: enough to refuse other data and to rebuild its model."""
+    names = "name n_classes classes vocab_size symbols mean std y_mean y_std"
+    about = {name: getattr(data, name) for name in names.split()}
+    splits = [data.train, data.val, data.test]
+    for name, split in zip(lra_data.SPLITS, splits, strict=True):
+        about[name] = list(split.tokens.shape)  # (n, L), (n, L, C) or (n, 2, L)
+    axis = -1 if data.mean is None else 1  # of tokens
+    about["n_channels"] = None if data.mean is None else about["train"][2]
+    about["pairs"] = data.train.lengths.ndim == 2
+    about["min_len"] = int(min(split.lengths.min() for split in splits))
+    about["max_len"] = max(split.tokens.shape[axis] for split in splits)
+    about["checksum"] = lra_data.checksum(data)
+    return about
+
+
+def fitted(config, about):
+    """Config with a mask ratio and loss for these data.  ValueError if it does not fit them."""
+    ratio, loss = OWN_SYMBOLS if about["mean"] is None else OWN_VALUES
+    losses = [loss]
+    if about["n_channels"] == 1 and about["vocab_size"]:
+        losses = ["ce", "l1"]  # gray levels are symbols and numbers
+    config = replace(config, mask_ratio=config.mask_ratio or ratio, loss=config.loss or loss)
+    if config.objective != "none" and config.loss not in losses:
+        raise ValueError(f"loss {config.loss!r} does not fit task {config.task}: use --loss")
+    short, long = about["min_len"], about["max_len"]
+    if config.compile and config.model != "transformer" and short < long:
+        many = f"for each length from {short} to {long}"
+        raise ValueError(f"compile: {config.model} would be compiled {many}, drop it")
+    return config
+
+
+def resident(split, about, device):
+    """A split on the device, regression targets standardized."""
+    tokens = torch.from_numpy(np.ascontiguousarray(split.tokens)).to(device)
+    labels = torch.from_numpy(split.labels).to(device)
+    if about["y_mean"] is not None:
+        labels = standardize(labels, about)
+    return Resident(tokens, labels, np.asarray(split.lengths), about)
+
+
+@dataclass
 class Resident:
-    """A split on the device as small integers, so that a batch is a draw of indices.
+    """A split, so that a batch is a draw of indices."""
 
-    tokens: (n, L) symbols, (n, L, C) numbers, or (n, 2, L) symbols of pairs of documents.
-    """
-
-    def __init__(self, split, data, device):
-        self.tokens = torch.from_numpy(np.ascontiguousarray(split.tokens)).to(device)
-        self.labels = torch.from_numpy(split.labels).to(device)  # (n,)
-        # (n,) or (n, 2), on the host: they decide the order of batches
-        self.lengths = np.asarray(split.lengths)
-        self.data = data
-        self.pairs = self.lengths.ndim == 2
+    tokens: torch.Tensor  # (n, L) symbols, (n, L, C) numbers, or (n, 2, L) symbols of pairs
+    labels: torch.Tensor  # (n,) classes or (n, k) targets
+    lengths: np.ndarray  # (n,) or (n, 2), on the host: they decide the order of batches
+    about: dict  # see `identity`
 
     def __len__(self):
         return len(self.lengths)
 
     def longest(self):
         """(n,) length of each example, or of the longer document of each pair."""
-        return self.lengths.max(1) if self.pairs else self.lengths
+        return self.lengths.reshape(len(self), -1).max(1)
 
     def subset(self, n):
         """The first n examples of one fixed random order, so that subsets are nested."""
         if not 0 < n <= len(self):
             raise ValueError(f"labels {n}: the training split has {len(self)} examples")
         chosen = np.random.RandomState(42).permutation(len(self))[:n]
-        part = copy.copy(self)
-        part.tokens = self.tokens[chosen]
-        part.labels = self.labels[chosen]
-        part.lengths = self.lengths[chosen]
-        return part
+        lengths = self.lengths[chosen]
+        return Resident(self.tokens[chosen], self.labels[chosen], lengths, self.about)
 
     def documents(self):
         """Pairs as twice as many single documents: denoising needs no pairs."""
-        if not self.pairs:
+        if self.lengths.ndim == 1:
             return self
-        single = copy.copy(self)
-        single.tokens = self.tokens.flatten(0, 1)
-        single.labels = self.labels.repeat_interleave(2)
-        single.lengths = self.lengths.reshape(-1)
-        single.pairs = False
-        return single
+        tokens = self.tokens.flatten(0, 1)
+        labels = self.labels.repeat_interleave(2, 0)
+        return Resident(tokens, labels, self.lengths.reshape(-1), self.about)
 
     def gather(self, index):
         """Examples, cut to the longest: raw (B, L[, C]), keep (B, L) bool or None (no padding)."""
-        lengths = self.lengths[index].reshape(-1)
-        L = int(lengths.max())
         raw = self.tokens[torch.from_numpy(index).to(self.tokens.device)]
-        if self.pairs:
+        if self.lengths.ndim == 2:
             raw = raw.flatten(0, 1)
-        raw = raw[:, :L]
-        if lengths.min() == L:
-            return raw, None  # attention can use its fastest kernel
-        lengths = torch.from_numpy(lengths).to(raw.device)
-        return raw, torch.arange(L, device=raw.device) < lengths[:, None]
+        return trim(raw, self.lengths[index].reshape(-1))
+
+
+def trim(raw, lengths):
+    """Cut (B, L[, C]) to the longest of lengths (B,), on the host: raw and keep (see `gather`)."""
+    L = int(lengths.max())
+    raw = raw[:, :L]
+    if lengths.min() == L:
+        return raw, None  # attention can use its fastest kernel
+    lengths = torch.from_numpy(lengths).to(raw.device)
+    return raw, torch.arange(L, device=raw.device) < lengths[:, None]
+
+
+def standardize(y, about):
+    """y (n, k) -> float64 targets of mean 0 and standard deviation 1 in training."""
+    y = y.double()
+    return (y - y.new_tensor(about["y_mean"])) / y.new_tensor(about["y_std"])
+
+
+def in_units_of_y(target, about):
+    """The inverse of `standardize`."""
+    target = target.double()
+    return target * target.new_tensor(about["y_std"]) + target.new_tensor(about["y_mean"])
 
 
 def draw(lengths, batch_size, *seed):
@@ -162,27 +214,27 @@ class Batch(NamedTuple):
     x: torch.Tensor  # (B, L) ids, or (B, L, C + 1) values and the mask flag
     keep: torch.Tensor | None  # (B, L) bool, True = real token; None: no padding
     where: torch.Tensor | None  # (B, L) bool, positions that count; None: one label per example
-    target: torch.Tensor  # (B, L) ids or (B, L, C) values per position; (B,) or (B/2,) labels
+    target: torch.Tensor  # (B, L) ids or (B, L, C) values; per example (B,) labels or (B, k)
 
 
-def normalize(raw, data):
-    """(B, L, C) small integers -> real values."""
-    mean = torch.as_tensor(data.mean, device=raw.device)
-    std = torch.as_tensor(data.std, device=raw.device)
+def normalize(raw, about):
+    """(B, L, C) numbers -> real values of mean 0 and standard deviation 1 in training."""
+    mean = torch.as_tensor(about["mean"], device=raw.device)
+    std = torch.as_tensor(about["std"], device=raw.device)
     return (raw - mean) / std
 
 
-def inputs(raw, where, data):
-    """Small integers -> what the model reads, hidden where `where` is True (None: nowhere).
+def inputs(raw, where, about):
+    """Tokens as stored -> what the model reads, hidden where `where` is True (None: nowhere).
 
     Symbols: (B, L) ids, hidden = vocab_size.  Values: (B, L, C + 1), normalized, hidden = 0, and
     a flag that is 1 there. In fine-tuning the flag is 0, which equals dropping its weights.
     """
     if where is None:
         where = raw.new_zeros(raw.shape[:2], dtype=torch.bool)
-    if data.mean is None:
-        return raw.long().masked_fill(where, data.vocab_size)
-    x = normalize(raw, data)  # (B, L, C)
+    if about["mean"] is None:
+        return raw.long().masked_fill(where, about["vocab_size"])
+    x = normalize(raw, about)  # (B, L, C)
     hidden = where[..., None].to(x)
     return torch.cat([x * (1 - hidden), hidden], dim=-1)  # (B, L, C + 1)
 
@@ -192,19 +244,19 @@ def make_batch(split, index, stage, config, generator):
     raw, keep = split.gather(index)
     if stage == "finetune":
         labels = split.labels[torch.from_numpy(index).to(raw.device)]
-        return Batch(inputs(raw, None, split.data), keep, None, labels)
+        return Batch(inputs(raw, None, split.about), keep, None, labels)
     real = raw.new_ones(raw.shape[:2], dtype=torch.bool) if keep is None else keep
     if config.objective == "masked":  # independent positions, all of them replaced (no 80/10/10)
         where = torch.rand(real.shape, generator=generator, device=raw.device) < config.mask_ratio
         where = where & real
-        x = inputs(raw, where, split.data)
+        x = inputs(raw, where, split.about)
         clean = raw
     else:  # causal: predict the input one step later, at all but the last position of a sequence
         where = F.pad(real[:, 1:], (0, 1))
-        x = inputs(raw, None, split.data)
+        x = inputs(raw, None, split.about)
         clean = torch.roll(raw, -1, dims=1)  # the last position wraps, but is not in where
     if config.loss == "l1":
-        return Batch(x, keep, where, normalize(clean, split.data))
+        return Batch(x, keep, where, normalize(clean, split.about))
     if clean.ndim == 3:
         clean = clean[..., 0]  # gray levels, predicted as symbols
     return Batch(x, keep, where, clean.long())
@@ -213,28 +265,26 @@ def make_batch(split, index, stage, config, generator):
 # ------------------------------------------------------------------------ model, head, loss
 
 
-def build_model(config, data):
+def build_model(config, about):
     """The body, which both stages share: embedding, positions, blocks, final norm."""
     sizes = {name: getattr(config, name) for name in ("d_model", "n_layers", "causal", "dropout")}
-    if data.mean is None:
-        sizes["vocab_size"] = data.vocab_size + 1  # the last one is the mask
+    if about["mean"] is None:
+        sizes["vocab_size"] = about["vocab_size"] + 1  # the last one is the mask
     else:
-        sizes["n_channels"] = data.train.tokens.shape[2] + 1  # the last one is the flag
+        sizes["n_channels"] = about["n_channels"] + 1  # the last one is the flag
     if config.model == "transformer":
         ffn = None if config.ffn == "dense" else ffn_factory(config.ffn)
         own = {"n_heads": config.n_heads, "d_ff": config.d_ff, "rope": config.rope}
         return Transformer(TransformerConfig(**sizes, **own), ffn=ffn)
     if config.model == "sgconv":
-        return SGConvModel(SGConvConfig(**sizes, **sgconv_kernel(config, data)))
+        return SGConvModel(SGConvConfig(**sizes, **sgconv_kernel(config, about["max_len"])))
     mixer = {"s4": s4_mixer, "s4d": s4d_mixer, "diagonal": dlr_mixer}[config.model]
     own = {"d_state": config.d_state, "dt_min": config.dt_min, "dt_max": config.dt_max}
     return S4Model(S4Config(**sizes, **own), mixer)
 
 
-def sgconv_kernel(config, data):
-    """The published kernel of this task, or one of 32 parameters per scale; for every split."""
-    axis = -1 if data.mean is None else 1  # (n, L), (n, 2, L) or (n, L, C)
-    L = max(split.tokens.shape[axis] for split in (data.train, data.val, data.test))
+def sgconv_kernel(config, L):
+    """The published kernel of this task, or one of 32 parameters per scale."""
     kernel = {"max_len": L, "kernel_dim": min(32, L), **KERNELS.get(config.task, {})}
     if config.kernel_dim is not None:
         kernel["kernel_dim"] = config.kernel_dim
@@ -257,14 +307,15 @@ class PairHead(nn.Module):
         return self.out(F.gelu(self.hidden(torch.cat([a, b, a - b, a * b], -1))))
 
 
-def build_head(stage, config, split):
-    """pretrain: a linear map per position to symbols or values; finetune: to classes."""
+def build_head(stage, config, about):
+    """pretrain: a linear map per position to symbols or values; finetune: to classes or y."""
     if stage == "pretrain":
-        width = split.data.vocab_size if config.loss == "ce" else split.tokens.shape[2]
+        width = about["vocab_size"] if config.loss == "ce" else about["n_channels"]
         return nn.Linear(config.d_model, width)
-    if split.pairs:
-        return PairHead(config.d_model, split.data.n_classes)
-    return nn.Linear(config.d_model, split.data.n_classes)
+    width = about["n_classes"] or len(about["y_mean"])
+    if about["pairs"]:
+        return PairHead(config.d_model, width)
+    return nn.Linear(config.d_model, width)
 
 
 def pool(h, keep, how, shared=False):
@@ -283,36 +334,57 @@ def pool(h, keep, how, shared=False):
     return total / count
 
 
-def loss_sums(model, head, batch, config):
-    """Loss, summed over what counts in this process, and (3,) sums of loss, count and correct.
-
-    The sums are float64, without gradient; `correct` is nan where nothing is right or wrong (l1).
-    """
-    positions = ()
-    if config.sequence_parallel:
-        batch, positions = own_tokens(batch, config)
-    x, keep, where, target = batch
+def outputs(model, head, x, keep, where, config, positions=()):
+    """What the head says: (n, width) at the positions `where`, or (examples, width) if None."""
     if x.is_floating_point():
         x = x.to(next(head.parameters()).dtype)
     # the padding is on the right, where a causal model never looks
     h = model(x, None if config.causal else keep, *positions)  # (B, L, D)
     if where is None:
-        h = pool(h, keep, config.pooling, bool(config.sequence_parallel))  # (B, D)
-    else:
-        h = h[where]  # (n, D), only the positions that count
+        return head(pool(h, keep, config.pooling, bool(config.sequence_parallel)))
+    return head(h[where])  # only the positions that count
+
+
+def loss_sums(model, head, batch, config):
+    """Loss, summed over what counts in this process, and sums of loss, count, correct.
+
+    The sums are float64, without gradient; `correct` is nan where nothing is right or wrong.
+    Regression adds 4 k more (see `regression_score`).
+    """
+    positions = ()
+    if config.sequence_parallel:
+        batch, positions = own_tokens(batch, config)
+    x, keep, where, target = batch
+    out = outputs(model, head, x, keep, where, config, positions)
+    if where is not None:
         target = target[where]
-    out = head(h)  # (n or B, symbols, channels or classes)
-    if target.is_floating_point():
-        loss = F.l1_loss(out, target.to(out), reduction="sum") / target.shape[-1]
-        correct = torch.full_like(loss, math.nan)
-    else:
+    correct = torch.full((), math.nan, device=out.device)
+    more = []
+    if not target.is_floating_point():
         loss = F.cross_entropy(out, target, reduction="sum")
         correct = (out.argmax(-1) == target).sum()
+    elif where is not None:  # denoising
+        loss = F.l1_loss(out, target.to(out), reduction="sum") / target.shape[-1]
+    else:  # regression
+        error = out.double() - target  # (B, k)
+        penalty = error.abs() if config.target_loss == "l1" else error.square()
+        loss = penalty.mean(1).sum()
+        more = [error.detach().abs(), error.detach().square(), target, target.square()]
     count = torch.full_like(loss, len(out), dtype=torch.float64)
     sums = torch.stack([loss.detach().double(), count, correct.double()])
+    sums = torch.cat([sums, *(values.sum(0) for values in more)])
     if config.sequence_parallel and where is None and ranks()[0] > 0:
         return loss * 0, sums * 0  # all ranks have the same `out`: count it once
     return loss, sums
+
+
+def regression_score(sums, y_std):
+    """R2, and mean absolute error in the units of y; both are means over the k targets."""
+    count = sums[1]
+    error, square, y, y_square = sums[3:].view(4, -1).cpu()  # each (k,), of standardized targets
+    r2 = 1 - square / (y_square - y * y / count)
+    error = error / count * torch.tensor(y_std, dtype=torch.float64)
+    return {"r2": r2.mean().item(), "mae": error.mean().item()}
 
 
 class Objective(nn.Module):
@@ -325,10 +397,14 @@ class Objective(nn.Module):
         self.config = config
 
     def forward(self, batch):
-        device = batch.x.device.type
-        half = self.config.precision == "bfloat16"
-        with torch.autocast(device, torch.bfloat16, enabled=half):
+        with autocast(self.config, batch.x):
             return loss_sums(self.model, self.head, batch, self.config)
+
+
+def autocast(config, x):
+    """A context in which matrix products are computed in the precision of the settings."""
+    half = config.precision == "bfloat16"
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=half)
 
 
 # --------------------------------------------------------------------------------- the loop
@@ -367,24 +443,29 @@ def make_optimizer(model, head, lr, config):
 
 @torch.no_grad()
 def evaluate(model, head, split, stage, config):
-    """Mean loss and accuracy over every example exactly once, with fixed masks."""
+    """Loss, and accuracy or R2, over every example exactly once, with fixed masks."""
     objective = Objective(model, head, config).eval()
     by_length = np.argsort(split.longest(), kind="stable")
     size = config.batch(stage)
     rank, world = share_of_examples(config)
-    sums = torch.zeros(3, dtype=torch.float64, device=config.device)
+    y_std = split.about["y_std"] if stage == "finetune" else None
+    sums = torch.zeros(3 + 4 * len(y_std or ()), dtype=torch.float64, device=config.device)
     for first in range(rank * size, len(split), world * size):
         generator = seeded(config, VALIDATION_SEED, first)
         batch = make_batch(split, by_length[first : first + size], stage, config, generator)
         sums += objective(batch)[1]
     objective.train()
-    return means(dist_attention.SumOverRanks.apply(sums))
+    sums = dist_attention.SumOverRanks.apply(sums)
+    score = means(sums)
+    if y_std:
+        score.update(regression_score(sums, y_std))
+    return score
 
 
 def fit(stage, model, head, train, val, config, run):
     """Train one stage; leave model and head as they were at their best on validation.
 
-    Judged by validation loss in pretraining, by validation accuracy in fine-tuning.
+    Judged by validation loss, except in classification, where it is accuracy.
     """
     number = STAGES.index(stage)
     steps = config.steps(stage)
@@ -424,8 +505,9 @@ def fit(stage, model, head, train, val, config, run):
         validate = (step + 1) % config.eval_every == 0 or step + 1 == steps
         if validate:
             score = evaluate(model, head, val, stage, config)
-            run.write(step, score, "val_")
-            merit = -score["loss"] if stage == "pretrain" else score["accuracy"]
+            run.validated(step, score)
+            by_accuracy = stage == "finetune" and "accuracy" in score
+            merit = score["accuracy"] if by_accuracy else -score["loss"]
             if best is None or merit > best["merit"]:
                 weights = {"model": model.state_dict(), "head": head.state_dict()}
                 score = {**score, "step": step + 1}
@@ -441,7 +523,7 @@ def fit(stage, model, head, train, val, config, run):
 
 # Settings that may change when a run is resumed: they change rounding at most, and what dropout
 # drops if the batch is split.
-FREE = ("out", "resume", "device", "data_dir", "accumulate", "compile")
+FREE = ("out", "resume", "overwrite", "device", "data_dir", "accumulate", "compile")
 
 
 def train(config, position=0):
@@ -450,70 +532,76 @@ def train(config, position=0):
     position: row of the progress bar.  ValueError if settings do not fit the data or the model;
     FloatingPointError if the run diverges (the last checkpoint stays).
     """
+    if config.out or config.resume:
+        config = replace(config, out=str(find_run(config.out or "runs/latest")))
+        check_free(config.out, config.resume or config.overwrite)
     data = rank0_first(load_data, config)
-    train_split = Resident(data.train, data, config.device)
-    val_split = Resident(data.val, data, config.device)
-    test_split = Resident(data.test, data, config.device)
+    about = identity(data)
+    config = fitted(config, about)
+    train_split = resident(data.train, about, config.device)
+    val_split = resident(data.val, about, config.device)
+    test_split = resident(data.test, about, config.device)
     labeled = train_split.subset(config.labels) if config.labels else train_split
-    model = initial_model(config, data)
-    with Run(config.out, asdict(config), identity(data), FREE, config.resume, position) as run:
+    model = initial_model(config, about)
+    if config.out is None:
+        config = replace(config, out=agreed_folder(config))
+    with Run(config.out, asdict(config), about, FREE, position) as run:
+        wait_for_rank0()
         run.result["parameters"] = sum(p.numel() for p in model.parameters())
         pretraining = config.objective != "none" and not config.pretrained
         if pretraining and "pretrain" not in run.result:  # it is there if a resumed run finished it
-            head = initial_head("pretrain", model, config, train_split)
+            head = initial_head("pretrain", model, config, about)
             splits = (train_split.documents(), val_split.documents())
             score = fit("pretrain", model, head, *splits, config, run)
-            if run.rank == 0:
-                weights = {"model": model.state_dict(), "head": head.state_dict()}
-                save(run.folder / "pretrained.pt", {**weights, **run.about})
+            run.save_weights("pretrained.pt", model, head)
             wait_for_rank0()
             run.result["pretrain"] = score
-        head = initial_head("finetune", model, config, train_split)
+        head = initial_head("finetune", model, config, about)
         run.result["finetune"] = fit("finetune", model, head, labeled, val_split, config, run)
         run.result["test"] = evaluate(model, head, test_split, "finetune", config)
+        run.save_weights("model.pt", model, head)
+        wait_for_rank0()
     return run.result
 
 
-def initial_model(config, data):
+def initial_model(config, about):
     """The model at the start of a run: weights from the seed or from a file, on the device."""
     seeded(config, config.seed)
-    model = build_model(config, data)
+    model = build_model(config, about)
     if config.random_init:  # 2310.02980v4, section C.1
         for p in model.parameters():
             nn.init.normal_(p, 0, 0.1)
     if config.pretrained:
-        load_pretrained(model, config, data)
+        load_pretrained(model, config, about)
     if config.sequence_parallel:
         dist_attention.spread(model, config.sequence_parallel, layout_of(config))
-    lengths = np.unique(data.train.lengths)
-    if config.compile and config.model != "transformer" and len(lengths) > 1:
-        many = f"{len(lengths)} lengths"
-        raise ValueError(f"compile: {config.model} would be compiled for each of {many}, drop it")
     if config.compile:
         model.compile()
     return model.to(config.device, torch.float64 if config.precision == "float64" else None)
 
 
-def initial_head(stage, model, config, split):
+def initial_head(stage, model, config, about):
     """The head at the start of a stage, the same after a resume."""
     seeded(config, config.seed, STAGES.index(stage))
-    return build_head(stage, config, split).to(next(model.parameters()))
+    return build_head(stage, config, about).to(next(model.parameters()))
 
 
 # What must be the same for pretrained weights to make sense (n_heads, say, changes no shape).
 BODY = ("model", "d_model", "n_layers", "n_heads", "d_ff", "ffn", "d_state", "rope", "causal")
-TOKENS = ("vocab_size", "symbols", "mean", "std")
+TOKENS = ("vocab_size", "n_channels", "symbols", "mean", "std")
 
 
-def load_pretrained(model, config, data):
+def load_pretrained(model, config, about):
     """Load the weights of an earlier run, whose model and symbols must be those of this run."""
     path = Path(config.pretrained)
-    if path.resolve().parent == Path(config.out).resolve():
+    if config.out and path.resolve().parent == Path(config.out).resolve():
         raise ValueError(f"--out {config.out} contains {path} and would replace it: choose another")
     state = load(path)
+    if "model" not in state or "optimizer" in state or state.get("stage") == "finetune":
+        raise ValueError(f"{path} is not what pretraining left: pass the pretrained.pt of a run")
     old = {**state.get("settings", {}), **state.get("data", {})}
     now = {name: getattr(config, name) for name in BODY}
-    now.update({name: getattr(data, name) for name in TOKENS})
+    now.update({name: about[name] for name in TOKENS})
     if changed := differences(old, now):
         raise ValueError(f"{path} was pretrained with other settings or data: {changed}")
     try:
@@ -521,14 +609,6 @@ def load_pretrained(model, config, data):
     except RuntimeError as error:  # sizes that follow from the data, such as sgconv's longest input
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit this model: {reason[:300]}") from error
-
-
-def identity(data):
-    """What tells this data set from others; kept with a run and compared when it is resumed."""
-    described = {name: getattr(data, name) for name in ("name", "n_classes", *TOKENS)}
-    for name in ("train", "val", "test"):
-        described[name] = list(getattr(data, name).tokens.shape)
-    return {**described, "checksum": lra_data.checksum(data)}
 
 
 # ------------------------------------------------------------------------ several processes
@@ -569,6 +649,18 @@ def rank0_first(make, config):
     return data
 
 
+def agreed_folder(config):
+    """A new folder under runs/, made by rank 0, for all ranks."""
+    rank, world = ranks()
+    folder = [None]
+    if rank == 0:
+        folder = [str(new_folder(f"{Path(config.task).stem}-{config.model}"))]
+    if world > 1:
+        with dist_attention.lost("rank 0 made no folder for this run"):
+            dist.broadcast_object_list(folder)
+    return folder[0]
+
+
 def share_of_examples(config):
     """(rank, world): this process takes part `rank` of `world` of every batch."""
     return (0, 1) if config.sequence_parallel else ranks()
@@ -582,11 +674,13 @@ def layout_of(config):
 def own_tokens(batch, config):
     """This rank's tokens of a batch, and their positions if the model is a Transformer."""
     layout = layout_of(config)
-    own = [t if t is None or t.ndim == 1 else dist_attention.own_tokens(t, layout) for t in batch]
+    tensors = batch if batch.where is not None else batch[:3]  # else a target is per example
+    own = [t if t is None else dist_attention.own_tokens(t, layout) for t in tensors]
+    own = Batch(*own, *batch[len(own) :])
     if config.model != "transformer":
-        return Batch(*own), ()
+        return own, ()
     positions = dist_attention.positions(batch.x.shape[1], *ranks(), layout)
-    return Batch(*own), (positions.to(batch.x.device),)
+    return own, (positions.to(batch.x.device),)
 
 
 # -------------------------------------------------------------------- self-check, command line
@@ -596,7 +690,7 @@ def self_check(device="cpu"):
     """[(name, error, limit)] for the steps that go wrong silently."""
     config = Config(device=device)
     data = lra_data.load("lattice", n_train=64, n_val=8, n_test=8)
-    split = Resident(data.train, data, device)
+    split = resident(data.train, identity(data), device)
     index = np.arange(64)
     epoch = np.concatenate(list(itertools.islice(draw(split.longest(), 8, 0), 8)))
     batch = make_batch(split, index, "pretrain", config, seeded(config, 1))
@@ -615,15 +709,16 @@ def self_check(device="cpu"):
 
 def run_command(config):
     """Train on the processes of torchrun, or on this one alone; print the result."""
-    if config.resume and not Path(config.out, "config.json").exists():
-        raise ValueError(f"{config.out} contains no run: nothing to resume")
+    folder = find_run(config.out or "runs/latest")
+    if config.resume and not (folder / "config.json").exists():
+        raise ValueError(f"{folder} contains no run: nothing to resume")
     with process_group(config.device) as (rank, _, device):
         result = train(replace(config, device=str(device)))
     if rank == 0:
         for name in ("pretrain", "finetune", "test", "speed"):
             row = result.get(name, {})
             print(f"{name:10}" + "  ".join(f"{key} {row[key]:,.6g}" for key in row))
-        print(f"{config.out}/result.json")
+        print(f"{result['config']['out']}/result.json")
 
 
 def command(argv):

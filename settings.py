@@ -37,7 +37,8 @@ DENOISING = {
 for side in (32, 64, 128, 256):
     for level in ("", "-medium", "-easy"):
         DENOISING[f"pathfinder{side}{level}"] = (0.50, "ce")
-OTHER_TASKS = (0.15, "ce")  # any other task, unless --mask-ratio and --loss say otherwise
+OWN_SYMBOLS = (0.15, "ce")  # your own data: as text
+OWN_VALUES = (0.50, "l1")  # and as pictures in real values
 
 # ------------------------------------------------------------------------------- the settings
 
@@ -51,15 +52,20 @@ def flag(default, help, *choices):
 class Config:
     """One run: pretraining (unless objective is "none"), then fine-tuning."""
 
-    task: str = flag("lattice", "a task of lra_data.py")
+    task: str = flag("lattice", "task of lra_data.py, .npz, .csv or .tsv file, or file.py:function")
     model: str = flag("transformer", "architecture", *MODELS)
     objective: str = flag("masked", "pretraining objective", "masked", "causal", "none")
     seed: int = flag(0, "random seed of weights, data order, masks, dropout (not of the data)")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
-    out: str = flag("runs/latest", "run directory: config, metrics, checkpoints, result")
+    out: str = flag(None, "run directory (default: a new one, which runs/latest links to)")
+    overwrite: bool = flag(False, "replace the run in --out")
     data_dir: str = flag("data", "directory of data sets and caches")
     source: str = flag(None, "published files of the task (a directory or an archive)")
     pictures: int = flag(None, "number of pictures to generate (pathfinder)")
+    text_column: str = flag(None, "column of a .csv file with the text (default: text)")
+    label_column: str = flag(None, "column of a .csv file with the label (default: label)")
+    characters: bool = flag(False, "characters instead of bytes as tokens of text")
+    max_len: int = flag(None, "cut texts to this many tokens")
     pretrain_steps: int = flag(3000, "optimizer steps of pretraining")
     finetune_steps: int = flag(300, "optimizer steps of fine-tuning")
     pretrain_lr: float = flag(3e-3, "peak learning rate of pretraining")
@@ -87,10 +93,11 @@ class Config:
     rope: bool = flag(False, "rotary instead of sinusoidal positions (transformer)")
     causal: bool = flag(False, "left-to-right model (implied by --objective causal)")
     pooling: str = flag("mean", "pooling over positions", "mean", "max", "last")
+    target_loss: str = flag("l2", "loss of regression, on standardized targets", "l2", "l1")
     labels: int = flag(None, "fine-tune on this many examples (nested subsets)")
     pretrained: str = flag(None, "skip pretraining and start from this pretrained.pt")
     eval_every: int = flag(500, "steps between validations")
-    resume: bool = flag(False, "continue the run in --out from its checkpoint")
+    resume: bool = flag(False, "continue the run in --out, or runs/latest, from its checkpoint")
     precision: str = flag("float32", "arithmetic", "float32", "float64", "bfloat16")
     compile: bool = flag(False, "torch.compile the model (pays for a transformer on a GPU)")
     sequence_parallel: str = flag(None, "split each sequence over processes", "ring", "ulysses")
@@ -102,7 +109,7 @@ class Config:
             expected = None if optional else misfit(f, value)
             if expected:
                 raise ValueError(f"{f.name} {value!r}: expected {expected}")
-        mask_ratio, loss = DENOISING.get(self.task, OTHER_TASKS)
+        mask_ratio, loss = DENOISING.get(self.task, (None, None))  # own data: see `fitted`
         self.mask_ratio = self.mask_ratio or mask_ratio
         self.loss = self.loss or loss
         self.pretrain_batch_size = self.pretrain_batch_size or self.batch_size
@@ -428,19 +435,22 @@ def resolve(given):
     found, departures = read_settings(name) if name else ({}, "")
     values = {key: value for key, (value, _) in found.items()}
     values.update(given)
-    names = [f.name for f in fields(Config)]
-    unknown = set(values) - set(names)
-    if unknown:
-        raise ValueError(f"no setting is called {', '.join(sorted(unknown))}")
+    for key in values:
+        if key not in Config.__annotations__:
+            where = name if key in found else "command line"
+            raise ValueError(f"{where}: no setting is called {key}")
     config = Config(**values)
     origin = {}
-    for key in names:
+    for key in vars(config):
         if key in given:
             origin[key] = "command line"
         elif key in found:
             origin[key] = f"{name}: {found[key][1]}"
         elif key in ("mask_ratio", "loss") and config.task in DENOISING:
             origin[key] = f"of task {config.task}: {SPT}, sections 2 and C.3"
+        elif key in ("mask_ratio", "loss"):
+            i = ("mask_ratio", "loss").index(key)
+            origin[key] = f"{OWN_SYMBOLS[i]} for symbols, {OWN_VALUES[i]} for values"
         else:
             origin[key] = "default"
     if departures:

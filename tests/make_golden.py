@@ -118,9 +118,10 @@ def pretrain_losses(model, folder):
     tokens = (np.sin(0.7 * n + 0.9 * t**1.1) > 0).astype(np.uint8)
     split = lra_data.Split(tokens, np.zeros(24, np.int64), np.full(24, 16, np.int32))
     data = lra_data.Data("closed form", split, split, split, 2, 2)
-    resident = pretrain.Resident(split, data, "cpu")
-    body = pretrain.build_model(config, data).double()
-    head = pretrain.build_head("pretrain", config, resident).double()
+    about = pretrain.identity(data)
+    resident = pretrain.resident(split, about, "cpu")
+    body = pretrain.build_model(config, about).double()
+    head = pretrain.build_head("pretrain", config, about).double()
     with torch.no_grad():
         for i, p in enumerate([*body.parameters(), *head.parameters()]):
             wave = torch.sin(1.3 * torch.arange(p.numel(), dtype=torch.float64) + i).view_as(p)
@@ -140,7 +141,7 @@ def pretrain():
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        losses = {name: pretrain_losses(name, folder) for name in ("transformer", "s4")}
+        losses = {name: pretrain_losses(name, f"{folder}/{name}") for name in ("transformer", "s4")}
     return {"input": "see pretrain_losses", **losses}
 
 

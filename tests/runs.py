@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import sys
 import time
+from dataclasses import replace
 
+import numpy as np
 import torch
 
 import checkpoint
@@ -22,6 +24,45 @@ TINY |= {"batch_size": 8}
 def lattice():
     """96 examples to train on."""
     return lra_data.load("lattice", n_train=96, n_val=16, n_test=16)
+
+
+def symbols(lengths, vocab=7, seed=0):
+    """A task of symbols with the given lengths, zero padded."""
+    rng = np.random.RandomState(seed)
+    lengths = np.array(lengths, np.int32)
+    tokens = rng.randint(0, vocab, (len(lengths), lengths.max())).astype(np.uint8)
+    tokens[np.arange(lengths.max()) >= lengths[:, None]] = 0
+    split = lra_data.Split(tokens, rng.randint(0, 2, len(lengths)).astype(np.int64), lengths)
+    return lra_data.Data("symbols", split, split, split, vocab, 2)
+
+
+def numbers(n=6, L=20, C=3, seed=0):
+    """A task of real values in C channels."""
+    rng = np.random.RandomState(seed)
+    tokens = rng.randint(0, 256, (n, L, C)).astype(np.uint8)
+    split = lra_data.Split(tokens, np.zeros(n, np.int64), np.full(n, L, np.int32))
+    return lra_data.Data("image", split, split, split, 256, 2, (100.0,) * C, (50.0,) * C)
+
+
+def pairs(lengths):
+    """Pairs of documents: `symbols`, two by two, with labels 0, 1, 0, ..."""
+    data = symbols(lengths)
+    tokens = data.train.tokens.reshape(len(lengths) // 2, 2, -1)
+    labels = np.arange(len(tokens)) % 2
+    split = lra_data.Split(tokens, labels, data.train.lengths.reshape(-1, 2))
+    return replace(data, train=split, val=split, test=split)
+
+
+def regression(data):
+    """The same inputs with two targets, of other units."""
+    rng = np.random.RandomState(1)
+    splits = {}
+    for name in ("train", "val", "test"):
+        labels = rng.randn(len(getattr(data, name)), 2) * [3, 0.1] + [500, -2]
+        splits[name] = replace(getattr(data, name), labels=labels.astype(np.float32))
+    y = splits["train"].labels.astype(np.float64)
+    moments = {"y_mean": tuple(y.mean(0).tolist()), "y_std": tuple(y.std(0).tolist())}
+    return replace(data, **splits, **moments, n_classes=None)
 
 
 def load_small(monkeypatch, data=None):
@@ -65,6 +106,7 @@ def start(args, log, **environment):
 
 def main(args, log, environment):
     os.environ.update(environment)
+    os.chdir(log.parent)
     sys.stdout = sys.stderr = open(log, "a", 1)
     torch.set_num_threads(1)
     data = lattice()

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from runs import regression
+
 import dist_attention
 import lra_data
 import pretrain
@@ -30,6 +32,8 @@ CASES = {
     "s4, data": {"model": "s4"},
     "diagonal, causal, max, data": {**CAUSAL, "model": "diagonal", "pooling": "max"},
     "sgconv, data": {"model": "sgconv"},
+    "s4, regression, data": {"model": "s4", "task": "regression", "loss": "ce"},
+    "transformer, regression, ring": {**RING, "task": "regression", "loss": "ce"},
 }
 
 
@@ -52,7 +56,7 @@ def trajectory(folder, options):
     result = pretrain.train(Config(**(SMALL | options), out=str(folder)))
     scores = []
     for stage in ("pretrain", "finetune", "test"):
-        scores += [result[stage]["loss"], result[stage]["accuracy"]]
+        scores += [value for name, value in result[stage].items() if name != "step"]
     return Recorder.seen + scores
 
 
@@ -61,7 +65,8 @@ def prepare():
     data = lra_data.load("lattice", n_train=33, n_val=8, n_test=10)
     shorter = np.where(np.arange(33) % 2, data.train.lengths, data.train.lengths * 2 // 3)
     data = replace(data, train=replace(data.train, lengths=shorter))
-    lra_data.load = lambda task, data_dir: data
+    tasks = {"lattice": data, "regression": regression(data)}
+    lra_data.load = lambda task, data_dir: tasks[task]
     pretrain.Run = Recorder
 
 

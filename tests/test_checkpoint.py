@@ -1,17 +1,23 @@
 """checkpoint.py: a run that is killed, interrupted or damaged goes on to the same bits."""
 
 import errno
+import io
 import json
+import re
 import signal
 import subprocess
+import sys
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from runs import bits, load_small, run, same
+from runs import TINY, bits, load_small, run, same
 
 import checkpoint
 import pretrain
+from settings import Config
 
 
 @pytest.fixture(autouse=True)
@@ -156,11 +162,79 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     assert checkpoint.load(path) == {"step": 1}
 
 
-def test_a_new_run_leaves_no_weights_of_the_old_one(tmp_path):
+def test_a_finished_run_is_replaced_only_with_overwrite(tmp_path, monkeypatch):
+    """And refused before the data are loaded; a new run leaves no weights of the old one."""
     run(tmp_path, "a")
     assert (tmp_path / "a" / "pretrained.pt").exists()
-    run(tmp_path, "a", objective="none", seed=1)
+    before = bits(tmp_path / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "load_data", lambda config: die())
+        with pytest.raises(ValueError, match=r"a contains a finished run: pass --overwrite"):
+            run(tmp_path, "a", seed=1)
+    same(before, bits(tmp_path / "a"))
+    run(tmp_path, "a", objective="none", seed=1, overwrite=True)
     assert not (tmp_path / "a" / "pretrained.pt").exists()
+    assert (tmp_path / "a" / "metrics.jsonl").read_text().count("pretrain") == 0
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_run_without_a_folder_gets_a_new_one_that_latest_stands_for(links, tmp_path, monkeypatch):
+    """Without symbolic links, by a text file; --resume continues it, under its own name."""
+
+    def refuse(*_):
+        raise OSError("no links")
+
+    monkeypatch.chdir(tmp_path)
+    if not links:
+        monkeypatch.setattr(checkpoint.Path, "symlink_to", refuse)
+    config = Config(**TINY, model="s4", pretrain_steps=4, finetune_steps=4, eval_every=2)
+    pretrain.train(config)
+    after_step(monkeypatch, "finetune", 3, die)
+    with pytest.raises(RuntimeError, match="killed"):
+        pretrain.train(config)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    load_small(monkeypatch)
+    latest = Path("runs/latest")
+    assert latest.is_symlink() == links
+    assert checkpoint.find_run(latest) == Path("runs/lattice-s4-2")
+    assert checkpoint.find_run("runs") == Path("runs")
+    result = pretrain.train(replace(config, resume=True))
+    assert result["config"]["out"] == "runs/lattice-s4-2"
+    names = {path.name for path in Path("runs").iterdir()}
+    assert names == {"latest", "lattice-s4-1", "lattice-s4-2"}
+    same(bits(Path("runs/lattice-s4-1")), bits(Path("runs/lattice-s4-2")))
+    assert not Path("runs/lattice-s4-1/latest").exists()
+
+
+def test_a_folder_called_latest_is_not_replaced(tmp_path):
+    (tmp_path / "latest").mkdir()
+    with pytest.raises(ValueError, match="latest is a folder, not a link to one: rename it"):
+        checkpoint.new_folder("a", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
+
+
+def test_a_line_per_validation_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
+    """On standard error; a run goes on when nobody reads it any more."""
+    run(tmp_path, "a")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4
+    number = r"[\d.,]+"
+    scores = rf"validation loss {number}, accuracy {number}, {number} tokens/s"
+    assert re.fullmatch(rf"a pretrain 6/12: {scores}, 00:0\d left", lines[0])
+    assert re.fullmatch(rf"a finetune 12/12: {scores}, 00:00 left", lines[3])
+
+    class Pipe(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Pipe())
+    run(tmp_path, "b")
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    run(tmp_path, "c")
+    assert "validation" not in terminal.getvalue() and "c finetune" in terminal.getvalue()
 
 
 def test_a_folder_in_use_is_refused(tmp_path):

@@ -220,7 +220,7 @@ def test_command_line_prints_the_summary(tmp_path, capsys):
         (["listops", "--n", "5"], "lra_data.py: load_listops.* argument 'n'", 1),
         (["pathfinder32", "--n", "5"], "lra_data.py: 5 pictures: expected at least 10", 1),
         (["listops", "--seed", "-1"], "lra_data.py: Seed must be between 0", 1),
-        (["lattices"], r"(?s).* invalid choice: 'lattices' \(choose from .*lattice", 2),
+        (["lattices"], r"lra_data.py: unknown task 'lattices': expected one of .*lattice", 1),
         (["listops-tiny", "--data-dir", "{folder}/file"], "lra_data.py: .*Not a dir|.*exists", 1),
         (["pathfinder32", "--data-dir", "{folder}/file"], "lra_data.py: .*Not a dir|.*exists", 1),
         (

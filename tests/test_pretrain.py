@@ -11,13 +11,25 @@ import make_golden
 import numpy as np
 import pytest
 import torch
-from runs import TINY, bits, lattice, load_small, run, same, start
+from runs import (
+    TINY,
+    bits,
+    lattice,
+    load_small,
+    numbers,
+    pairs,
+    regression,
+    run,
+    same,
+    start,
+    symbols,
+)
 
 import checkpoint
 import lra_data
 import pretrain
 import sgconv
-from pretrain import Resident
+from pretrain import identity
 from settings import Config
 
 ROOT = Path(__file__).parent.parent
@@ -28,39 +40,16 @@ def small_lattice(monkeypatch):
     load_small(monkeypatch)
 
 
-def symbols(lengths, vocab=7, seed=0):
-    """A task of symbols with the given lengths, zero padded."""
-    rng = np.random.RandomState(seed)
-    lengths = np.array(lengths, np.int32)
-    tokens = rng.randint(0, vocab, (len(lengths), lengths.max())).astype(np.uint8)
-    tokens[np.arange(lengths.max()) >= lengths[:, None]] = 0
-    split = lra_data.Split(tokens, rng.randint(0, 2, len(lengths)).astype(np.int64), lengths)
-    return lra_data.Data("symbols", split, split, split, vocab, 2)
-
-
-def numbers(n=6, L=20, C=3, seed=0):
-    """A task of real values in C channels."""
-    rng = np.random.RandomState(seed)
-    tokens = rng.randint(0, 256, (n, L, C)).astype(np.uint8)
-    split = lra_data.Split(tokens, np.zeros(n, np.int64), np.full(n, L, np.int32))
-    return lra_data.Data("image", split, split, split, 256, 2, (100.0,) * C, (50.0,) * C)
-
-
-def pairs(lengths):
-    """Pairs of documents: `symbols`, two by two, with labels 0, 1, 0, ..."""
-    data = symbols(lengths)
-    tokens = data.train.tokens.reshape(len(lengths) // 2, 2, -1)
-    labels = np.arange(len(tokens)) % 2
-    split = lra_data.Split(tokens, labels, data.train.lengths.reshape(-1, 2))
-    return replace(data, train=split, val=split, test=split)
+def resident(data, split):
+    return pretrain.resident(getattr(data, split), identity(data), "cpu")
 
 
 def batch_of(data, stage="pretrain", seed=0, **settings):
     config = Config(**(TINY | settings))
-    resident = Resident(data.train, data, "cpu")
+    split = resident(data, "train")
     generator = pretrain.seeded(config, seed)
-    index = np.arange(len(resident))
-    return config, pretrain.make_batch(resident, index, stage, config, generator)
+    index = np.arange(len(split))
+    return config, pretrain.make_batch(split, index, stage, config, generator)
 
 
 # ------------------------------------------------------------------------------- corruption
@@ -129,17 +118,17 @@ def test_a_pair_is_two_documents_with_one_label():
     config, batch = batch_of(data, "finetune")
     assert batch.x.shape == (4, 9) and batch.target.tolist() == [0, 1]
     assert torch.equal(batch.x, torch.from_numpy(data.train.tokens.reshape(4, 9)).long())
-    model = pretrain.build_model(config, data)
-    head = pretrain.build_head("finetune", config, Resident(data.train, data, "cpu"))
+    model = pretrain.build_model(config, identity(data))
+    head = pretrain.build_head("finetune", config, identity(data))
     assert pretrain.loss_sums(model, head, batch, config)[1][1] == 2
 
 
 def test_pretraining_takes_the_documents_of_pairs_one_by_one():
     data = pairs([4, 9, 5, 7])
-    split = Resident(data.train, data, "cpu")
+    split = resident(data, "train")
     single = split.documents()
     assert len(single) == 4 and single.lengths.tolist() == [4, 9, 5, 7]
-    assert single.labels.tolist() == [0, 0, 1, 1] and split.pairs and not single.pairs
+    assert single.labels.tolist() == [0, 0, 1, 1]
     for i in range(4):
         raw, keep = single.gather(np.array([i]))
         assert (
@@ -163,10 +152,10 @@ def test_sgconv_reaches_as_far_as_the_longest_split(shape):
     }[shape]
     data = replace(short, test=long.test)
     config = Config(**TINY, model="sgconv", loss="l1" if shape == "numbers" else "ce")
-    model = pretrain.build_model(config, data)
+    model = pretrain.build_model(config, identity(data))
     assert model.config.max_len == 30
-    resident = Resident(data.test, data, "cpu")
-    batch = pretrain.make_batch(resident, np.arange(len(resident)), "finetune", config, None)
+    split = resident(data, "test")
+    batch = pretrain.make_batch(split, np.arange(len(split)), "finetune", config, None)
     assert model(batch.x, batch.keep).shape[1] == 30
 
 
@@ -177,7 +166,7 @@ def test_sgconv_reaches_as_far_as_the_longest_split(shape):
 def test_sgconv_has_the_published_kernel_of_its_task(task, width, decay):
     data = numbers(L=256, C=1) if task == "image-real" else symbols([256, 256])
     config = Config(**(TINY | {"kernel_dim": None}), model="sgconv", task=task)
-    mixer = pretrain.build_model(config, data).blocks[0].mixer
+    mixer = pretrain.build_model(config, identity(data)).blocks[0].mixer
     assert (mixer.w.shape[-1], mixer.decay.__name__) == (width, decay)
 
 
@@ -202,8 +191,8 @@ def test_bucketing_leaves_little_padding():
 
 def test_subsets_are_nested():
     data = symbols(range(1, 33))
-    resident = Resident(data.train, data, "cpu")
-    small, large = resident.subset(5), resident.subset(20)
+    split = resident(data, "train")
+    small, large = split.subset(5), split.subset(20)
     assert np.array_equal(small.lengths, large.lengths[:5]) and len(set(large.lengths)) == 20
 
 
@@ -214,9 +203,8 @@ def test_subsets_are_nested():
 def test_structured_ffns_stand_in_all_blocks_but_the_first(ffn):
     data = symbols([9, 9])
     sizes = {"d_model": 32, "d_ff": 128, "n_layers": 3}
-    dense, model = (
-        pretrain.build_model(Config(**(TINY | sizes), ffn=kind), data) for kind in ("dense", ffn)
-    )
+    dense = pretrain.build_model(Config(**(TINY | sizes)), identity(data))
+    model = pretrain.build_model(Config(**(TINY | sizes), ffn=ffn), identity(data))
     count = [[sum(p.numel() for p in b.ffn.parameters()) for b in m.blocks] for m in (dense, model)]
     assert count[0][0] == count[1][0] and all(n < 0.5 * count[0][0] for n in count[1][1:])
     assert model(torch.zeros(2, 9, dtype=torch.long)).shape == (2, 9, 32)
@@ -244,12 +232,12 @@ def test_a_batch_mate_never_changes_a_result(model, objective, pooling):
     data = symbols([5, 30, 12])
     config = Config(**TINY, model=model, objective=objective, pooling=pooling)
     torch.manual_seed(0)
-    body = pretrain.build_model(config, data).double().eval()
-    resident = Resident(data.train, data, "cpu")
-    head = pretrain.build_head("finetune", config, resident).double()
+    body = pretrain.build_model(config, identity(data)).double().eval()
+    split = resident(data, "train")
+    head = pretrain.build_head("finetune", config, identity(data)).double()
 
     def logits(index):
-        batch = pretrain.make_batch(resident, np.array(index), "finetune", config, None)
+        batch = pretrain.make_batch(split, np.array(index), "finetune", config, None)
         return head(pretrain.pool(body(batch.x, batch.keep), batch.keep, pooling))
 
     together = logits([0, 1, 2])
@@ -264,7 +252,7 @@ def test_loss_counts_only_the_chosen_positions():
     data = symbols([8, 12, 12])
     config, batch = batch_of(data, mask_ratio=0.5)
     h = torch.randn(3, 12, 16)
-    head = pretrain.build_head("pretrain", config, Resident(data.train, data, "cpu"))
+    head = pretrain.build_head("pretrain", config, identity(data))
     spoiled = torch.where(batch.where[..., None], h, 1e3)
     loss, sums = pretrain.loss_sums(lambda x, keep: h, head, batch, config)
     assert torch.equal(loss, pretrain.loss_sums(lambda x, keep: spoiled, head, batch, config)[0])
@@ -278,13 +266,46 @@ def test_loss_counts_only_the_chosen_positions():
 def test_an_absolute_error_has_no_accuracy():
     data = numbers(C=3)
     config, batch = batch_of(data, task="image-real")
-    split = Resident(data.train, data, "cpu")
-    head = pretrain.build_head("pretrain", config, split)
-    model = pretrain.build_model(config, data)
+    split = resident(data, "train")
+    head = pretrain.build_head("pretrain", config, identity(data))
+    model = pretrain.build_model(config, identity(data))
     loss, _ = pretrain.loss_sums(model, head, batch, config)
     error = (head(model(batch.x)) - batch.target).abs()[batch.where]
     assert loss.item() == pytest.approx(error.mean(-1).sum().item(), rel=1e-5)
     assert list(pretrain.evaluate(model, head, split, "pretrain", config)) == ["loss"]
+
+
+@pytest.mark.parametrize("target_loss", ["l2", "l1"])
+def test_regression_learns_standardized_targets(target_loss):
+    data = regression(symbols([9, 12, 7, 7]))
+    config, batch = batch_of(data, "finetune", target_loss=target_loss)
+    y = data.train.labels.astype(np.float64)
+    assert np.allclose(batch.target, (y - y.mean(0)) / y.std(0), atol=1e-9)
+    assert np.allclose(pretrain.in_units_of_y(batch.target, identity(data)), y, rtol=1e-9)
+    model = pretrain.build_model(config, identity(data))
+    head = pretrain.build_head("finetune", config, identity(data))
+    loss, sums = pretrain.loss_sums(model, head, batch, config)
+    error = head(pretrain.pool(model(batch.x, batch.keep), batch.keep, "mean")) - batch.target
+    penalty = error.abs() if target_loss == "l1" else error**2
+    assert loss.item() == pytest.approx(penalty.mean(1).sum().item(), rel=1e-9)
+    assert sums[1] == 4 and sums[0] == loss.detach()
+
+
+def test_r2_and_absolute_error_are_those_of_all_examples(monkeypatch):
+    """In the units of y, whatever the batches; as numpy has them."""
+    data = regression(symbols(range(2, 13)))
+    config = Config(**(TINY | {"batch_size": 4}))
+    model = pretrain.initial_model(config, identity(data))
+    head = pretrain.initial_head("finetune", model, config, identity(data))
+    found = pretrain.evaluate(model, head, resident(data, "test"), "finetune", config)
+    _, batch = batch_of(replace(data, train=data.test), "finetune")
+    out = pretrain.outputs(model, head, batch.x, batch.keep, None, config)
+    guess = pretrain.in_units_of_y(out, identity(data)).detach().numpy()
+    y = data.test.labels.astype(np.float64)
+    r2 = 1 - ((guess - y) ** 2).sum(0) / ((y - y.mean(0)) ** 2).sum(0)
+    assert found["r2"] == pytest.approx(r2.mean(), rel=1e-5)
+    assert found["mae"] == pytest.approx(abs(guess - y).mean(), rel=1e-5)
+    assert "accuracy" not in found
 
 
 @pytest.mark.parametrize("shape", ["symbols", "pairs"])
@@ -339,20 +360,29 @@ def test_each_stage_sees_its_own_examples_in_its_own_batches(small_lattice, tmp_
     assert len(set(np.concatenate(seen["finetune"]))) == 30
 
 
-@pytest.mark.parametrize(("stage", "best"), [("pretrain", 4), ("finetune", 8)])
-def test_pretraining_is_judged_by_loss_and_fine_tuning_by_accuracy(
-    stage, best, small_lattice, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("stage", "best", "data"),
+    [
+        ("pretrain", 4, lattice()),
+        ("finetune", 8, lattice()),
+        ("finetune", 4, regression(lattice())),
+    ],
+)
+def test_pretraining_and_regression_are_judged_by_loss_and_classes_by_accuracy(
+    stage, best, data, tmp_path, monkeypatch
 ):
+    load_small(monkeypatch, data)
     scores = {2: (0.5, 0.6), 4: (0.1, 0.3), 6: (0.3, 0.6), 8: (0.9, 0.7), 10: (0.8, 0.7)}
     steps = itertools.cycle(scores)
 
     def judge(model, head, split, asked, config):
         loss, accuracy = scores[next(steps)] if asked == stage else (1.0, 0.5)
-        return {"loss": loss, "accuracy": accuracy}
+        name = "accuracy" if data.n_classes else "r2"
+        return {"loss": loss, name: accuracy}
 
     monkeypatch.setattr(pretrain, "evaluate", judge)
     result = run(tmp_path, "a", pretrain_steps=10, finetune_steps=10, eval_every=2)
-    assert result[stage] == {"loss": scores[best][0], "accuracy": scores[best][1], "step": best}
+    assert result[stage]["loss"] == scores[best][0] and result[stage]["step"] == best
 
 
 def test_a_stage_ends_with_its_best_weights(small_lattice, tmp_path, monkeypatch):
@@ -408,7 +438,15 @@ def test_weights_of_another_body_are_refused_and_never_overwritten(small_lattice
     with pytest.raises(ValueError, match="other settings or data: n_heads 2 -> 4"):
         run(tmp_path, "b", pretrained=str(weights), n_heads=4)
     with pytest.raises(ValueError, match="choose another"):
-        run(tmp_path, "a", pretrained=str(weights))
+        run(tmp_path, "a", pretrained=str(weights), overwrite=True)
+    checkpoint.save(tmp_path / "other.pt", {"weight": torch.ones(3)})
+    for path in (
+        tmp_path / "a" / "checkpoint.pt",
+        tmp_path / "a" / "model.pt",
+        tmp_path / "other.pt",
+    ):
+        with pytest.raises(ValueError, match=f"{path} is not what pretraining left: pass the pre"):
+            run(tmp_path, "b", pretrained=str(path))
     assert weights.exists() and not (tmp_path / "b").exists()
 
 
@@ -436,8 +474,8 @@ def test_streams_of_different_steps_differ():
     """(seed,), (seed, 0) and (seed, 0, 0) too, of which numpy alone makes one."""
     config = Config(**TINY)
     seen = set()
-    for numbers in ((3,), (3, 0), (3, 0, 0), (3, 0, 1), (3, 1, 0)):
-        mask = torch.rand(3, generator=pretrain.seeded(config, *numbers))
+    for entropy in ((3,), (3, 0), (3, 0, 0), (3, 0, 1), (3, 1, 0)):
+        mask = torch.rand(3, generator=pretrain.seeded(config, *entropy))
         seen |= {tuple(mask.tolist()), tuple(torch.rand(2).tolist())}
     assert len(seen) == 10
 
@@ -452,7 +490,7 @@ def test_processes_share_the_masks_but_drop_other_units():
 
 def test_random_init_leaves_no_structure():
     config = Config(**(TINY | {"d_model": 64}), model="s4", random_init=True)
-    model = pretrain.initial_model(config, lattice())
+    model = pretrain.initial_model(config, identity(lattice()))
     values = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert abs(values.mean()) < 0.002 and abs(values.std() - 0.1) < 0.002
     assert all(p.std() > 0.02 for p in model.parameters())
@@ -479,7 +517,7 @@ def test_a_compiled_model_trains_the_same(small_lattice, tmp_path, monkeypatch):
 
 def test_a_convolution_is_not_compiled_for_every_length(monkeypatch, tmp_path):
     load_small(monkeypatch, symbols([5, 9, 30]))
-    with pytest.raises(ValueError, match="compile: s4 would be compiled for each of 3 lengths"):
+    with pytest.raises(ValueError, match="s4 would be compiled for each length from 5 to 30"):
         run(tmp_path, "a", model="s4", compile=True)
     assert not (tmp_path / "a").exists()
 
@@ -495,7 +533,7 @@ def test_ten_step_trajectory_in_float64(model, tmp_path):
 
 def test_evaluation_counts_every_example_once():
     data = lattice()
-    config, resident = Config(**TINY), Resident(data.val, data, "cpu")
+    config, split = Config(**TINY), resident(data, "val")
     seen = []
 
     class Body(torch.nn.Module):
@@ -504,7 +542,7 @@ def test_evaluation_counts_every_example_once():
             return x[..., None].double().expand(-1, -1, 16)
 
     head = torch.nn.Linear(16, 2).double()
-    score = pretrain.evaluate(Body(), head, resident, "finetune", replace(config, batch_size=7))
+    score = pretrain.evaluate(Body(), head, split, "finetune", replace(config, batch_size=7))
     assert sorted(seen) == sorted(data.val.tokens.tolist())
     logits = head(torch.tensor(data.val.tokens).double().mean(1, keepdim=True).expand(-1, 16))
     right = (logits.argmax(1).numpy() == data.val.labels).mean()
@@ -569,18 +607,22 @@ def test_ten_kills_change_no_bit(tmp_path):
 @pytest.mark.slow
 @pytest.mark.dist
 def test_a_dead_rank_ends_the_other_and_the_run_goes_on(tmp_path):
-    """Without torchrun's own watch: rank 1 is killed, rank 0 stops by itself."""
+    """Without torchrun's own watch: rank 1 is killed, rank 0 stops by itself.
+
+    Both ranks agree on a new folder, and --resume finds it.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [*LONG, "--out", str(tmp_path / "run")]
+    folder = tmp_path / "runs" / "lattice-transformer-1"
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     logs = [tmp_path / "0", tmp_path / "1"]
-    both = [start(command, log, RANK=log.name, **group) for log in logs]
-    kill(both[1], logs[1], lambda: progress(tmp_path / "run") >= (0, 10))
+    both = [start(LONG, log, RANK=log.name, **group) for log in logs]
+    kill(both[1], logs[1], lambda: progress(folder) >= (0, 10))
     both[0].join(300)
-    assert both[0].exitcode == 1 and not (tmp_path / "run" / "result.json").exists()
-    finish([*command, "--resume"], logs[0])
+    assert both[0].exitcode == 1 and not (folder / "result.json").exists()
+    finish([*LONG, "--resume"], logs[0])
+    assert (folder / "result.json").exists() and len(list(folder.parent.iterdir())) == 2
 
 
 # ------------------------------------------------------------------------------ command line
@@ -591,7 +633,7 @@ def test_a_dead_rank_ends_the_other_and_the_run_goes_on(tmp_path):
     [
         ({"d_model": 30, "n_heads": 4}, "30.*4"),
         ({"labels": 97}, "labels 97.*96"),
-        ({"pictures": 5}, "task lattice has no"),
+        ({"pictures": 5}, "task lattice does not take all of: pictures"),
         ({"loss": "l1"}, "'l1' does not fit task lattice"),
     ],
 )
@@ -660,11 +702,10 @@ def test_ranks_wait_for_every_file_that_rank_0_writes(small_lattice, tmp_path, m
         save(path, state)
 
     monkeypatch.setattr(checkpoint, "save", spy)
-    monkeypatch.setattr(pretrain, "save", spy)
     monkeypatch.setattr(pretrain, "wait_for_rank0", lambda: events.append("wait"))
     run(tmp_path, "a")
     stage = "checkpoint wait checkpoint wait"
-    assert " ".join(events[2:]) == f"{stage} pretrained wait {stage}"
+    assert " ".join(events[3:]) == f"{stage} pretrained wait {stage} model wait"
 
 
 def test_labels_out_of_range_are_refused_before_training(monkeypatch):
@@ -672,6 +713,14 @@ def test_labels_out_of_range_are_refused_before_training(monkeypatch):
     data.test.labels[0] = 2
     monkeypatch.setattr(lra_data, "load", lambda task, data_dir: data)
     with pytest.raises(ValueError, match="labels 0 to 2, expected 0 to 1"):
+        pretrain.load_data(Config())
+
+
+def test_targets_that_are_not_numbers_are_refused_before_training(monkeypatch):
+    data = regression(symbols([9, 12, 7]))
+    data.val.labels[1, 1] = np.nan
+    load_small(monkeypatch, data)
+    with pytest.raises(ValueError, match="labels nan to nan, expected -1e"):
         pretrain.load_data(Config())
 
 
@@ -683,11 +732,11 @@ def test_an_empty_directory_name_is_refused():
 def test_weights_of_another_length_are_refused_in_one_line(tmp_path):
     data = lra_data.load("lattice", n_train=8, n_val=4, n_test=4)
     config = Config(model="sgconv", pretrained=str(tmp_path / "pretrained.pt"))
-    model = pretrain.build_model(config, data)
-    about = {"settings": vars(config), "data": pretrain.identity(data)}
+    model = pretrain.build_model(config, identity(data))
+    about = {"settings": vars(config), "data": identity(data)}
     weights = {"model": model.state_dict(), "head": {}}
     checkpoint.save(tmp_path / "pretrained.pt", {**weights, **about})
-    pretrain.load_pretrained(model, config, data)
+    pretrain.load_pretrained(model, config, identity(data))
     model.blocks[0].mixer = sgconv.SGConv(config.d_model, 128, 32, bidirectional=True)
     with pytest.raises(ValueError, match=r"pretrained.pt does not fit this model: .*mixer.w"):
-        pretrain.load_pretrained(model, config, data)
+        pretrain.load_pretrained(model, config, identity(data))

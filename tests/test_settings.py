@@ -226,7 +226,7 @@ def test_every_task_has_its_own_mask_ratio_and_loss():
         l1 = task in ("image-real", "scifar", "speech", "speech-8k")
         assert Config(task=task).loss == ("l1" if l1 else "ce")
     own = Config(task="pathology")
-    assert (own.mask_ratio, own.loss) == (0.15, "ce")
+    assert (own.mask_ratio, own.loss) == (None, None)
 
 
 # ------------------------------------------------------------------------------ command line
@@ -294,7 +294,7 @@ def test_a_flag_goes_before_a_file_before_a_default(tmp_path):
     [
         ("{", "not a file of settings"),
         ("[]", "not a file of settings"),
-        ('{"settings": {"d_modle": 3}}', "no setting is called d_modle"),
+        ('{"settings": {"d_modle": 3}}', "a.json: no setting is called d_modle"),
         ('{"settings": {"d_model": "wide"}}', "d_model 'wide': expected int"),
         ('{"settings": {"seed": null}}', "seed None: expected int"),
         ('{"settings": {"seed": 1}, "sources": [1]}', "not a file of settings"),

@@ -1,0 +1,191 @@
+"""Predict with a finished run of pretrain.py, without the data it was trained on.
+
+    python predict.py runs/latest new.csv                   writes predictions.csv
+    python predict.py runs/a new.npz --out guesses.csv
+
+    model = predict.load("runs/latest")    # a torch module, from model.pt alone
+    logits = model(x, lengths)             # x as in the data file
+
+The file gets one line per example: the class and the probability of every class, or the k values
+of a regression. If the new data have labels, their score is printed. Data with other symbols,
+classes or channels than those of the run are refused.
+"""
+
+import argparse
+import csv
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import trange
+
+import checkpoint
+import own_data
+import pretrain
+from settings import Config
+
+
+class Predictor(nn.Module):
+    """Body and head of a run: raw inputs -> logits (B, classes), or y (B, k) in its units.
+
+    x: tokens (B, L), values (B, L, C), or (B, L) if C is 1, or pairs of documents (B, 2, L).
+    lengths: (B,), or (B, 2) for pairs; what comes after them is padding, by default nothing.
+    The other examples of a batch change a result by rounding alone.  ValueError if x has another
+    shape than the data of the run, or a token outside its vocabulary.
+    """
+
+    def __init__(self, model, head, config, about):
+        super().__init__()
+        self.model = model
+        self.head = head
+        self.config = config
+        self.about = about  # what the run knows of its data (pretrain.identity)
+
+    def forward(self, x, lengths=None):
+        raw, keep = pretrain.trim(*self.documents(x, lengths))
+        x = pretrain.inputs(raw, None, self.about)
+        with pretrain.autocast(self.config, x):
+            out = pretrain.outputs(self.model, self.head, x, keep, None, self.config)
+        if self.about["y_mean"] is None:
+            return out
+        return pretrain.in_units_of_y(out, self.about)
+
+    def documents(self, x, lengths):
+        """x (B, L[, C]) on the device and lengths (B,) on the host, checked; a pair becomes two."""
+        x = torch.as_tensor(x, device=next(self.head.parameters()).device)
+        if self.about["n_channels"] == 1 and x.ndim == 2:
+            x = x[..., None]
+        like = self.about["train"]  # (n, L), (n, L, C) or (n, 2, L)
+        axis = 1 if self.about["pairs"] else 2  # of pairs or channels
+        if x.ndim != len(like) or list(x.shape[axis : axis + 1]) != like[axis : axis + 1]:
+            raise ValueError(f"x has shape {tuple(x.shape)}, but the run was trained on {like}")
+        if self.about["mean"] is None:
+            x = x.flatten(0, -2)
+            size = self.about["vocab_size"]
+            if x.is_floating_point() or int(x.min()) < 0 or int(x.max()) >= size:
+                raise ValueError(f"x ({x.dtype}) must be integers from 0 to {size - 1}")
+        B, L = x.shape[:2]
+        lengths = torch.full((B,), L) if lengths is None else torch.as_tensor(lengths).flatten()
+        if len(lengths) != B or lengths.min() < 1 or lengths.max() > L:
+            raise ValueError(f"{len(lengths)} lengths for {B} inputs: expected 1 to {L} for each")
+        return x, lengths.cpu().numpy()
+
+
+def load(folder, device="cpu"):
+    """The fine-tuned model of a finished run, as a Predictor in eval mode, without gradients."""
+    folder = checkpoint.find_run(folder)
+    path = folder / "model.pt"
+    if not path.exists():
+        unfinished = (folder / "config.json").exists()
+        reason = "continue the run with --resume" if unfinished else "it is no run of pretrain.py"
+        raise ValueError(f"{folder} has no model.pt: {reason}")
+    state = checkpoint.load(path)
+    try:
+        about = state["data"]
+        settings = {**state["settings"], "device": str(device), "sequence_parallel": None}
+        config = Config(**settings)
+        model = pretrain.build_model(config, about)
+        head = pretrain.build_head("finetune", config, about)
+        model.load_state_dict(state["model"])
+        head.load_state_dict(state["head"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} is not the model.pt of a run: {error!r:.200}") from error
+    predictor = Predictor(model, head, config, about).requires_grad_(False).eval()
+    return predictor.to(device, torch.float64 if config.precision == "float64" else None)
+
+
+def predict(predictor, tokens, lengths, batch_size):
+    """Outputs (n, classes or k) of all examples, in batches of similar lengths as in evaluation."""
+    order = np.argsort(lengths, kind="stable")
+    out = []
+    for first in trange(0, len(order), batch_size, desc="predict", unit=" batches", disable=None):
+        index = order[first : first + batch_size]
+        out.append(predictor(tokens[index], lengths[index]).cpu())
+    out = torch.cat(out)
+    return out[np.argsort(order)]
+
+
+def table(out, about):
+    """Outputs -> rows of the file, the first with the names of the columns."""
+    if about["y_mean"]:
+        yield [f"prediction {i}" for i in range(out.shape[1])]
+        for row in out.tolist():
+            yield [f"{value:.9g}" for value in row]
+        return
+    classes = about["classes"] or range(about["n_classes"])
+    yield ["prediction", *(f"p({name})" for name in classes)]
+    for row in out.double().softmax(1).tolist():
+        yield [classes[row.index(max(row))], *(f"{p:.6g}" for p in row)]
+
+
+def score(out, labels, about):
+    """Accuracy, or R2 and mean absolute error, as text."""
+    labels = torch.from_numpy(labels)
+    if about["y_mean"] is None:
+        right = (out.argmax(1) == labels).double().mean().item()
+        return f"accuracy {100 * right:.2f} %, loss {F.cross_entropy(out, labels).item():.4g}"
+    error = out - labels
+    r2 = 1 - error.square().sum(0) / (labels - labels.mean(0)).square().sum(0)
+    return f"R2 {r2.mean().item():.4g}, mean absolute error {error.abs().mean().item():.4g}"
+
+
+@contextmanager
+def appearing(path):
+    """Give an open text file that is renamed to `path` at the end, or removed after an error."""
+    temporary = path.with_name(path.name + ".new")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def command(args):
+    out = Path(args.out)
+    if out.exists() and (out.samefile(args.data) or not args.overwrite):
+        raise ValueError(f"{out} exists: choose another --out, or pass --overwrite")
+    predictor = load(args.run, args.device)
+    about, config = predictor.about, predictor.config
+    if about["pairs"]:
+        raise ValueError(f"{args.run} reads pairs of documents: use predict.load in Python")
+    columns = {}
+    for name in ("text_column", "label_column"):
+        if column := getattr(args, name) or getattr(config, name):
+            columns[name] = column
+    # sgconv reads no longer ones; texts are cut as in training
+    limited = config.model == "sgconv" or not args.data.endswith(".npz")
+    limit = about["max_len"] if limited else None
+    tokens, lengths, labels = own_data.examples(args.data, {**about, "max_len": limit}, **columns)
+    with appearing(out) as file:
+        found = predict(predictor, tokens, lengths, config.batch_size)
+        csv.writer(file, lineterminator="\n").writerows(table(found, about))
+    print(f"{len(found):,} predictions in {out}")
+    if labels is not None:
+        print(score(found, labels, about))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("run", help="folder of a finished run")
+    add("data", help=".csv, .tsv or .npz file, as the run was trained on; labels may be missing")
+    add("--out", default="predictions.csv", help="file to write (default: predictions.csv)")
+    add("--overwrite", action="store_true", help="replace --out if it exists")
+    add("--text-column", help="column with the text (default: as in training)")
+    add("--label-column", help="column with the labels (default: as in training)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    args = parser.parse_args(argv)
+    try:
+        command(args)
+    except (KeyboardInterrupt, ValueError, OSError) as error:
+        sys.exit(f"predict.py: {str(error) or 'interrupted'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""predict.py: the outputs of the evaluation, files in and out, and what is refused."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from runs import load_small, numbers, pairs, regression, run, symbols
+
+import checkpoint
+import own_data
+import predict
+import pretrain
+from lra_data import SPLITS
+
+SHORT = {"objective": "none", "finetune_steps": 2, "eval_every": 2, "task": "own"}
+LENGTHS = [5, 30, 12, 30, 7, 9, 1, 30, 22, 30, 30]
+DATA = {
+    "symbols": symbols(LENGTHS),
+    "pairs": pairs([*LENGTHS, 8]),
+    "values": numbers(n=11, L=30),
+    "regression": regression(symbols(LENGTHS)),
+}
+
+
+def evaluated(monkeypatch, tmp_path, data, **settings):
+    """Train on data in batches of 8 with the outputs of the last evaluation, the test."""
+    load_small(monkeypatch, data)
+    outputs = pretrain.outputs
+    seen = []
+
+    def spy(*args):
+        out = outputs(*args)
+        seen.append(out)
+        return out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "outputs", spy)
+        run(tmp_path, "a", **(SHORT | settings))
+    return seen[-1:] if len(data.test) <= 8 else seen[-2:]
+
+
+@pytest.mark.parametrize("kind", DATA)
+@pytest.mark.parametrize("objective", ["none", "causal"])
+@pytest.mark.parametrize("model", ["transformer", "s4", "s4d", "diagonal", "sgconv"])
+def test_predictions_are_those_of_the_evaluation(model, objective, kind, monkeypatch, tmp_path):
+    """To the bit on the same batches, and up to rounding one by one."""
+    data = DATA[kind]
+    settings = {"model": model, "objective": objective, "pretrain_steps": 1}
+    expected = torch.cat(evaluated(monkeypatch, tmp_path, data, **settings))
+    scale = torch.ones(1)
+    if kind == "regression":
+        scale = torch.tensor(data.y_std, dtype=torch.float64)
+        expected = expected * scale + torch.tensor(data.y_mean, dtype=torch.float64)
+    predictor = predict.load(tmp_path / "a")
+    x, lengths = data.test.tokens, data.test.lengths
+    order = np.argsort(lengths.reshape(len(x), -1).max(1), kind="stable")
+    batches = [predictor(x[i], lengths[i]) for i in (order[:8], order[8:]) if len(i)]
+    assert torch.equal(torch.cat(batches), expected)
+    alone = torch.cat([predictor(x[i : i + 1], lengths[i : i + 1]) for i in order])
+    assert ((alone - expected).abs() / scale).max() < 1e-6
+    assert (expected.std(0) / scale).min() > 1e-3  # else a constant would do
+
+
+# -------------------------------------------------------------------------------- files in and out
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Finished runs on a table with columns review and stars, and on arrays with two targets."""
+    folder = tmp_path_factory.mktemp("runs")
+    rng = np.random.RandomState(0)
+    with open(folder / "train.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["review", "stars", "split"])
+        for i in range(30):
+            good = i % 2 == 0
+            text = (1 + i % 7) * ("good " if good else "bad ")
+            writer.writerow([text, "up" if good else "down, very", SPLITS[i % 3]])
+    x = rng.randn(30, 12, 2).astype(np.float32)
+    y = np.stack([100 * x[:, :, 0].mean(1), x[:, 0, 1] - 7], 1)
+    np.savez(folder / "train.npz", x=x, y=y)
+    options = {"objective": "none", "finetune_steps": 40, "eval_every": 20, "finetune_lr": 1e-2}
+    columns = {"text_column": "review", "label_column": "stars"}
+    run(folder, "table", task=str(folder / "train.csv"), **columns, **options)
+    run(folder, "arrays", task=str(folder / "train.npz"), **options)
+    return folder
+
+
+def rows_of(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_a_table_gets_a_class_and_probabilities_per_line(runs, tmp_path, capsys):
+    """In the order of the file, by the columns of the run; its accuracy is that of the labels."""
+    out = tmp_path / "out.csv"
+    predict.main([str(runs / "table"), str(runs / "train.csv"), "--out", str(out)])
+    header, *rows = rows_of(out)
+    assert header == ["prediction", "p(down, very)", "p(up)"]
+    labels = [row[1] for row in rows_of(runs / "train.csv")[1:]]
+    assert [row[0] for row in rows] == labels  # it is easy
+    for name, down, up in rows:
+        assert float(down) + float(up) == pytest.approx(1, abs=1e-5)
+        assert (float(up) > 0.5) == (name == "up")
+    shown = capsys.readouterr().out
+    assert f"30 predictions in {out}\naccuracy 100.00 %" in shown
+
+
+def test_arrays_without_labels_get_values_and_no_score(runs, tmp_path, capsys):
+    with np.load(runs / "train.npz") as file:
+        np.savez(tmp_path / "new.npz", x=file["x"][:9])
+        expected = predict.load(runs / "arrays")(file["x"][:9])
+    predict.main([str(runs / "arrays"), str(tmp_path / "new.npz"), "--out", str(tmp_path / "o")])
+    header, *rows = rows_of(tmp_path / "o")
+    assert header == ["prediction 0", "prediction 1"]
+    assert np.allclose(np.array(rows, float), expected, rtol=1e-6)
+    assert "R2" not in capsys.readouterr().out
+
+
+def test_the_score_of_values_is_that_of_the_test_split(runs, tmp_path, capsys):
+    """R2 and mean absolute error, in the units of y, as the run itself printed them."""
+    result = json.loads((runs / "arrays" / "result.json").read_text())
+    test = own_data.load(runs / "train.npz").test
+    np.savez(tmp_path / "test.npz", x=test.tokens, y=test.labels)
+    predict.main([str(runs / "arrays"), str(tmp_path / "test.npz"), "--out", str(tmp_path / "o")])
+    r2, mae = result["test"]["r2"], result["test"]["mae"]
+    assert f"R2 {r2:.4g}, mean absolute error {mae:.4g}" in capsys.readouterr().out
+
+
+def test_model_pt_needs_nothing_else(runs, tmp_path):
+    """It is plain tensors and values, and predicts in a folder of its own."""
+    state = torch.load(runs / "arrays" / "model.pt", weights_only=True)
+    assert {"model", "head", "settings", "data"} <= state.keys()
+    (tmp_path / "model.pt").write_bytes((runs / "arrays" / "model.pt").read_bytes())
+    x = torch.randn(3, 12, 2)
+    assert torch.equal(predict.load(tmp_path)(x), predict.load(runs / "arrays")(x))
+
+
+def failure(capsys, *args):
+    with pytest.raises(SystemExit) as stop:
+        predict.main([str(arg) for arg in args])
+    text = str(stop.value.code)
+    assert text.startswith("predict.py: ") and "\n" not in text
+    return text
+
+
+def test_what_is_no_finished_run_gets_one_line(runs, tmp_path, capsys):
+    table = runs / "train.csv"
+    out = ["--out", tmp_path / "out.csv"]
+    assert "it is no run" in failure(capsys, tmp_path, table, *out)
+    assert "it is no run" in failure(capsys, tmp_path / "nowhere", table, *out)
+    (tmp_path / "config.json").write_text("{}")
+    assert "continue the run with --resume" in failure(capsys, tmp_path, table, *out)
+    (tmp_path / "model.pt").write_bytes((runs / "arrays" / "checkpoint.pt").read_bytes()[:-9])
+    assert "is not a file of weights" in failure(capsys, tmp_path, table, *out)
+    checkpoint.save(tmp_path / "model.pt", {"step": 3})
+    assert "is not the model.pt of a run: KeyError" in failure(capsys, tmp_path, table, *out)
+    assert "no such file" in failure(capsys, runs / "table", tmp_path / "no.csv", *out)
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_data_of_another_kind_are_refused(runs, tmp_path, capsys):
+    out = ["--out", tmp_path / "out.csv"]
+    assert "the run reads no text" in failure(capsys, runs / "arrays", runs / "train.csv", *out)
+    np.savez(tmp_path / "new.npz", x=np.zeros((2, 12, 3), np.float32))
+    assert "3 channels" in failure(capsys, runs / "arrays", tmp_path / "new.npz", *out)
+    np.savez(tmp_path / "new.npz", x=np.full((2, 12), 256))
+    assert "vocabulary" in failure(capsys, runs / "table", tmp_path / "new.npz", *out)
+    flags = ["--text-column", "text", *out]
+    assert "text" in failure(capsys, runs / "table", runs / "train.csv", *flags)
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_file_is_replaced_only_with_overwrite_and_only_by_a_whole_one(
+    runs, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "out.csv"
+    out.write_text("precious")
+    command = [runs / "table", runs / "train.csv", "--out", out]
+    assert "exists: choose another --out, or pass --overwrite" in failure(capsys, *command)
+    table = runs / "train.csv"
+    itself = [runs / "table", table, "--out", table, "--overwrite"]
+    assert "exists: choose another" in failure(capsys, *itself)
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "table", full)
+        assert "No space left" in failure(capsys, *command, "--overwrite")
+    assert out.read_text() == "precious" and list(tmp_path.iterdir()) == [out]
+    predict.main([str(arg) for arg in [*command, "--overwrite"]])
+    assert len(rows_of(out)) == 31
+
+
+def test_inputs_that_cannot_be_right_are_refused(runs):
+    table = predict.load(runs / "table")
+    arrays = predict.load(runs / "arrays")
+    for model, x, lengths, message in [
+        (table, np.zeros((2, 5, 1), int), None, r"x has shape \(2, 5, 1\)"),
+        (table, np.full((2, 5), 256), None, "must be integers from 0 to 255"),
+        (table, np.full((2, 5), -1), None, "must be integers from 0 to 255"),
+        (table, np.zeros((2, 5)), None, "must be integers"),
+        (table, np.zeros((2, 5), int), [5], "1 lengths for 2 inputs"),
+        (table, np.zeros((2, 5), int), [5, 6], "expected 1 to 5 for each"),
+        (table, np.zeros((2, 5), int), [5, 0], "expected 1 to 5 for each"),
+        (arrays, np.zeros((2, 5, 3)), None, r"x has shape \(2, 5, 3\)"),
+        (arrays, np.zeros((2, 5)), None, r"x has shape \(2, 5\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model(x, lengths)
+
+
+def test_sgconv_refuses_inputs_longer_than_its_kernel(runs, tmp_path, capsys):
+    options = {"objective": "none", "finetune_steps": 1}
+    run(tmp_path, "a", task=str(runs / "train.npz"), model="sgconv", **options)
+    np.savez(tmp_path / "new.npz", x=np.zeros((2, 13, 2), np.float32))
+    command = [tmp_path / "a", tmp_path / "new.npz", "--out", tmp_path / "o"]
+    assert "length 13, but the run reads at most 12" in failure(capsys, *command)
+    arrays = [str(runs / "arrays"), *map(str, command[1:])]
+    predict.main(arrays)  # attention has no longest input
