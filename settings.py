@@ -100,6 +100,8 @@ class Config:
     resume: bool = flag(False, "continue the run in --out, or runs/latest, from its checkpoint")
     precision: str = flag("float32", "arithmetic", "float32", "float64", "bfloat16")
     compile: bool = flag(False, "torch.compile the model (pays for a transformer on a GPU)")
+    eager: bool = flag(False, "on a GPU, launch kernels one by one instead of as CUDA graphs")
+    pad_to: int = flag(None, "pad batches to multiples of this length (default: 64 on a GPU, or 1)")
     sequence_parallel: str = flag(None, "split each sequence over processes", "ring", "ulysses")
 
     def __post_init__(self):
@@ -127,6 +129,10 @@ class Config:
 
     def lr(self, stage):
         return self.pretrain_lr if stage == "pretrain" else self.finetune_lr
+
+    def multiple(self):
+        """Batches are padded to a multiple of this length."""
+        return self.pad_to or (64 if self.device.startswith("cuda") else 1)
 
     def batch(self, stage):
         return self.pretrain_batch_size if stage == "pretrain" else self.batch_size
