@@ -145,14 +145,19 @@ def describe(data):
     sizes = ", ".join(f"{len(part):,} {name}" for part, name in zip(parts, SPLITS, strict=True))
     goal = f"{data.n_classes} classes"
     if data.n_classes is None:
-        goal = f"regression, {len(data.y_mean)} targets"
+        goal = f"regression, targets per example: {len(data.y_mean)}"
     elif data.classes:
         goal += ": " + ", ".join(data.classes[:8])
+        if data.n_classes > 8:
+            goal += ", ..."
     kind = f"{data.vocab_size} symbols"
     if data.mean is not None:
-        kind = f"values of {len(data.mean)} channels"
+        kind = f"{len(data.mean)}-channel values"
     lengths = np.concatenate([part.lengths for part in parts])
-    return f"{data.name}: {sizes}; {goal}; {kind}, length {lengths.min():,} to {lengths.max():,}"
+    length = f"{lengths.max():,}"
+    if lengths.min() < lengths.max():
+        length = f"{lengths.min():,} to {length}"
+    return f"{data.name}: {sizes}; {goal}; {kind}, length {length}"
 
 
 # -------------------------------------------------------------------------------- for prediction
