@@ -378,6 +378,12 @@ def test_long_new_texts_are_cut_and_counted(tmp_path, capsys):
     assert "my.csv: 1 of 2 texts were cut after 4 tokens" in capsys.readouterr().out
 
 
+def test_new_texts_stay_whole_where_the_run_reads_any_length(tmp_path, capsys):
+    path = write(tmp_path, table(["a" * 5000], "text"))
+    assert own_data.examples(path, BYTES)[1] == [5000]
+    assert capsys.readouterr().out == ""
+
+
 def test_arrays_as_long_as_the_run_can_read_pass(tmp_path):
     path = save(tmp_path, x=TOKENS, lengths=np.full(N, 4))
     tokens, lengths, _ = own_data.examples(path, {**SYMBOLS, "max_len": 4})
@@ -399,6 +405,7 @@ KINDS = {
     "text for tokens": (labeled(["yes"]), SYMBOLS, "my.csv: text, but the run reads no text"),
     "text for trees": (labeled(["yes"]), LISTOPS, "my.csv: text, but the run reads no text"),
     "no text": ("a,label\nb,yes\n", BYTES, r"my.csv: no column text \(--text-column\) in a, label"),
+    "no x": (dict(y=CLASSES), SYMBOLS, "my.npz: arrays y, expected x"),
     "NaN": (dict(x=changed(VALUES, 1, np.nan)), SIGNAL, "my.npz, row 1: NaN or infinity in x"),
 }
 
@@ -410,6 +417,13 @@ def test_new_data_of_another_kind_are_refused_by_name(kind, tmp_path):
     with pytest.raises(ValueError, match=reason) as refused:
         own_data.examples(path, run)
     assert "\n" not in str(refused.value)
+
+
+def test_the_name_of_a_function_follows_the_last_colon(tmp_path):
+    folder = tmp_path / "12:30"
+    folder.mkdir()
+    path = write(folder, FUNCTION, "mine.py")
+    assert lra_data.load(f"{path}:load").name == "mine"
 
 
 # --------------------------------------------------------------------- what prints, what fails
