@@ -141,7 +141,7 @@ def fashion(folder, suffix=""):
     rng = np.random.RandomState(0)
     images = rng.randint(0, 256, (40, 28, 28), np.uint8)
     labels = (np.arange(40) % 10).astype(np.uint8)
-    for part, rows in [("train", slice(30)), ("t10k", slice(30, 40))]:
+    for part, rows in [("train", slice(29)), ("t10k", slice(29, 40))]:
         write_idx(folder / f"{part}-images-idx3-ubyte{suffix}", images[rows])
         write_idx(folder / f"{part}-labels-idx1-ubyte{suffix}", labels[rows])
     return images, labels
@@ -153,12 +153,12 @@ def test_fashion_mnist_makes_a_file_that_loads(suffix, tmp_path):
     out = str(tmp_path / "out.npz")
     script("fashion_mnist").main([str(tmp_path), "--out", out])
     data = lra_data.load(out)
-    assert [len(data.train), len(data.val), len(data.test)] == [27, 3, 10]
+    assert [len(data.train), len(data.val), len(data.test)] == [27, 2, 11]
     assert len(data.classes) == 10 and data.mean is not None
     for split, rows in [
         (data.train, slice(27)),
-        (data.val, slice(27, 30)),
-        (data.test, slice(30, 40)),
+        (data.val, slice(27, 29)),
+        (data.test, slice(29, 40)),
     ]:
         pixels = images[rows].reshape(len(split), 784, 1)
         np.testing.assert_allclose(split.tokens, pixels / np.float32(255), rtol=1e-6)
@@ -171,11 +171,11 @@ def test_fashion_mnist_halves_each_side_and_takes_fewer_training_pictures(tmp_pa
     out = str(tmp_path / "out.npz")
     script("fashion_mnist").main([str(tmp_path), "--size", "14", "--train", "12", "--out", out])
     data = lra_data.load(out)
-    assert [len(data.train), len(data.val), len(data.test)] == [12, 3, 10]
+    assert [len(data.train), len(data.val), len(data.test)] == [12, 2, 11]
     for i in (0, 11):
         corner = images[i].reshape(14, 2, 14, 2).astype(float).mean((1, 3)).ravel() / 255
         np.testing.assert_allclose(data.train.tokens[i, :, 0], corner, rtol=1e-6)
-    test = images[30:, :2, :2].mean((1, 2)) / 255
+    test = images[29:, :2, :2].mean((1, 2)) / 255
     np.testing.assert_allclose(data.test.tokens[:, 0, 0], test, rtol=1e-6)
 
 
