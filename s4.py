@@ -158,7 +158,8 @@ def require(condition, message):
 def eigenvalues(log_decay, frequency):
     """Return Lam (D, N/2) complex128 = -exp(log_decay) + i frequency."""
     # differs from the paper: Re Lam < 0 whatever is learned, so no system can grow
-    log_decay = F.hardtanh(log_decay.double(), -100, 100)  # clamp: decays are neither 0 nor inf
+    # neither 0 nor inf; hardtanh is a clamp whose gradient is a single operation
+    log_decay = F.hardtanh(log_decay.double(), -100, 100)
     return torch.complex(-log_decay.exp(), frequency.double())
 
 
@@ -201,9 +202,9 @@ def bilinear(Lam, P, B, dt):
 
 
 def krylov(E, V, n):
-    """Return V, A V, A^2 V, ..., A = I + E, at least n columns, and the next power A^m - I.
+    """Return [V, A V, A^2 V, ...], at least n columns, and the next power as A^m - I; A = I + E.
 
-    E: (D, N, N), V: (D, N, k) -> (D, N, k m), m a power of 2, and (D, N, N).
+    E (D, N, N), V (D, N, k) -> (D, N, k m) with m a power of 2, (D, N, N).
     """
     while V.shape[-1] < n:
         AV = torch.baddbmm(V, E, V)  # V + E V
@@ -456,7 +457,7 @@ class StateSpace(nn.Module):
             rows, _ = krylov(E.mT, CA.mT, size)  # C A_bar, C A_bar^2, ...
             K = (C @ columns)[:, 0]
             lags = K[:, i[:, None] - i].tril()  # (D, size, size): K[i - j], a causal convolution
-            for chunk in u.split([L % 64] + L // 64 * [64], 1):
+            for chunk in u.split([L % 64] + L // 64 * [64], 1):  # (D, n, B)
                 n = chunk.shape[1]
                 from_state = rows.mT[:, :n] @ h
                 from_input = lags[:, :n, :n] @ chunk
@@ -466,7 +467,7 @@ class StateSpace(nn.Module):
                 else:
                     for _ in range(n):
                         h = torch.baddbmm(h, E, h)
-                h = h + columns[:, :, :n].flip(-1) @ chunk  # the last token has B_bar
+                h = h + columns[:, :, :n].flip(-1) @ chunk  # ..., A_bar B_bar, B_bar
         y = torch.cat(y, 1) + self.D_skip[:, None, None] * u  # (D, L, B)
         y = y.permute(2, 1, 0).to(x.dtype)
         return y, state._replace(x=h.permute(2, 0, 1))
@@ -593,8 +594,8 @@ def dlr_mixer(config, i):
 class S4Model(nn.Module):
     """Embedding, blocks, final norm: tokens (B, L) or values (B, L, C) -> features (B, L, D).
 
-    Tokens are integers of any type, values are floats.  mixer(config, i) builds the mixer of block
-    i.  options, such as rate, go to every mixer.
+    Tokens are integers of any type.  mixer(config, i) builds the mixer of block i.  options, such
+    as rate, go to every mixer.
     """
 
     def __init__(self, config, mixer=s4_mixer):
@@ -665,7 +666,7 @@ class S4Model(nn.Module):
         fits = lengths.shape == (B,) and torch.all((lengths >= 1) & (lengths <= L))
         require(fits, f"expected {B} prompts of 1 to {L} tokens, got lengths {lengths.tolist()}")
         require(temperature >= 0, f"temperature must be at least 0, got {temperature}")
-        # move padding to the left, where the state is still zero and stays so
+        # move padding to the left, where the state is zero and stays zero
         padding = L - lengths
         position = torch.arange(L, device=prompt.device) - padding[:, None]  # (B, L)
         prompt = prompt.gather(1, position.clamp(min=0))
