@@ -329,6 +329,8 @@ def per_channel(v, d_model):
 
 def log_uniform(low, high, *shape):
     """Return a parameter whose values are uniform between log low and log high."""
+    fits = 0 < low <= high < math.inf
+    require(fits, f"expected finite 0 < dt_min <= dt_max, got {low} and {high}")
     u = torch.rand(shape, dtype=torch.float32)
     return nn.Parameter(math.log(low) + u * math.log(high / low))
 
@@ -664,7 +666,8 @@ class S4Model(nn.Module):
         if lengths is None:
             lengths = torch.full((B,), L, device=prompt.device)
         fits = lengths.shape == (B,) and torch.all((lengths >= 1) & (lengths <= L))
-        require(fits, f"expected {B} prompts of 1 to {L} tokens, got lengths {lengths.tolist()}")
+        wanted = f"expected {B} lengths from 1 to L = {L} (no empty prompt)"
+        require(fits, f"{wanted}, got {lengths.tolist()}")
         require(temperature >= 0, f"temperature must be at least 0, got {temperature}")
         # move padding to the left, where the state is zero and stays zero
         padding = L - lengths

@@ -435,6 +435,14 @@ def test_any_chunking_is_the_convolution(kind, sizes):
     assert rel_err(state.x, stream(layer, x.double(), 1)[1].x) < 1e-12
 
 
+def test_an_empty_piece_changes_no_state():
+    layer = S4(4, 8)
+    _, state = layer.prefill(torch.randn(2, 5, 4), layer.initial_state(2))
+    y, after = layer.prefill(torch.randn(2, 0, 4), state)
+    assert y.shape == (2, 0, 4)
+    assert torch.equal(after.x, state.x)
+
+
 @KINDS
 def test_gradients_pass_through_the_recurrent_mode(kind):
     layer = kind(3, 8).double()
@@ -565,6 +573,16 @@ def test_sampling_follows_the_temperature():
     assert (share - (logits / 2).softmax(-1)).abs().max() < 0.03
 
 
+def test_dropout_is_before_the_glu_and_in_training_only():
+    """With all of it dropped, a block adds what the bias alone gives."""
+    model = S4Model(S4Config(d_model=4, vocab_size=3, dropout=1.0))
+    block = model.blocks[0]
+    x = torch.randn(2, 5, 4)
+    bias = nn.functional.glu(block.out.bias, -1)
+    assert rel_err(block(x) - x, bias.expand(2, 5, 4)) < 1e-5
+    assert rel_err(block.eval()(x) - x, bias.expand(2, 5, 4)) > 0.1
+
+
 @pytest.mark.parametrize("mixer", [s4_mixer, s4d_mixer])
 def test_param_groups(mixer):
     model = S4Model(S4Config(d_model=8, d_state=8, vocab_size=7), mixer)
@@ -613,6 +631,8 @@ def generate(L=5, **options):
     [
         (lambda: S4(4, 7), "got 7"),
         (lambda: S4D(4, 0), "got 0"),
+        (lambda: S4(4, dt_min=0.1, dt_max=0.01), "got 0.1 and 0.01"),
+        (lambda: S4(4, dt_max=float("nan")), "nan"),
         (lambda: S4(4, 8)(torch.zeros(2, 5, 3)), r"\(2, 5, 3\)"),
         (lambda: S4(4, 8)(torch.zeros(2, 4)), r"\(2, 4\)"),
         (lambda: S4D(4, 8)(torch.zeros(2, 5, 4).long()), "int64"),
@@ -620,15 +640,14 @@ def generate(L=5, **options):
         (lambda: S4(4, 8, True).initial_state(1), "bidirectional=False"),
         (lambda: S4(4, 8)(torch.zeros(2, 0, 4)), "at least 1, got 0"),
         (lambda: DLR(4, 8).kernel(5, 2.0), "rate 2.0"),
-        (lambda: S4(4, dt_min=0), "math domain"),
         (lambda: S4Model(S4Config(vocab_size=3)).initial_state(1), "bidirectional=False"),
         (lambda: S4Model(S4Config()), "exactly one"),
         (lambda: S4Model(S4Config(vocab_size=3, n_channels=1)), "exactly one"),
         (lambda: S4Model(S4Config(n_channels=1))(torch.zeros(2, 5)), r"\(B, L, 1\), got \(2, 5\)"),
-        (lambda: generate(L=0), r"1 to 0 tokens, got lengths \[0, 0\]"),
-        (lambda: generate(lengths=torch.tensor([4, 0])), r"lengths \[4, 0\]"),
-        (lambda: generate(lengths=torch.tensor([4, 6])), r"1 to 5 tokens, got lengths \[4, 6\]"),
-        (lambda: generate(lengths=torch.tensor([4])), r"2 prompts .* lengths \[4\]"),
+        (lambda: generate(L=0), r"no empty prompt\), got \[0, 0\]"),
+        (lambda: generate(lengths=torch.tensor([4, 0])), r"no empty prompt\), got \[4, 0\]"),
+        (lambda: generate(lengths=torch.tensor([4, 6])), r"to L = 5 .* got \[4, 6\]"),
+        (lambda: generate(lengths=torch.tensor([4])), r"2 lengths .* got \[4\]"),
         (lambda: generate(temperature=-1.0), "got -1.0"),
         (lambda: generate(temperature=float("nan")), "got nan"),
     ],
