@@ -124,7 +124,8 @@ def cauchy_ref(Lam, P, B, C, dt, L):
     CP = (C_cut * P) @ cauchy
     PB = (P.conj() * B) @ cauchy
     PP = (P.conj() * P) @ cauchy
-    K_f = 2 / (1 + w) * (CB - CP / (1 + PP) * PB)
+    correction = CP / (1 + PP) * PB
+    K_f = 2 / (1 + w) * (CB - correction)
     return np.fft.ifft(K_f).real
 
 
@@ -444,35 +445,33 @@ class StateSpace(nn.Module):
         return y.to(x_t.dtype), state._replace(x=x)
 
     def prefill(self, x, state):
-        """x (B, L, D), State -> y (B, L, D), new State: the same as L steps, in chunks of 64."""
+        """x (B, L, D), State -> y (B, L, D), new State: L % 64 steps, then chunks of 64 tokens."""
         self.check_piece(x, state)
+        rest = x.shape[1] % 64
+        y = [x[:, :0]]
+        for x_t in x[:, :rest].unbind(1):
+            y_t, state = self.step(x_t, state)
+            y.append(y_t[:, None])
+        if x.shape[1] < 64:
+            return torch.cat(y, 1), state
         h, E, B_bar, C = state
         h = h.permute(1, 2, 0)  # (D, N, B)
-        u = x.to(h.dtype).permute(2, 1, 0)  # (D, L, B)
-        L = x.shape[1]
-        size = min(L, 64)
-        i = torch.arange(size, device=x.device)
-        y = []
+        i = torch.arange(64, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
-            columns, E_64 = krylov(E, B_bar, size)  # B_bar, A_bar B_bar, ...
+            columns, E_64 = krylov(E, B_bar, 64)  # (D, N, 64): B_bar, A_bar B_bar, ...
             CA = torch.baddbmm(C, C, E)
-            rows, _ = krylov(E.mT, CA.mT, size)  # C A_bar, C A_bar^2, ...
-            K = (C @ columns)[:, 0]
-            lags = K[:, i[:, None] - i].tril()  # (D, size, size): K[i - j], a causal convolution
-            for chunk in u.split([L % 64] + L // 64 * [64], 1):  # (D, n, B)
-                n = chunk.shape[1]
-                from_state = rows.mT[:, :n] @ h
-                from_input = lags[:, :n, :n] @ chunk
-                y.append(from_state + from_input)
-                if n == 64:
-                    h = torch.baddbmm(h, E_64, h)
-                else:
-                    for _ in range(n):
-                        h = torch.baddbmm(h, E, h)
-                h = h + columns[:, :, :n].flip(-1) @ chunk  # ..., A_bar B_bar, B_bar
-        y = torch.cat(y, 1) + self.D_skip[:, None, None] * u  # (D, L, B)
-        y = y.permute(2, 1, 0).to(x.dtype)
-        return y, state._replace(x=h.permute(2, 0, 1))
+            rows, _ = krylov(E.mT, CA.mT, 64)  # (D, N, 64): C A_bar, C A_bar^2, ...
+            K = (C @ columns)[:, 0]  # (D, 64)
+            lags = K[:, i[:, None] - i].tril()  # (D, 64, 64): K[i - j], a causal convolution
+            for chunk in x[:, rest:].split(64, 1):
+                u = chunk.to(h.dtype).permute(2, 1, 0)  # (D, 64, B)
+                from_state = rows.mT @ h
+                from_input = lags @ u + self.D_skip[:, None, None] * u
+                y_chunk = (from_state + from_input).permute(2, 1, 0)
+                y.append(y_chunk.to(x.dtype))
+                h = torch.baddbmm(h, E_64, h)
+                h = h + columns.flip(-1) @ u  # the last token has B_bar
+        return torch.cat(y, 1), state._replace(x=h.permute(2, 0, 1))
 
 
 class S4(StateSpace):
@@ -750,7 +749,8 @@ def check_kernels(dtype, device, limit, N=64, L=16384):
         else:
             A_bar, B_bar = hold_ref(Lam, B, dt)
         K = kernel_ref(A_bar, B_bar, C, L)
-        yield f"{kind.__name__} kernel == K, L = {L}", rel_err(layer.kernel(L)[0], K), limit
+        error = rel_err(layer.kernel(L)[0], K)
+        yield f"{kind.__name__} kernel == K, L = {L}", error, limit
 
 
 def check_layers(dtype, device, limit, L=150):
@@ -763,7 +763,8 @@ def check_layers(dtype, device, limit, L=150):
         for x_t in x[:, 87:].unbind(1):
             y_t, state = layer.step(x_t, state)
             y = torch.cat([y, y_t[:, None]], 1)
-        yield f"{kind.__name__} layer == prefill, then steps", rel_err(layer(x), y), limit
+        error = rel_err(layer(x), y)
+        yield f"{kind.__name__} layer == prefill, then steps", error, limit
 
 
 @torch.no_grad()

@@ -524,6 +524,7 @@ def test_each_prompt_is_continued_as_if_alone(mixer):
     got = model.generate(prompts, 20, head, lengths=lengths)
     for prompt, length, tokens in zip(prompts, lengths, got, strict=True):
         assert torch.equal(model.generate(prompt[None, :length], 20, head)[0], tokens)
+    assert model.generate(prompts, 0, head).dtype == torch.int64
 
 
 @MIXERS
