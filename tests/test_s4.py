@@ -402,6 +402,8 @@ def test_half_precision_does_not_round_the_dynamics(kind, dtype):
     y = half(x)
     assert all(p.dtype == torch.float32 for p in half.parameters())
     assert y.dtype == dtype and rel_err(y, layer(x.float())) < 1e-2
+    streamed, _ = half[0].prefill(x, half[0].initial_state(2))
+    assert streamed.dtype == dtype and rel_err(streamed, y) < 1e-2
 
 
 @KINDS
