@@ -124,7 +124,8 @@ def cauchy_ref(Lam, P, B, C, dt, L):
     CP = (C_cut * P) @ cauchy
     PB = (P.conj() * B) @ cauchy
     PP = (P.conj() * P) @ cauchy
-    K_f = 2 / (1 + w) * (CB - CP / (1 + PP) * PB)
+    correction = CP / (1 + PP) * PB
+    K_f = 2 / (1 + w) * (CB - correction)
     return np.fft.ifft(K_f).real
 
 
@@ -150,11 +151,17 @@ def s4d_legs(N):
 # ---------------------------------------------------------------- torch: D channels at once
 
 
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
 def eigenvalues(log_decay, frequency):
     """Return Lam (D, N/2) complex128 = -exp(log_decay) + i frequency."""
     # differs from the paper: Re Lam < 0 whatever is learned, so no system can grow
-    decay = log_decay.double().clamp(-100, 100).exp()  # neither 0 nor infinite
-    return torch.complex(-decay, frequency.double())
+    # neither 0 nor inf; hardtanh is a clamp whose gradient is a single operation
+    log_decay = F.hardtanh(log_decay.double(), -100, 100)
+    return torch.complex(-log_decay.exp(), frequency.double())
 
 
 def coordinates(z):
@@ -163,22 +170,17 @@ def coordinates(z):
 
 
 def as_matrix(z):
-    """Write x -> z x, z (D, N/2) complex128, in real coordinates: (D, N, N)."""
-    N = 2 * z.shape[-1]
-    basis = torch.eye(N, dtype=torch.float64, device=z.device)
-    basis = torch.view_as_complex(basis.view(N, N // 2, 2))  # row by row: 1 and i in each place
-    images = coordinates(z[:, None] * basis)  # (D, N, N)
-    return images.mT  # column k is the image of basis vector k
+    """Write x -> z x, z = a + i b (D, N/2), in real coordinates: (D, N, N), blocks a -b; b a."""
+    a = z.real
+    b = z.imag
+    blocks = torch.stack([a, -b, b, a], 1).unflatten(1, (2, 2))  # (D, 2, 2, N/2)
+    matrix = torch.diag_embed(blocks, dim1=1, dim2=3)  # (D, N/2, 2, N/2, 2)
+    return matrix.flatten(3, 4).flatten(1, 2)
 
 
 def output_rows(C):
     """Write x -> 2 Re(C x), C (..., N/2), in real coordinates: (..., N)."""
     return coordinates(2 * C.conj())  # Re(c x) = Re c Re x - Im c Im x
-
-
-def square(E):
-    """Return (I + E)^2 - I = 2 E + E E, all (D, N, N), in one operation."""
-    return torch.baddbmm(E, E, E, beta=2)
 
 
 def bilinear(Lam, P, B, dt):
@@ -200,34 +202,36 @@ def bilinear(Lam, P, B, dt):
     return 2 * M_minus_I, dt * (B + M_minus_I @ B)
 
 
+def krylov(E, V, n):
+    """Return [V, A V, A^2 V, ...], at least n columns, and the next power as A^m - I; A = I + E.
+
+    E (D, N, N), V (D, N, k) -> (D, N, k m) with m a power of 2, (D, N, N).
+    """
+    while V.shape[-1] < n:
+        AV = torch.baddbmm(V, E, V)  # V + E V
+        V = torch.cat([V, AV], -1)
+        E = torch.baddbmm(E, E, E, beta=2)  # (I + E)^2 - I = 2 E + E E
+    return V, E
+
+
 def two_level_kernel(E, B_bar, C, L):
     """K[i m + j] = (C A_bar^(i m)) (A_bar^j B_bar): sqrt L rows times sqrt L columns.
 
     E (D, N, N), B_bar (D, N, 1) in float64, C (D, n, N).  Returns (n, D, L) in the dtype of C.
     O(D N (N^2 log L + L)) time, O(D (N^2 log L + N sqrt L + L)) memory: autograd keeps every power.
     """
-    D, N, _ = E.shape
-    fits = E.shape == (D, N, N) and B_bar.shape == (D, N, 1) and C.mT.shape[:2] == (D, N)
-    if not fits or C.ndim != 3 or not C.is_floating_point():
-        got = f"{tuple(E.shape)}, {tuple(B_bar.shape)} and {tuple(C.shape)} {C.dtype}"
-        raise ValueError(f"expected E (D, N, N), B_bar (D, N, 1) and float C (D, n, N), got {got}")
     # differs from the paper: powers of A_bar, no Cauchy sums
-    columns = torch.cat([B_bar, B_bar + E @ B_bar], -1)  # (D, N, 2)
-    E = square(E)  # A_bar^2 - I
-    # up to here in float64: all later powers inherit the rounding error of the first
-    E = E.to(C.dtype)
+    require(C.is_floating_point(), f"expected float C, got {C.dtype}")
+    columns, E = krylov(E, B_bar, 2)  # B_bar, A_bar B_bar
+    E = E.to(C.dtype)  # only now: all later powers inherit the rounding error of the first
     columns = columns.to(C.dtype)
-    while columns.shape[-1] ** 2 < L:  # A_bar^j B_bar: 2, 4, 8, ... columns
-        columns = torch.cat([columns, columns + E @ columns], -1)  # (D, N, m)
-        E = square(E)
+    columns, E = krylov(E, columns, math.sqrt(L))  # (D, N, m), A_bar^m - I
     n = C.shape[1]
     m = columns.shape[-1]
-    rows = C
-    while rows.shape[1] * m < n * L:  # C A_bar^(i m): n times 1, 2, 4, ... rows
-        rows = torch.cat([rows, rows + rows @ E], 1)  # (D, n L / m, N)
-        E = square(E)
-    K = (rows @ columns).unflatten(1, (-1, n))  # (D, L / m, n, m)
-    return K.movedim(2, 0).flatten(2)[..., :L]
+    rows, _ = krylov(E.mT, C.mT, n * L / m)  # (D, N, n L / m)
+    K = torch.bmm(rows.mT, columns)  # (D, n L / m, m)
+    K = K.unflatten(1, (-1, n)).movedim(2, 0)  # (n, D, L / m, m)
+    return K.flatten(2)[..., :L]
 
 
 def diagonal_kernel(log_A, B_bar, C, L):
@@ -236,7 +240,7 @@ def diagonal_kernel(log_A, B_bar, C, L):
     log_A, B_bar (D, N/2) complex128, C (n, D, N/2).  Returns (n, D, L) in the dtype of C, but real.
     O(D N L) time, O(D N sqrt L + D L) memory.
     """
-    m = 2 ** (int(L - 1).bit_length() // 2)  # about sqrt L
+    m = math.isqrt(L)
     i = torch.arange(0, L, m, device=C.device)[:, None]  # (L / m, 1)
     j = torch.arange(m, device=C.device)[:, None]  # (m, 1)
     v = (C * B_bar)[:, :, None]  # (n, D, 1, N/2)
@@ -326,8 +330,8 @@ def per_channel(v, d_model):
 
 def log_uniform(low, high, *shape):
     """Return a parameter whose values are uniform between log low and log high."""
-    if not 0 < low <= high < math.inf:
-        raise ValueError(f"expected finite 0 < dt_min <= dt_max, got {low} and {high}")
+    fits = 0 < low <= high < math.inf
+    require(fits, f"expected finite 0 < dt_min <= dt_max, got {low} and {high}")
     u = torch.rand(shape, dtype=torch.float32)
     return nn.Parameter(math.log(low) + u * math.log(high / low))
 
@@ -350,8 +354,8 @@ class State(NamedTuple):
 class StateSpace(nn.Module):
     """Linear token mixer y = K * u + D u, (B, L, D) -> (B, L, D): what S4, S4D and DLR share.
 
-    A subclass has the parameters of A and B, and system(rate): the discretized E (D, N, N) and
-    B_bar (D, N, 1) in float64, and C (D, n, N).
+    A subclass with a diagonal A has discretize(rate), which returns log A_bar and B_bar, (D, N/2)
+    complex128; any other replaces system and impulse_response.
     rate: step of the input in units of the training step, 2 for half the sampling rate.
     Computes in float32 (or float64), also under autocast and in a half-precision model.  The FFT
     leaks rounding error (and NaNs) across positions: causality holds up to float precision.
@@ -361,8 +365,8 @@ class StateSpace(nn.Module):
 
     def __init__(self, d_model, d_state, bidirectional):
         super().__init__()
-        if d_state < 2 or d_state % 2:
-            raise ValueError(f"d_state must be even and at least 2, got {d_state}")
+        even = d_state >= 2 and d_state % 2 == 0
+        require(even, f"d_state must be even and at least 2, got {d_state}")
         self.d_model = d_model
         self.bidirectional = bidirectional
 
@@ -382,14 +386,21 @@ class StateSpace(nn.Module):
 
         return super()._apply(convert, recurse)
 
+    def system(self, rate=1.0):
+        """Return the recurrence: E (D, N, N) and B_bar (D, N, 1) in float64, C (D, n, N)."""
+        log_A, B_bar = self.discretize(rate)
+        E = as_matrix(torch.expm1(log_A))
+        C = output_rows(torch.view_as_complex(self.C))
+        return E, coordinates(B_bar)[..., None], C.transpose(0, 1)
+
     def impulse_response(self, L, rate):
         """Return K (n, D, L)."""
-        return two_level_kernel(*self.system(rate), L)
+        log_A, B_bar = self.discretize(rate)
+        return diagonal_kernel(log_A, B_bar, torch.view_as_complex(self.C), L)
 
     def kernel(self, L, rate=1.0):
-        """Return K: (D, L), or (2, D, L) if bidirectional (see fft_conv).  ValueError if L < 1."""
-        if L < 1:
-            raise ValueError(f"the length must be at least 1, got {L}")
+        """Return K: (D, L), or (2, D, L) if bidirectional (see fft_conv)."""
+        require(L >= 1, f"the length must be at least 1, got {L}")
         with torch.autocast(self.C.device.type, enabled=False):
             K = self.impulse_response(L, rate)  # (n, D, L)
         return K if self.bidirectional else K[0]
@@ -408,17 +419,19 @@ class StateSpace(nn.Module):
 
     def initial_state(self, batch, rate=1.0):
         """Return the State before the first token.  ValueError if bidirectional."""
-        if self.bidirectional:
-            raise ValueError("a bidirectional layer needs the future; bidirectional=False can step")
+        one_way = not self.bidirectional
+        require(one_way, "a bidirectional layer needs the future; bidirectional=False can step")
         E, B_bar, C = self.system(rate)
+        E = E.to(C.dtype)
+        B_bar = B_bar.to(C.dtype)
         x = C.new_zeros(batch, *E.shape[:2])
-        return State(x, E.to(x.dtype), B_bar.to(x.dtype), C)
+        return State(x, E, B_bar, C)
 
     def check_piece(self, x, state):
         """Refuse x (B, L, D) that would broadcast to the state's batch by accident."""
         check_input(x, None, self.d_model)
-        if len(x) != len(state.x):
-            raise ValueError(f"expected batch size {len(state.x)} as in the state, got {len(x)}")
+        size = len(state.x)
+        require(len(x) == size, f"expected batch size {size} as in the state, got {len(x)}")
 
     def step(self, x_t, state):
         """x_t (B, D), State -> y_t (B, D), new State."""
@@ -432,37 +445,33 @@ class StateSpace(nn.Module):
         return y.to(x_t.dtype), state._replace(x=x)
 
     def prefill(self, x, state):
-        """x (B, L, D), State -> y (B, L, D), new State: the same as L steps, but in chunks.
-
-        Chunks have 1, 2, 4, ... tokens, one per binary digit of L, and then 64.
-        """
+        """x (B, L, D), State -> y (B, L, D), new State: L % 64 steps, then chunks of 64 tokens."""
         self.check_piece(x, state)
-        h, E, columns, C = state
+        rest = x.shape[1] % 64
+        y = [x[:, :0]]
+        for x_t in x[:, :rest].unbind(1):
+            y_t, state = self.step(x_t, state)
+            y.append(y_t[:, None])
+        if x.shape[1] < 64:
+            return torch.cat(y, 1), state
+        h, E, B_bar, C = state
         h = h.permute(1, 2, 0)  # (D, N, B)
-        u = x.to(h.dtype).permute(2, 1, 0)  # (D, L, B)
-        L = x.shape[1]
-        y = []
-        start = 0
-        size = 1
+        i = torch.arange(64, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
-            rows = C + C @ E  # C A_bar, C A_bar^2, ... (D, size, N): from the state to the outputs
-            while start < L:
-                stop = L if size == 64 else L % (2 * size)
-                K = (C @ columns)[:, 0]  # (D, size), the last lag first
-                windows = F.pad(K, (0, size - 1)).unfold(-1, size, 1)
-                toeplitz = windows.flip(1)  # (D, size, size), [i, j]: lag i - j
-                for i in range(start, stop, size):
-                    chunk = u[:, i : i + size]
-                    y.append(rows @ h + toeplitz @ chunk)
-                    h = h + E @ h + columns @ chunk
-                start = stop
-                size = 2 * size
-                rows = torch.cat([rows, rows + rows @ E], 1)
-                columns = torch.cat([columns + E @ columns, columns], -1)  # ..., A_bar B_bar, B_bar
-                E = square(E)
-        y = torch.cat(y, 1) + self.D_skip[:, None, None] * u  # (D, L, B)
-        y = y.permute(2, 1, 0).to(x.dtype)
-        return y, state._replace(x=h.permute(2, 0, 1))
+            columns, E_64 = krylov(E, B_bar, 64)  # (D, N, 64): B_bar, A_bar B_bar, ...
+            CA = torch.baddbmm(C, C, E)
+            rows, _ = krylov(E.mT, CA.mT, 64)  # (D, N, 64): C A_bar, C A_bar^2, ...
+            K = (C @ columns)[:, 0]  # (D, 64)
+            lags = K[:, i[:, None] - i].tril()  # (D, 64, 64): K[i - j], a causal convolution
+            for chunk in x[:, rest:].split(64, 1):
+                u = chunk.to(h.dtype).permute(2, 1, 0)  # (D, 64, B)
+                from_state = rows.mT @ h
+                from_input = lags @ u + self.D_skip[:, None, None] * u
+                y_chunk = (from_state + from_input).permute(2, 1, 0)
+                y.append(y_chunk.to(x.dtype))
+                h = torch.baddbmm(h, E_64, h)
+                h = h + columns.flip(-1) @ u  # the last token has B_bar
+        return torch.cat(y, 1), state._replace(x=h.permute(2, 0, 1))
 
 
 class S4(StateSpace):
@@ -484,29 +493,14 @@ class S4(StateSpace):
         B = self.B.double().flatten(-2)[..., None]  # (D, N, 1)
         dt = rate * self.log_dt.double().exp()[:, None]
         E, B_bar = bilinear(Lam, P, B, dt)
-        C = torch.view_as_complex(self.C)
-        return E, B_bar, output_rows(C).transpose(0, 1)
-
-
-class DiagonalStateSpace(StateSpace):
-    """A is diagonal, which makes K cheaper: what S4D and DLR share.
-
-    A subclass has discretize(rate), which returns log A_bar and B_bar, (D, N/2) complex128.
-    """
-
-    def system(self, rate=1.0):
-        log_A, B_bar = self.discretize(rate)
-        C = torch.view_as_complex(self.C)
-        E = as_matrix(torch.expm1(log_A))
-        return E, coordinates(B_bar)[..., None], output_rows(C).transpose(0, 1)
+        C = output_rows(torch.view_as_complex(self.C))
+        return E, B_bar, C.transpose(0, 1)
 
     def impulse_response(self, L, rate):
-        log_A, B_bar = self.discretize(rate)
-        C = torch.view_as_complex(self.C)
-        return diagonal_kernel(log_A, B_bar, C, L)
+        return two_level_kernel(*self.system(rate), L)
 
 
-class S4D(DiagonalStateSpace):
+class S4D(StateSpace):
     """S4D: A is diagonal; zero-order hold.  init (N -> Lam, B): s4d_lin, s4d_inv, s4d_legs."""
 
     def __init__(
@@ -528,12 +522,11 @@ class S4D(DiagonalStateSpace):
         return log_A, torch.expm1(log_A) / Lam * B  # expm1: exact for small dt Lam
 
 
-class DLR(DiagonalStateSpace):
+class DLR(StateSpace):
     """Diagonal linear recurrence x_l = exp(Lam) x_{l-1} + u_l, y_l = 2 Re(C x_l): no HiPPO, no dt.
 
-    arXiv:2310.02980v4, equation 3.  Phases start at 2 pi k / N as there, decays log-uniform in
-    [dt_min, dt_max].  (The paper gives no decays; the authors' code halves the drawn ones and
-    shares them between channels.)
+    arXiv:2310.02980v4, equation 3.  Phases start at 2 pi k / N as there.  The paper gives no
+    decays; here they are log-uniform in [dt_min, dt_max].
     """
 
     def __init__(self, d_model, d_state=64, bidirectional=False, dt_min=1e-3, dt_max=1e-1):
@@ -544,8 +537,7 @@ class DLR(DiagonalStateSpace):
         self.add_output()
 
     def discretize(self, rate):
-        if rate != 1:
-            raise ValueError(f"rate {rate}: expected 1, a plain recurrence has no time step")
+        require(rate == 1, f"rate {rate}: expected 1, a plain recurrence has no time step")
         Lam = eigenvalues(self.log_decay, self.frequency)
         return Lam, torch.ones_like(Lam)
 
@@ -563,9 +555,9 @@ class S4Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(d_model, 2 * d_model)
 
-    def forward(self, x, keep=None):
-        """x (B, L, D), keep (B, L) bool -> (B, L, D)."""
-        return x + self.gate(self.mixer(self.norm(x), keep))
+    def forward(self, x, keep=None, **options):
+        """x (B, L, D), keep (B, L) bool -> (B, L, D).  options, such as rate, go to the mixer."""
+        return x + self.gate(self.mixer(self.norm(x), keep, **options))
 
     def gate(self, y):
         y = self.dropout(F.gelu(y))
@@ -587,64 +579,75 @@ class S4Config:
     dt_max: float = 1e-1
 
 
-def s4_mixer(config, i):
+def s4_mixer(config, i, kind=S4):
     """Build the mixer of block i."""
-    return S4(config.d_model, config.d_state, not config.causal, config.dt_min, config.dt_max)
+    return kind(config.d_model, config.d_state, not config.causal, config.dt_min, config.dt_max)
 
 
 def s4d_mixer(config, i):
-    return S4D(config.d_model, config.d_state, not config.causal, config.dt_min, config.dt_max)
+    return s4_mixer(config, i, S4D)
 
 
 def dlr_mixer(config, i):
-    return DLR(config.d_model, config.d_state, not config.causal, config.dt_min, config.dt_max)
+    return s4_mixer(config, i, DLR)
 
 
 class S4Model(nn.Module):
-    """Embedding, blocks, final norm: tokens (B, L) int64 or values (B, L, C) float -> (B, L, D).
+    """Embedding, blocks, final norm: tokens (B, L) or values (B, L, C) -> features (B, L, D).
 
-    mixer(config, i) builds the mixer of block i.
+    Tokens are integers of any type.  mixer(config, i) builds the mixer of block i.  options, such
+    as rate, go to every mixer.
     """
 
     def __init__(self, config, mixer=s4_mixer):
         super().__init__()
         self.config = config
-        D = config.d_model
-        if (config.vocab_size is None) == (config.n_channels is None):
-            raise ValueError(f"set exactly one of vocab_size and n_channels in {config}")
+        one = (config.vocab_size is None) != (config.n_channels is None)
+        require(one, f"set exactly one of vocab_size and n_channels in {config}")
         if config.vocab_size is None:
-            self.embed = nn.Linear(config.n_channels, D)
+            self.embed = nn.Linear(config.n_channels, config.d_model)
         else:
-            self.embed = nn.Embedding(config.vocab_size, D)
-        if config.n_layers < 1 or self.embed.weight.numel() == 0:
-            raise ValueError(f"every size must be at least 1 in {config}")
+            self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        positive = config.n_layers > 0 and self.embed.weight.numel() > 0
+        require(positive, f"every size must be at least 1 in {config}")
         self.blocks = nn.ModuleList()
         for i in range(config.n_layers):
-            self.blocks.append(S4Block(D, mixer(config, i), config.dropout))
-        self.norm = nn.LayerNorm(D)
+            self.blocks.append(S4Block(config.d_model, mixer(config, i), config.dropout))
+        self.norm = nn.LayerNorm(config.d_model)
 
-    def forward(self, x, keep=None):
-        """x (B, L) int64 or (B, L, C) float, keep (B, L) bool -> features (B, L, D)."""
-        h = self.embed(x)  # (B, L, D)
+    def embed_input(self, x):
+        """Tokens (B, L) or values (B, L, C) -> (B, L, D)."""
+        if not x.is_floating_point():
+            return self.embed(x.long())
+        C = self.config.n_channels
+        fits = C is None or x.shape[-1] == C
+        require(fits, f"expected values (B, L, {C}), got {tuple(x.shape)}")
+        return self.embed(x)
+
+    def forward(self, x, keep=None, **options):
+        """keep: (B, L) bool, False at padding."""
+        h = self.embed_input(x)  # (B, L, D)
         for block in self.blocks:
-            h = block(h, keep)
+            h = block(h, keep, **options)
         return self.norm(h)
 
-    def initial_state(self, batch):
-        """Return one State per block.  ValueError unless every mixer is causal and recurrent."""
-        for block in self.blocks:
-            if not hasattr(block.mixer, "initial_state"):
-                name = type(block.mixer).__name__
-                raise ValueError(f"{name} has no recurrent mode; use S4, S4D or DLR mixers")
-        return [block.mixer.initial_state(batch) for block in self.blocks]
+    def initial_state(self, batch, **options):
+        """Return one State per block.  ValueError if the model is bidirectional."""
+        return [block.mixer.initial_state(batch, **options) for block in self.blocks]
 
-    def prefill(self, x, state):
-        """x (B, L) int64 or (B, L, C) float, state -> features (B, L, D), new state."""
-        h = self.embed(x)
+    def prefill(self, x, state, keep=None):
+        """Continue state by x, (B, L) or (B, L, C).  Returns features (B, L, D), new state.
+
+        keep: (B, L) bool, False at padding, which must come before all real tokens.
+        """
+        h = self.embed_input(x)
         new_state = []
         for block, s in zip(self.blocks, state, strict=True):
+            u = block.norm(h)
+            if keep is not None:
+                u = u.masked_fill(~keep[..., None], 0)  # no input: a zero state stays zero
             run = block.mixer.step if h.ndim == 2 else block.mixer.prefill
-            y, s = run(block.norm(h), s)
+            y, s = run(u, s)
             h = h + block.gate(y)  # as S4Block.forward
             new_state.append(s)
         return self.norm(h), new_state
@@ -652,25 +655,35 @@ class S4Model(nn.Module):
     step = prefill  # x (B,) or (B, C) -> features (B, D), new state
 
     @torch.no_grad()
-    def generate(self, prompt, n, head, temperature=0.0):
-        """Continue prompt (B, L >= 1) int64 by n tokens (B, n); temperature 0 is greedy decoding.
+    def generate(self, prompt, n, head, temperature=0.0, lengths=None):
+        """Continue each prompt of (B, L) by n tokens, (B, n) int64; temperature 0 is greedy.
 
-        head: features (B, D) -> logits (B, vocab_size).  Call eval() first if there is dropout.
+        head: features (B, D) -> logits (B, vocab_size).  lengths (B,): real tokens per prompt,
+        before padding on the right; None: all L.  Call eval() first if there is dropout.
         """
-        if not temperature >= 0:
-            raise ValueError(f"temperature must be at least 0, got {temperature}")
-        features, state = self.prefill(prompt, self.initial_state(len(prompt)))
+        B, L = prompt.shape
+        if lengths is None:
+            lengths = torch.full((B,), L, device=prompt.device)
+        fits = lengths.shape == (B,) and torch.all((lengths >= 1) & (lengths <= L))
+        wanted = f"expected {B} lengths from 1 to L = {L} (no empty prompt)"
+        require(fits, f"{wanted}, got {lengths.tolist()}")
+        require(temperature >= 0, f"temperature must be at least 0, got {temperature}")
+        # move padding to the left, where the state is zero and stays zero
+        padding = L - lengths
+        position = torch.arange(L, device=prompt.device) - padding[:, None]  # (B, L)
+        prompt = prompt.gather(1, position.clamp(min=0))
+        features, state = self.prefill(prompt, self.initial_state(B), position >= 0)
         h = features[:, -1]
-        out = prompt.new_empty(len(prompt), n)
-        for i in range(n):
+        tokens = [position[:, :0]]
+        for _ in range(n):
             logits = head(h)
             token = logits.argmax(-1)
             if temperature > 0:
                 p = (logits / temperature).softmax(-1)
                 token = torch.multinomial(p, 1)[:, 0]
-            out[:, i] = token
+            tokens.append(token[:, None])
             h, state = self.step(token, state)
-        return out
+        return torch.cat(tokens, 1)
 
     def param_groups(self, lr, weight_decay):
         """Return AdamW groups; SSM parameters use a learning rate of at most 1e-3 and no decay."""
@@ -720,47 +733,38 @@ def check_reference(N=8, L=63, dt=0.05):
 
 def check_kernels(dtype, device, limit, N=64, L=16384):
     """The torch kernels of one channel against the reference."""
-
-    def numpy_pairs(v):  # (..., N/2, 2) -> (N,)
-        v = torch.view_as_complex(v.double().cpu())
-        return both(v.flatten().numpy())
-
     for kind in (S4, S4D):
         layer = kind(1, N).to(device, dtype)
-        Lam = both(eigenvalues(layer.log_decay, layer.frequency)[0].cpu().numpy())
-        B = numpy_pairs(layer.B)
-        C = numpy_pairs(layer.C)
-        dt = layer.log_dt.double().exp().item()
+        p = {}
+        for name, value in layer.named_parameters():
+            p[name] = value.double().cpu().numpy().reshape(-1)
+        Lam = both(-np.exp(p["log_decay"]) + 1j * p["frequency"])
+        B = both(p["B"].view(complex))
+        dt = np.exp(p["log_dt"])
+        C = both(p["C"].view(complex))
         if kind is S4:
-            P = numpy_pairs(layer.P)
+            P = both(p["P"].view(complex))
             A = np.diag(Lam) - np.outer(P, P.conj())
             A_bar, B_bar = bilinear_ref(A, B, dt)
         else:
             A_bar, B_bar = hold_ref(Lam, B, dt)
         K = kernel_ref(A_bar, B_bar, C, L)
-        yield f"{kind.__name__} kernel == K, L = {L}", rel_err(layer.kernel(L)[0], K), limit
+        error = rel_err(layer.kernel(L)[0], K)
+        yield f"{kind.__name__} kernel == K, L = {L}", error, limit
 
 
 def check_layers(dtype, device, limit, L=150):
-    """The convolution of each layer against its recurrence and against two separate directions."""
+    """The convolution of each layer against its recurrence."""
     x = torch.randn(2, L, 4, dtype=dtype, device=device)
     for kind in (S4, S4D, DLR):
         layer = kind(4, 16).to(device, dtype)
-        y, state = layer.prefill(x[:, :87], layer.initial_state(2))
+        state = layer.initial_state(2)
+        y, state = layer.prefill(x[:, :87], state)
         for x_t in x[:, 87:].unbind(1):
             y_t, state = layer.step(x_t, state)
             y = torch.cat([y, y_t[:, None]], 1)
-        yield f"{kind.__name__} layer == prefill, then steps", rel_err(layer(x), y), limit
-
-        layer = kind(4, 16, bidirectional=True).to(device, dtype)
-        K = layer.kernel(50)
-        u = x[:, :50]
-        y = fft_conv(u, K[0]) + layer.D_skip * u
-        back = fft_conv(u.flip(1), K[1]).flip(1)  # its lag 0 is lag -1
-        y[:, :-1] += back[:, 1:]
-        keep = torch.arange(L, device=device).expand(2, L) < 50
-        padded = layer(x, keep)[:, :50]
-        yield f"{kind.__name__} bidirectional, padded == there and back", rel_err(padded, y), limit
+        error = rel_err(layer(x), y)
+        yield f"{kind.__name__} layer == prefill, then steps", error, limit
 
 
 @torch.no_grad()
@@ -793,23 +797,21 @@ def demo(steps=120, L=256, target=0.95):
     model = S4Model(S4Config(d_model=32, n_layers=1, d_state=32, vocab_size=5, causal=True))
     head = nn.Linear(32, 4)
     groups = model.param_groups(lr=2e-2, weight_decay=0.0)
-    optimizer = torch.optim.AdamW([*groups, {"params": head.parameters()}], lr=2e-2)
-    print(f"\ndemo: name the symbol before {L} blanks (chance 0.25), {steps} steps of 16 sequences")
-    for i in range(steps):
-        symbol = torch.randint(0, 4, (16,))
-        x = F.pad(symbol[:, None], (0, L), value=4)  # (B, L + 1)
-        logits = head(model(x)[:, -1])  # (B, 4)
+    groups.append({"params": head.parameters()})
+    optimizer = torch.optim.AdamW(groups, lr=2e-2)
+    print(f"\ndemo: name the symbol before {L} blanks (chance 0.25), {steps} steps")
+    symbol = torch.arange(4)  # all four cases
+    x = F.pad(symbol[:, None], (0, L), value=4)  # (4, L + 1)
+    for _ in range(steps):
+        logits = head(model(x)[:, -1])
         loss = F.cross_entropy(logits, symbol)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if i % 20 == 19:
-            print(f"  step {i + 1:4}  loss {loss.item():.3f}")
-    symbol = torch.arange(4)  # all four cases
-    x = F.pad(symbol[:, None], (0, L), value=4)
-    answer = head(model(x)[:, -1]).argmax(-1)
-    accuracy = float((answer == symbol).double().mean())
-    recurrent = float((model.generate(x, 1, head)[:, 0] == symbol).double().mean())
+    right = head(model(x)[:, -1]).argmax(-1) == symbol
+    accuracy = float(right.double().mean())
+    right = model.generate(x, 1, head)[:, 0] == symbol
+    recurrent = float(right.double().mean())
     print(f"  accuracy {accuracy:.2f}, as a recurrence {recurrent:.2f}, target {target}")
     return min(accuracy, recurrent) >= target
 

@@ -57,7 +57,7 @@ def cut(layer, L):
     while power:
         if power % 2:
             row = row + row @ E
-        E = s4.square(E)
+        E = torch.baddbmm(E, E, E, beta=2)
         power //= 2
     real, imag = ((C - row) / 2).unflatten(-1, (-1, 2)).unbind(-1)  # a row is 2 (Re C, -Im C)
     return torch.complex(real, -imag).to(layer.C.dtype.to_complex()).transpose(0, 1)

@@ -71,6 +71,32 @@ def test_blocks_of_attention_are_those_of_float64(dtype, limit, shape, causal):
     assert max(map(rel_err, grads, wanted)) < 2 * limit
 
 
+@pytest.mark.parametrize("kind", [s4.S4, s4.S4D, s4.DLR])
+def test_a_mixer_in_a_cuda_graph_is_the_eager_one(kind):
+    """Forward and backward, captured once and replayed with another input."""
+    torch.manual_seed(0)
+    layer = kind(16).cuda()
+    x = torch.randn(2, 1000, 16, device="cuda", requires_grad=True)
+    inputs = [x, *layer.parameters()]
+
+    def run():
+        y = layer(x)
+        return [y, *torch.autograd.grad(y.square().sum(), inputs)]
+
+    side = torch.cuda.Stream()  # a first run elsewhere, as CUDA graphs require
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert max(map(rel_err, captured, run())) < 1e-5
+
+
 @pytest.mark.parametrize("kind", [s4.S4, s4.S4D, s4.DLR, sgconv.SGConv])
 def test_layers_are_those_of_the_cpu(kind):
     torch.manual_seed(0)

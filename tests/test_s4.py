@@ -303,16 +303,6 @@ def test_lags_of_a_bidirectional_layer(kind):
     assert rel_err(layer(x)[0].T, want) < 1e-12
 
 
-@KINDS
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_causality(kind, bidirectional):
-    layer = kind(3, 8, bidirectional).double()
-    x = randn(1, 30, 3).requires_grad_()
-    (grad,) = torch.autograd.grad(layer(x)[0, 17].sum(), x)
-    future = grad[0, 18:].abs().max() / grad.abs().max()
-    assert future > 1e-6 if bidirectional else future < 1e-12
-
-
 @pytest.mark.parametrize("kind", [S4, S4D])
 @pytest.mark.parametrize("rate", [0.5, 2.0])
 def test_rate_scales_the_step(kind, rate):
@@ -326,15 +316,6 @@ def test_rate_scales_the_step(kind, rate):
     assert rel_err(y, shifted(x)) < 1e-10
     integral = layer.kernel(2000).sum(-1)
     assert rel_err(layer.kernel(2000, rate).sum(-1), integral) < 1e-6
-
-
-def test_half_rate_gives_half_the_samples():
-    """A slow input at twice the step: the output is that at every second sample."""
-    one_pair = (np.array([-2 + 1j]), np.array([1 + 0j]))
-    layer = S4D(2, 2, dt_min=1e-3, dt_max=1e-3, init=lambda N: one_pair).double()
-    layer.D_skip.data.zero_()
-    x = torch.sin(torch.arange(4000).double() * 2e-3)[None, :, None].expand(1, -1, 2)
-    assert rel_err(layer(x[:, 1::2], rate=2.0), layer(x)[:, 1::2]) < 2e-3
 
 
 def test_a_plain_recurrence_is_what_its_name_says():
@@ -362,47 +343,50 @@ def test_a_plain_recurrence_starts_as_its_docstring_says():
     assert abs(layer.log_decay.mean() - np.log(0.01 * 0.5) / 2) < 0.15  # log-uniform
 
 
-@SLOW
-@pytest.mark.filterwarnings("ignore")
-def test_compile_forward_and_backward():
-    layers = nn.Sequential(S4(4, 4), S4D(4, 4))
-    x = torch.randn(2, 9, 4)
-    torch.compiler.reset()
-    compiled = torch.compile(layers, backend="aot_eager")
-    want = torch.autograd.grad(layers(x).square().sum(), list(layers.parameters()))
-    got = torch.autograd.grad(compiled(x).square().sum(), list(layers.parameters()))
-    assert rel_err(compiled(x), layers(x)) < 1e-5
-    assert max(map(rel_err, got, want)) < 1e-4
+FREE = """_conj _reshape_alias _to_empty _unsafe_view alias as_strided detach empty empty_like
+empty_strided expand imag new_empty permute real resolve_conj select slice split split_with_sizes
+squeeze t transpose unbind unflatten unsqueeze view view_as_complex view_as_real"""
 
 
-class NoRead(TorchDispatchMode):
-    """Refuses .item(), bool(tensor) and the like, which stop a GPU."""
+class Operations(TorchDispatchMode):
+    """Names of the operations that compute: not views, not allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert "_local_scalar_dense" not in func.__name__
+        name = func.__name__.split(".")[0]
+        if name not in FREE.split():
+            self.names.append(name)
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize(("kind", "limit"), [(S4, 260), (S4D, 90), (DLR, 60)])
+def test_a_kernel_and_its_gradient_take_few_operations(kind, limit):
+    """Each is a launch on a GPU; the limits are at L = 1024 and do not depend on the width."""
+    layer = kind(16)
+    with Operations() as operations:
+        layer.kernel(1024).sum().backward()
+    assert limit / 2 < len(operations.names) <= limit
+
+
 @KINDS
-def test_forward_reads_no_value_back(kind):
+def test_forward_and_backward_read_no_value_back(kind):
+    """.item(), bool(tensor) and the like stop a GPU."""
     layer = kind(3, 8, bidirectional=True)
     keep = torch.arange(40).expand(2, 40) < 30
-    with NoRead():
+    with Operations() as operations:
         layer(torch.randn(2, 40, 3), keep).sum().backward()
-        with pytest.raises(AssertionError):
-            layer.D_skip[0].item()
+    assert "_local_scalar_dense" not in operations.names
+    with operations:
+        layer.D_skip[0].item()
+    assert "_local_scalar_dense" in operations.names
 
 
 def test_a_layer_is_made_on_one_device():
     with torch.device("meta"):
         assert all(p.is_meta for p in S4(3, 4).parameters())
-
-
-def test_a_diverged_dt_gives_nan_as_every_other_layer_does():
-    layer = S4(4, 8)
-    layer.log_dt.data[2] = torch.nan
-    bad = layer(torch.randn(1, 5, 4)).isnan()[0, 0]
-    assert bad.tolist() == [False, False, True, False]
 
 
 # ---------------------------------------------------------------- precision
@@ -418,6 +402,8 @@ def test_half_precision_does_not_round_the_dynamics(kind, dtype):
     y = half(x)
     assert all(p.dtype == torch.float32 for p in half.parameters())
     assert y.dtype == dtype and rel_err(y, layer(x.float())) < 1e-2
+    streamed, _ = half[0].prefill(x, half[0].initial_state(2))
+    assert streamed.dtype == dtype and rel_err(streamed, y) < 1e-2
 
 
 @KINDS
@@ -449,6 +435,14 @@ def test_any_chunking_is_the_convolution(kind, sizes):
     y, state = stream(layer.double(), x.double(), sizes)
     assert rel_err(y, layer(x.double())) < 1e-10
     assert rel_err(state.x, stream(layer, x.double(), 1)[1].x) < 1e-12
+
+
+def test_an_empty_piece_changes_no_state():
+    layer = S4(4, 8)
+    _, state = layer.prefill(torch.randn(2, 5, 4), layer.initial_state(2))
+    y, after = layer.prefill(torch.randn(2, 0, 4), state)
+    assert y.shape == (2, 0, 4)
+    assert torch.equal(after.x, state.x)
 
 
 @KINDS
@@ -523,6 +517,51 @@ def test_generation_is_the_argmax_of_the_whole(mixer):
     assert model.generate(tokens, 0, head).shape == (3, 0)
 
 
+@MIXERS
+def test_each_prompt_is_continued_as_if_alone(mixer):
+    model = S4Model(S4Config(d_model=8, d_state=8, vocab_size=7, causal=True), mixer).double()
+    head = nn.Linear(8, 7).double()
+    prompts = torch.randint(0, 7, (5, 150), dtype=torch.uint8)
+    lengths = torch.tensor([150, 1, 64, 149, 87], dtype=torch.int32)
+    got = model.generate(prompts, 20, head, lengths=lengths)
+    for prompt, length, tokens in zip(prompts, lengths, got, strict=True):
+        assert torch.equal(model.generate(prompt[None, :length], 20, head)[0], tokens)
+    assert model.generate(prompts, 0, head).dtype == torch.int64
+
+
+@MIXERS
+def test_padding_on_the_left_is_not_seen(mixer):
+    model = S4Model(S4Config(d_model=8, d_state=8, n_channels=2, causal=True), mixer).double()
+    x = randn(2, 100, 2)
+    alone, state = model.prefill(x[:, 30:], model.initial_state(2))
+    keep = torch.arange(100).expand(2, 100) >= 30
+    y, padded = model.prefill(x, model.initial_state(2), keep)
+    assert rel_err(y[:, 30:], alone) < 1e-12
+    assert all(rel_err(a.x, b.x) < 1e-12 for a, b in zip(padded, state, strict=True))
+
+
+@pytest.mark.parametrize("mixer", [s4_mixer, s4d_mixer])
+def test_the_rate_of_a_model_is_that_of_its_layers(mixer):
+    config = S4Config(d_model=4, d_state=8, n_channels=2, causal=True)
+    model = S4Model(config, mixer).double()
+    shifted = copy.deepcopy(model)
+    for block in shifted.blocks:
+        block.mixer.log_dt.data += np.log(2)
+    x = randn(2, 30, 2)
+    y, _ = model.prefill(x, model.initial_state(2, rate=2.0))
+    assert rel_err(model(x, rate=2.0), shifted(x)) < 1e-12
+    assert rel_err(y, shifted(x)) < 1e-11
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_tokens_are_integers_of_any_type(dtype):
+    model = S4Model(S4Config(d_model=4, d_state=4, vocab_size=9, causal=True))
+    tokens = torch.randint(0, 9, (2, 5))
+    assert torch.equal(model(tokens.to(dtype)), model(tokens))
+    y, _ = model.step(tokens[:, 0].to(dtype), model.initial_state(2))
+    assert torch.equal(y, model.step(tokens[:, 0], model.initial_state(2))[0])
+
+
 def test_sampling_follows_the_temperature():
     torch.manual_seed(0)
     model = S4Model(S4Config(d_model=4, n_layers=1, d_state=4, vocab_size=3, causal=True))
@@ -535,8 +574,16 @@ def test_sampling_follows_the_temperature():
     drawn = model.generate(prompt, 1, head, temperature=2.0)[:, 0]
     share = drawn.bincount(minlength=3) / 4000
     assert (share - (logits / 2).softmax(-1)).abs().max() < 0.03
-    with pytest.raises(ValueError, match="temperature"):
-        model.generate(prompt, 1, head, temperature=-1.0)
+
+
+def test_dropout_is_before_the_glu_and_in_training_only():
+    """With all of it dropped, a block adds what the bias alone gives."""
+    model = S4Model(S4Config(d_model=4, vocab_size=3, dropout=1.0))
+    block = model.blocks[0]
+    x = torch.randn(2, 5, 4)
+    bias = nn.functional.glu(block.out.bias, -1)
+    assert rel_err(block(x) - x, bias.expand(2, 5, 4)) < 1e-5
+    assert rel_err(block.eval()(x) - x, bias.expand(2, 5, 4)) > 0.1
 
 
 @pytest.mark.parametrize("mixer", [s4_mixer, s4d_mixer])
@@ -576,6 +623,12 @@ def test_loss_trajectory():
 # ---------------------------------------------------------------- bad input
 
 
+def generate(L=5, **options):
+    model = S4Model(S4Config(4, 1, 4, vocab_size=3, causal=True))
+    prompts = torch.zeros(2, L).long()
+    return model.generate(prompts, 2, nn.Linear(4, 3), **options)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -588,10 +641,18 @@ def test_loss_trajectory():
         (lambda: S4D(4, 8)(torch.zeros(2, 5, 4).long()), "int64"),
         (lambda: S4(4, 8)(torch.zeros(2, 5, 4), torch.ones(2, 4).bool()), r"\(2, 4\)"),
         (lambda: S4(4, 8, True).initial_state(1), "bidirectional=False"),
+        (lambda: S4(4, 8)(torch.zeros(2, 0, 4)), "at least 1, got 0"),
         (lambda: DLR(4, 8).kernel(5, 2.0), "rate 2.0"),
         (lambda: S4Model(S4Config(vocab_size=3)).initial_state(1), "bidirectional=False"),
-        (lambda: S4Model(S4Config(vocab_size=3), lambda c, i: nn.Identity()).initial_state(1),
-         "Identity has no recurrent mode"),
+        (lambda: S4Model(S4Config()), "exactly one"),
+        (lambda: S4Model(S4Config(vocab_size=3, n_channels=1)), "exactly one"),
+        (lambda: S4Model(S4Config(n_channels=1))(torch.zeros(2, 5)), r"\(B, L, 1\), got \(2, 5\)"),
+        (lambda: generate(L=0), r"no empty prompt\), got \[0, 0\]"),
+        (lambda: generate(lengths=torch.tensor([4, 0])), r"no empty prompt\), got \[4, 0\]"),
+        (lambda: generate(lengths=torch.tensor([4, 6])), r"to L = 5 .* got \[4, 6\]"),
+        (lambda: generate(lengths=torch.tensor([4])), r"2 lengths .* got \[4\]"),
+        (lambda: generate(temperature=-1.0), "got -1.0"),
+        (lambda: generate(temperature=float("nan")), "got nan"),
     ],
 )  # fmt: skip
 def test_bad_input(call, words):
@@ -664,7 +725,7 @@ FAULTS = {
     "1 %": lambda y: 1.01 * y,
     "one step late": lambda y: y.roll(1, -1),
 }
-PLACES = ["two_level_kernel", "diagonal_kernel", "bilinear", "step", "prefill", "fft_conv"]
+PLACES = ["krylov", "diagonal_kernel", "bilinear", "step", "prefill", "fft_conv"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -674,19 +735,6 @@ def test_a_fault_is_found(monkeypatch, place, fault):
     owner = s4.StateSpace if place in ("step", "prefill") else s4
     monkeypatch.setattr(owner, place, plant(FAULTS[fault], getattr(owner, place)))
     assert failures()
-
-
-def test_a_dropped_skip_and_a_dropped_mask_are_found(monkeypatch):
-    forward = s4.StateSpace.forward
-
-    def no_skip(self, x, keep=None):
-        return forward(self, x, keep) - self.D_skip * x
-
-    monkeypatch.setattr(s4.StateSpace, "forward", no_skip)
-    assert failures()
-    monkeypatch.setattr(s4.StateSpace, "forward", lambda self, x, keep=None: forward(self, x))
-    found = failures()
-    assert len(found) == 3 and all("padded" in name for name in found)
 
 
 @SLOW
