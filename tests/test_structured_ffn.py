@@ -35,7 +35,6 @@ from structured_ffn import (
     main,
     match,
     merged,
-    paper_to_grid,
     rel_err,
     self_check,
 )
@@ -114,12 +113,17 @@ def test_golden_matrices():
     }
     for name, layer in layers.items():
         layer = layer.double()
-        with torch.no_grad():
-            layer.V.copy_(wave(*layer.V.shape))
-            layer.U.copy_(wave(*layer.U.shape, phase=1.0))
+        layer.V.data = wave(*layer.V.shape)
+        layer.U.data = wave(*layer.U.shape, phase=1.0)
         want = np.array(golden[name])
         assert rel_err(layer.dense_weight(), want) < 1e-12
         assert rel_err(layer(torch.eye(4).double()).T - layer.bias[:, None], want) < 1e-12
+
+
+def paper_to_grid(V, U):
+    """The paper's BlockShuffle factors as a grid's: row q of V[b] belongs to block q mod B."""
+    B = len(V)
+    return V.unflatten(1, (-1, B)).transpose(1, 2), U.unflatten(2, (B, -1))
 
 
 def unshuffle(y, B):
@@ -152,18 +156,19 @@ def random_grids(n=24):
     for _ in range(n):
         n_in, n_out = draw.randint(1, 4), draw.randint(1, 4)
         P, S = draw.randint(1, 6), draw.randint(1, 6)
-        yield n_in * P, n_out * S, n_in, n_out, draw.randint(1, min(P, S)), draw.random() < 0.5
+        R = n_in * n_out * draw.randint(1, min(P, S))
+        yield n_in * P, n_out * S, n_in, n_out, R, draw.random() < 0.5
 
 
 @pytest.mark.parametrize("sizes", list(random_grids()), ids=str)
 def test_random_shapes(sizes):
     """forward == einsum == numpy, any leading sizes, one token and none; counts are exact."""
-    d_in, d_out, n_in, n_out, c, _ = sizes
+    d_in, d_out, n_in, n_out, R, _ = sizes
     layer = build(lambda *_: Grid(*sizes))
     W = torch.from_numpy(grid_matrix_ref(layer.V.detach().numpy(), layer.U.detach().numpy()))
     assert rel_err(layer.dense_weight(), W) < 1e-12
     weights = layer.V.numel() + layer.U.numel()
-    assert weights == n_in * n_out * c * (d_in // n_in + d_out // n_out)
+    assert weights == R * (d_in // n_in + d_out // n_out)
     for lead in ((5,), (1,), (2, 3), ()):
         x = randn(*lead, d_in)
         want = linear(x, W, layer.bias)
@@ -290,12 +295,24 @@ def encoder(layers=2):
 @pytest.mark.parametrize(
     ("model", "pick", "message"),
     [
-        (nn.Linear(16, 24), "", "accepts no nn.Linear"),
-        (nn.Sequential(nn.ReLU()), "", "accepts no nn.Linear"),
-        (tied(), "", "0 .*other code reads its weight"),
-        (encoder(), "linear", "linear1 .*TransformerEncoderLayer.*other code reads its weight"),
-        (encoder(), "out_proj", "out_proj .*MultiheadAttention.*other code reads its weight"),
-        (nn.Sequential(*[nn.Linear(16, 16) for _ in range(20)], nn.Linear(16, 3)), "", "1 to 3"),
+        (nn.Linear(16, 24), "", "got 0 inside the model"),
+        (nn.Sequential(nn.ReLU()), "", "got 0 inside the model"),
+        (tied(), "", r"got 2 .*reads the weights of \['0', '1'\]"),
+        (
+            encoder(),
+            "linear",
+            r"got 4 .*\['layers.0.linear1', 'layers.0.linear2', 'layers.1.linear1",
+        ),
+        (
+            encoder(),
+            "out_proj",
+            r"\['layers.0.self_attn.out_proj', 'layers.1.self_attn.out_proj'\]",
+        ),
+        (
+            nn.Sequential(*[nn.Linear(16, 16) for _ in range(20)], nn.Linear(16, 3)),
+            "",
+            "R from 1 to 3",
+        ),
     ],
 )
 def test_convert_refuses_before_it_changes_anything(model, pick, message):
@@ -323,16 +340,26 @@ def test_a_layer_converted_from_zero_learns_and_keeps_what_is_frozen():
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: BlockDense(100, 64, 16, 8), "d_in 100 is not divisible by 8"),
-        (lambda: BlockDense(64, 64, 18, 8), "R 18 is not divisible by 8"),
-        (lambda: BlockShuffle(64, 250, 4), "d_out 250 is not divisible by 4"),
-        (lambda: BlockShuffle(72, 288, 4), r"min\(d_in, d_out\) 72 is not divisible by 16"),
-        (lambda: LowRank(8, 32, 9), "rank 9 of a 32 x 8 block: choose one from 1 to 8"),
-        (lambda: LowRank(8, 32, 0), "rank 0"),
-        (lambda: match(64, 256, "lowrank", 1.5), "rank 80 of a 256 x 64 block"),
-        (lambda: match(64, 256, "blockdense", 0.3, n_blocks=5), "is not divisible by 5"),
+        (lambda: BlockDense(100, 64, 16, 8), "d_in 100, .*multiples of 8, 1 and 8"),
+        (lambda: BlockDense(64, 64, 18, 8), "R 18: .*multiples of 8, 1 and 8"),
+        (lambda: BlockShuffle(64, 250, 4), "d_out 250, .*multiples of 4, 4 and 16"),
+        (lambda: BlockShuffle(72, 288, 4), "R 72: .*multiples of 4, 4 and 16"),
+        (lambda: LowRank(8, 32, 9), "R 9: .* R from 1 to 8"),
+        (lambda: LowRank(8, 32, 0), "R 0: .* R from 1 to 8"),
+        (lambda: BlockShuffle(8, 32, 0), "multiples of 0"),
+        (lambda: match(64, 256, "lowrank", 1.5), "R 80: .* R from 1 to 64"),
+        (lambda: match(64, 256, "blockdense", 0.3, n_blocks=5), "multiples of 5, 1 and 5"),
         (lambda: match(60, 240, "blockshuffle", 0.31), "ratio 0.31: nearest is .*0.625"),
+        (lambda: match(64, 256, "blockshuffle", math.nan), "ratio nan"),
+        (lambda: match(64, 256, "blockshuffle", math.inf), "ratio inf"),
         (lambda: Guide(nn.Linear(4, 4), 10), "no structured layers"),
+        (lambda: Guide(LowRank(4, 4, 1), -1), "n_steps of at least 0, got 0 and -1"),
+        (lambda: Guide(LowRank(4, 4, 1), math.nan), "n_steps of at least 0, got 0 and nan"),
+        (lambda: Guide(LowRank(4, 4, 1), 10, t=-1), "t .*of at least 0, got -1 and 10"),
+        (
+            lambda: BlockShuffle(8, 8, 2)(torch.zeros(0, 16)),
+            r"x \(\.\.\., n_in P\).*\(0, 16, torch",
+        ),
     ],
 )
 def test_errors_carry_the_numbers(call, text):
@@ -340,20 +367,21 @@ def test_errors_carry_the_numbers(call, text):
         call()
 
 
-def test_numpy_integers_are_sizes():
-    n = np.int64(4)
-    for layer in (LowRank(4 * n, 16, n), BlockDense(4 * n, 16, n, n), BlockShuffle(16, 4 * n, n)):
-        assert layer(torch.zeros(3, 16)).shape == (3, 16)
-    assert match(np.int64(64), np.int64(256), "blockdense", 0.3125, n)(64, 256).V.shape[0] == 4
-
-
-def test_an_input_or_a_weight_of_the_wrong_shape_is_an_error():
-    for make in MAKERS.values():
-        for shape in ((2, 9), (16, 8), (8, 32)):
-            with pytest.raises(RuntimeError):
-                make(16, 24)(torch.zeros(shape))
+@kinds
+def test_a_weight_that_does_not_fit_is_not_projected(make):
+    for shape in ((16, 24), (1, 16), (24, 1), (2, 24, 16)):  # one row would broadcast
         with pytest.raises(RuntimeError):
-            make(16, 24).project_(torch.zeros(16, 24))
+            make(16, 24).project_(torch.zeros(shape))
+
+
+@kinds
+def test_numbers_of_another_dtype_are_not_converted(make):
+    layer = make(16, 24)
+    right = {"x": torch.zeros(2, 16), "V": layer.V, "U": layer.U, "bias": layer.bias}
+    for name in right:
+        wrong = {**right, name: right[name].double()}
+        with pytest.raises((ValueError, RuntimeError)):
+            grid_linear(**wrong)
 
 
 def test_match_finds_the_published_sizes():
@@ -498,7 +526,7 @@ def test_the_guide_leaves_the_model_and_the_optimizer():
         assert guide.step(optimizer) == (t == 2)
     assert set(model.state_dict()) == names
     assert optimizer.param_groups[0]["params"] == [*model.parameters()]
-    assert not any(W.requires_grad or W.grad is not None for W in guides)
+    assert not any(W.grad is not None for W in guides)
 
 
 @pytest.mark.parametrize("stop", [7, 14])
@@ -533,12 +561,9 @@ def test_a_guide_used_out_of_order_is_refused():
         guide.step(early)
     with pytest.raises(ValueError, match="a guide that is not finished"):
         Guide(layer, 3)
-    with pytest.raises(ValueError, match="until the guide ends"):
-        merged(layer, max_tokens=8)
     late = torch.optim.AdamW(layer.parameters())
     assert guide.step(late) and not guide.step(late)
     assert layer.W is None
-    merged(layer, max_tokens=8)
     Guide(layer, 3)
 
 
@@ -574,6 +599,24 @@ def test_data_parallel_training_goes_on_after_the_guide(stochastic, one_rank):
 # ---------------------------------------------------------------- pre-merge
 
 
+def test_a_guided_layer_is_merged_with_its_guide():
+    layer = build(MAKERS["BlockShuffle"])
+    Guide(layer, 10, t=4)
+    nn.init.normal_(layer.W)
+    x = randn(5, 16)
+    want = layer.eval()(x)
+    assert rel_err(linear(x, layer.dense_weight(), layer.bias), want) < 1e-12
+    for max_tokens in (4, 5):
+        assert rel_err(merged(layer, max_tokens)(x), want) < 1e-12
+
+
+def test_a_merged_model_can_be_merged_again():
+    layer = build(MAKERS["LowRank"])
+    x = randn(5, 16)
+    for max_tokens in (4, 5):
+        assert rel_err(merged(merged(layer, 4), max_tokens)(x), layer(x)) < 1e-12
+
+
 @kinds
 def test_merged_serves_few_tokens_by_the_dense_product_and_is_exact(make):
     layer = build(make)
@@ -607,14 +650,7 @@ def test_merged_is_a_frozen_copy_of_the_whole_model():
 
 
 @kinds
-def test_half_precision_and_meta(make):
-    layer = build(make).float()
-    x = torch.randn(7, 16)
-    want = layer(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(x)
-    assert y.dtype == torch.bfloat16 and rel_err(y, want) < 0.03
-    assert rel_err(copy.deepcopy(layer).bfloat16()(x.bfloat16()), want) < 0.05
+def test_builds_without_memory(make):
     with torch.device("meta"):
         assert make(16, 24)(torch.empty(3, 16)).shape == (3, 24)
 
@@ -645,7 +681,7 @@ def test_compiles_into_one_graph(make):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_self_check(dtype):
     rows = self_check(dtype)
-    assert len(rows) == 24
+    assert len(rows) == 15
     assert not [row for row in rows if not row[1] <= row[2]]
 
 
@@ -663,7 +699,7 @@ def test_self_check_can_fail(name, row, factor, monkeypatch):
 def test_check_prints_a_table_and_its_verdict(capsys, monkeypatch):
     assert main(["--check"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count(" ok\n") == 48 and "FAILED" not in printed
+    assert printed.count(" ok\n") == 30 and "FAILED" not in printed
     monkeypatch.setattr(structured_ffn, "self_check", lambda *_: [("row", math.nan, 1e-12)])
     assert main(["--check"]) == 1
     assert "FAILED" in capsys.readouterr().out
