@@ -72,31 +72,7 @@ def block_shuffle_ref(V, U):
     return shuffle_ref(blkdiag_ref(U) @ hidden, S)
 
 
-def grid_matrix_ref(V, U):
-    """W[a, b] = U[a, :, b] V[b, a].  V: (n_in, n_out, c, P), U: (n_out, S, n_in, c)."""
-    n_in, n_out, _, P = V.shape
-    S = U.shape[1]
-    W = np.zeros((n_out, S, n_in, P))
-    for a in range(n_out):
-        for b in range(n_in):
-            W[a, :, b] = U[a, :, b] @ V[b, a]
-    return W.reshape(n_out * S, n_in * P)
-
-
 # ---------------------------------------------------------------- torch: the product with a grid
-
-
-def check_grid(x, V, U, bias=None):
-    """Refuse shapes that would broadcast by accident, and dtypes that would be converted."""
-    n_in, n_out, c, P = V.shape
-    S = U.shape[1]
-    fits = x.shape[-1] == n_in * P and U.shape == (n_out, S, n_in, c) and U.dtype == V.dtype
-    if bias is not None:
-        fits = fits and bias.shape == (n_out * S,) and bias.dtype == V.dtype
-    if not fits:
-        got = [(*t.shape, t.dtype) for t in (x, V, U, bias) if t is not None]
-        wanted = "x (..., n_in P), V (n_in, n_out, c, P), U (n_out, S, n_in, c), bias (n_out S,)"
-        raise ValueError(f"expected {wanted}, of one dtype from V on; got {got}")
 
 
 def grid_linear_slow(x, V, U):
@@ -138,6 +114,19 @@ def grid_linear(x, V, U, bias=None):
     return y.transpose(0, 1).reshape(*lead, n_out * S)
 
 
+def check_grid(x, V, U, bias=None):
+    """Refuse shapes that would broadcast by accident, and dtypes that would be converted."""
+    n_in, n_out, c, P = V.shape
+    S = U.shape[1]
+    fits = x.shape[-1] == n_in * P and U.shape == (n_out, S, n_in, c) and U.dtype == V.dtype
+    if bias is not None:
+        fits = fits and bias.shape == (n_out * S,) and bias.dtype == V.dtype
+    if not fits:
+        got = [(*t.shape, t.dtype) for t in (x, V, U, bias) if t is not None]
+        wanted = "x (..., n_in P), V (n_in, n_out, c, P), U (n_out, S, n_in, c), bias (n_out S,)"
+        raise ValueError(f"expected {wanted}, of one dtype from V on; got {got}")
+
+
 # ---------------------------------------------------------------- layers
 
 
@@ -176,7 +165,8 @@ class Grid(nn.Module):
 
     def dense_weight(self):
         """Return the equivalent weight (d_out, d_in) of nn.Linear; gradients reach the factors."""
-        W = torch.einsum("asbc, bacp -> asbp", self.U, self.V).reshape(self.d_out, self.d_in)
+        W = torch.einsum("asbc, bacp -> asbp", self.U, self.V)  # W[a, b] = U[a, :, b] V[b, a]
+        W = W.reshape(self.d_out, self.d_in)
         if self.W is None:
             return W
         return self.alpha * self.W + (1 - self.alpha) * W

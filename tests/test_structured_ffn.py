@@ -1,6 +1,7 @@
 """structured_ffn.py: golden values, exact properties, errors, guide, pre-merge and command line."""
 
 import copy
+import itertools
 import json
 import math
 import random
@@ -33,10 +34,10 @@ from structured_ffn import (
     from_linear,
     grid_linear,
     grid_linear_slow,
-    grid_matrix_ref,
     main,
     match,
     merged,
+    paper_matrix,
     rel_err,
     self_check,
 )
@@ -99,22 +100,10 @@ def test_block_shuffle_by_hand():
     by_hand = torch.tensor([[1, 2, 0, 0], [2, 4, 5, 6], [0, 0, 21, 24], [3, 4, 7, 8]]).float()
     V4 = V[:, :, None]  # rank 1
     U4 = U[..., None]
-    assert np.array_equal(grid_matrix_ref(V4.numpy(), U4.numpy()), by_hand.numpy())
     assert torch.equal(grid_linear(torch.eye(4), V4, U4).T, by_hand)
     assert torch.equal(grid_linear_slow(torch.eye(4), V4, U4).T, by_hand)
     rows = by_hand[[0, 2, 1, 3]]  # the second shuffle: output s 2 + a
     assert np.array_equal(block_shuffle_ref(V.numpy(), U.numpy()), rows.numpy())
-
-
-def paper_to_grid(V, U):
-    """The paper's BlockShuffle factors as a grid's: row q of V[b] belongs to block q mod B."""
-    B = len(V)
-    return V.unflatten(1, (-1, B)).transpose(1, 2), U.unflatten(2, (B, -1))
-
-
-def unshuffle(y, B):
-    """Put the outputs of a grid into the paper's order: its second shuffle."""
-    return y.unflatten(-1, (B, -1)).mT.flatten(-2)
 
 
 def test_golden_matrices():
@@ -127,21 +116,14 @@ def test_golden_matrices():
         layer.U.data = wave(*layer.U.shape, phase=1.0)
         assert rel_err(layer.dense_weight(), golden[name]) < 1e-12
         assert rel_err(layer(eye).T - layer.bias[:, None], golden[name]) < 1e-12
-    V, U = paper_to_grid(wave(2, 2, 2), wave(2, 3, 2, phase=1.0))
-    assert rel_err(unshuffle(grid_linear(eye, V, U), 2).T, golden["block_shuffle"]) < 1e-12
+    W = block_shuffle_ref(wave(2, 2, 2).numpy(), wave(2, 3, 2, phase=1.0).numpy())
+    assert rel_err(W, golden["block_shuffle"]) < 1e-12
 
 
-@pytest.mark.parametrize("shape", [(12, 24, 2), (24, 12, 2), (16, 16, 4), (36, 18, 3)], ids=str)
-def test_factors_of_the_paper_convert_exactly(shape):
-    d_in, d_out, B = shape
-    Q = min(d_in, d_out) // B
-    V = randn(B, Q, d_in // B)
-    U = randn(B, d_out // B, Q)
-    layer = BlockShuffle(d_in, d_out, B, bias=False).double()
-    layer.V.data, layer.U.data = paper_to_grid(V, U)
-    want = torch.from_numpy(block_shuffle_ref(V.numpy(), U.numpy()))
-    x = randn(4, d_in)
-    assert rel_err(unshuffle(layer(x), B), x @ want.T) < 1e-12
+@pytest.mark.parametrize("sizes", [(12, 24, 2), (24, 12, 2), (16, 16, 4), (36, 18, 3)], ids=str)
+def test_block_shuffle_is_that_of_the_paper_but_for_the_second_shuffle(sizes):
+    layer = build(lambda *_: BlockShuffle(*sizes))
+    assert rel_err(layer.dense_weight(), paper_matrix(layer)) < 1e-12
 
 
 def random_grids(n=24):
@@ -158,7 +140,10 @@ def test_random_shapes(sizes):
     """forward == einsum == numpy, any leading sizes, one token and none; counts are exact."""
     d_in, d_out, n_in, n_out, R, _ = sizes
     layer = build(lambda *_: Grid(*sizes))
-    W = torch.from_numpy(grid_matrix_ref(layer.V.detach().numpy(), layer.U.detach().numpy()))
+    W = torch.zeros(n_out, d_out // n_out, n_in, d_in // n_in, dtype=torch.float64)
+    for a, b in itertools.product(range(n_out), range(n_in)):
+        W[a, :, b] = layer.U[a, :, b].detach() @ layer.V[b, a].detach()
+    W = W.view(d_out, d_in)
     assert rel_err(layer.dense_weight(), W) < 1e-12
     weights = layer.V.numel() + layer.U.numel()
     assert weights == R * (d_in // n_in + d_out // n_out)
@@ -375,10 +360,7 @@ def test_match_finds_the_published_sizes():
     for kind in KINDS:
         share = ffn_weights(match(768, 3072, kind, 0.32), 768, 3072) / (2 * 768 * 3072)
         assert share == pytest.approx(0.32, rel=0.03)
-
-
-def test_ranks_from_64_on_are_multiples_of_8():
-    # wanted: c = 102.4, 204.8, 25.6, 6.4
+    # from 64 on a multiple of 8: wanted are c = 102.4, 204.8, 25.6, 6.4
     for d, c in ((1024, 104), (2048, 208), (256, 26), (64, 6)):
         assert match(d, 4 * d, "blockdense", 0.3125).keywords["R"] == 4 * c
 
@@ -633,12 +615,6 @@ def test_merged_is_a_frozen_copy_of_the_whole_model():
 
 
 @kinds
-def test_builds_without_memory(make):
-    with torch.device("meta"):
-        assert make(16, 24)(torch.empty(3, 16)).shape == (3, 24)
-
-
-@kinds
 def test_compiles_into_one_graph(make):
     """Guided too, and without a new graph for every alpha."""
     layer = build(make)
@@ -661,15 +637,14 @@ def test_compiles_into_one_graph(make):
 # ---------------------------------------------------------------- checks, command line
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 5e-2)],
+)
 def test_self_check(dtype, limit):
     rows = self_check(dtype)
     assert len(rows) == 15
     assert all(row[1] <= row[2] == limit for row in rows)
-
-
-def test_self_check_in_half_precision():
-    assert all(error <= limit == 0.05 for _, error, limit in self_check(torch.bfloat16))
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.01, math.nan])
