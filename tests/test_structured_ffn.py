@@ -611,6 +611,20 @@ def test_merged_is_a_frozen_copy_of_the_whole_model():
 
 
 @kinds
+def test_guided_training_reads_no_number_back_from_the_device(make):
+    """The meta device has none: where a GPU would make the host wait, this step fails."""
+    with torch.device("meta"):
+        layer = make(16, 24)
+        guide = Guide(layer, 2, stochastic=True)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        for _ in range(3):
+            layer(torch.empty(3, 16)).square().sum().backward()
+            optimizer.step()
+            guide.step(optimizer)
+    assert layer.W is None and layer.V.grad.is_meta
+
+
+@kinds
 def test_compiles_into_one_graph(make):
     """Guided too, and without a new graph for every alpha."""
     layer = build(make)
