@@ -177,18 +177,19 @@ def structured_ffn_losses(steps=10):
 
 def structured_ffn():
     """Matrices of the three kinds by the references of structured_ffn, and losses of a tiny LM."""
-    from structured_ffn import block_dense_ref, block_shuffle_ref, grid_matrix_ref, low_rank_ref
+    from structured_ffn import block_dense_ref, block_shuffle_ref, shuffle_ref
 
     def wave(*shape, phase=0.0):
         return np.cos(1.3 * np.arange(np.prod(shape)) + phase).reshape(shape)
 
+    shuffled = block_shuffle_ref(wave(2, 2, 2), wave(2, 3, 2, phase=1))
     return {
         "input": "V = cos(1.3 n), U = cos(1.3 n + 1) in their shapes: low_rank (3, 4), (6, 3); "
         "block_dense (2, 2, 2), (6, 4); grid and block_shuffle (2, 2, 2), (2, 3, 2)",
-        "low_rank": low_rank_ref(wave(3, 4), wave(6, 3, phase=1)).tolist(),
+        "low_rank": block_dense_ref(wave(1, 3, 4), wave(6, 3, phase=1)).tolist(),
         "block_dense": block_dense_ref(wave(2, 2, 2), wave(6, 4, phase=1)).tolist(),
-        "grid": grid_matrix_ref(wave(2, 2, 1, 2), wave(2, 3, 2, 1, phase=1)).tolist(),
-        "block_shuffle": block_shuffle_ref(wave(2, 2, 2), wave(2, 3, 2, phase=1)).tolist(),
+        "grid": shuffle_ref(shuffled, 2).tolist(),  # without the second shuffle
+        "block_shuffle": shuffled.tolist(),
         "losses": structured_ffn_losses(),
     }
 

@@ -1,9 +1,12 @@
 """structured_ffn.py: golden values, exact properties, errors, guide, pre-merge and command line."""
 
 import copy
+import itertools
 import json
 import math
 import random
+import re
+import runpy
 from functools import partial
 from pathlib import Path
 
@@ -31,11 +34,10 @@ from structured_ffn import (
     from_linear,
     grid_linear,
     grid_linear_slow,
-    grid_matrix_ref,
     main,
     match,
     merged,
-    paper_to_grid,
+    paper_matrix,
     rel_err,
     self_check,
 )
@@ -98,7 +100,6 @@ def test_block_shuffle_by_hand():
     by_hand = torch.tensor([[1, 2, 0, 0], [2, 4, 5, 6], [0, 0, 21, 24], [3, 4, 7, 8]]).float()
     V4 = V[:, :, None]  # rank 1
     U4 = U[..., None]
-    assert np.array_equal(grid_matrix_ref(V4.numpy(), U4.numpy()), by_hand.numpy())
     assert torch.equal(grid_linear(torch.eye(4), V4, U4).T, by_hand)
     assert torch.equal(grid_linear_slow(torch.eye(4), V4, U4).T, by_hand)
     rows = by_hand[[0, 2, 1, 3]]  # the second shuffle: output s 2 + a
@@ -107,44 +108,22 @@ def test_block_shuffle_by_hand():
 
 def test_golden_matrices():
     golden = json.loads(GOLDEN.read_text())
-    layers = {
-        "low_rank": LowRank(4, 6, 3),
-        "block_dense": BlockDense(4, 6, 4, 2),
-        "grid": BlockShuffle(4, 6, 2),
-    }
-    for name, layer in layers.items():
+    layers = [LowRank(4, 6, 3), BlockDense(4, 6, 4, 2), BlockShuffle(4, 6, 2)]
+    eye = torch.eye(4).double()
+    for name, layer in zip(("low_rank", "block_dense", "grid"), layers, strict=True):
         layer = layer.double()
-        with torch.no_grad():
-            layer.V.copy_(wave(*layer.V.shape))
-            layer.U.copy_(wave(*layer.U.shape, phase=1.0))
-        want = np.array(golden[name])
-        assert rel_err(layer.dense_weight(), want) < 1e-12
-        assert rel_err(layer(torch.eye(4).double()).T - layer.bias[:, None], want) < 1e-12
+        layer.V.data = wave(*layer.V.shape)
+        layer.U.data = wave(*layer.U.shape, phase=1.0)
+        assert rel_err(layer.dense_weight(), golden[name]) < 1e-12
+        assert rel_err(layer(eye).T - layer.bias[:, None], golden[name]) < 1e-12
+    W = block_shuffle_ref(wave(2, 2, 2).numpy(), wave(2, 3, 2, phase=1.0).numpy())
+    assert rel_err(W, golden["block_shuffle"]) < 1e-12
 
 
-def unshuffle(y, B):
-    """Put the outputs of a grid into the paper's order: its second shuffle."""
-    return y.unflatten(-1, (B, -1)).mT.flatten(-2)
-
-
-def test_golden_block_shuffle_of_the_paper():
-    V, U = paper_to_grid(wave(2, 2, 2), wave(2, 3, 2, phase=1.0))
-    W = unshuffle(grid_linear(torch.eye(4).double(), V, U), 2).T
-    want = np.array(json.loads(GOLDEN.read_text())["block_shuffle"])
-    assert rel_err(W, want) < 1e-12
-
-
-@pytest.mark.parametrize("shape", [(12, 24, 2), (24, 12, 2), (16, 16, 4), (36, 18, 3)], ids=str)
-def test_factors_of_the_paper_convert_exactly(shape):
-    d_in, d_out, B = shape
-    Q = min(d_in, d_out) // B
-    V = randn(B, Q, d_in // B)
-    U = randn(B, d_out // B, Q)
-    layer = BlockShuffle(d_in, d_out, B, bias=False).double()
-    layer.V.data, layer.U.data = paper_to_grid(V, U)
-    want = torch.from_numpy(block_shuffle_ref(V.numpy(), U.numpy()))
-    x = randn(4, d_in)
-    assert rel_err(unshuffle(layer(x), B), x @ want.T) < 1e-12
+@pytest.mark.parametrize("sizes", [(12, 24, 2), (24, 12, 2), (16, 16, 4), (36, 18, 3)], ids=str)
+def test_block_shuffle_is_that_of_the_paper_but_for_the_second_shuffle(sizes):
+    layer = build(lambda *_: BlockShuffle(*sizes))
+    assert rel_err(layer.dense_weight(), paper_matrix(layer)) < 1e-12
 
 
 def random_grids(n=24):
@@ -152,18 +131,22 @@ def random_grids(n=24):
     for _ in range(n):
         n_in, n_out = draw.randint(1, 4), draw.randint(1, 4)
         P, S = draw.randint(1, 6), draw.randint(1, 6)
-        yield n_in * P, n_out * S, n_in, n_out, draw.randint(1, min(P, S)), draw.random() < 0.5
+        R = n_in * n_out * draw.randint(1, min(P, S))
+        yield n_in * P, n_out * S, n_in, n_out, R, draw.random() < 0.5
 
 
 @pytest.mark.parametrize("sizes", list(random_grids()), ids=str)
 def test_random_shapes(sizes):
     """forward == einsum == numpy, any leading sizes, one token and none; counts are exact."""
-    d_in, d_out, n_in, n_out, c, _ = sizes
+    d_in, d_out, n_in, n_out, R, _ = sizes
     layer = build(lambda *_: Grid(*sizes))
-    W = torch.from_numpy(grid_matrix_ref(layer.V.detach().numpy(), layer.U.detach().numpy()))
+    W = torch.zeros(n_out, d_out // n_out, n_in, d_in // n_in, dtype=torch.float64)
+    for a, b in itertools.product(range(n_out), range(n_in)):
+        W[a, :, b] = layer.U[a, :, b].detach() @ layer.V[b, a].detach()
+    W = W.view(d_out, d_in)
     assert rel_err(layer.dense_weight(), W) < 1e-12
     weights = layer.V.numel() + layer.U.numel()
-    assert weights == n_in * n_out * c * (d_in // n_in + d_out // n_out)
+    assert weights == R * (d_in // n_in + d_out // n_out)
     for lead in ((5,), (1,), (2, 3), ()):
         x = randn(*lead, d_in)
         want = linear(x, W, layer.bias)
@@ -221,13 +204,13 @@ def test_blocks_start_orthonormal():
         assert not layer.bias.any()
 
 
-def test_reset_leaves_nothing_of_what_was_there():
-    for make in MAKERS.values():
-        layer = make(16, 24)
-        nn.init.constant_(layer.bias, 7)
-        nn.init.zeros_(layer.U)
-        layer.reset_parameters()
-        assert not layer.bias.any() and layer.dense_weight().any()
+@kinds
+def test_reset_leaves_nothing_of_what_was_there(make):
+    layer = make(16, 24)
+    nn.init.constant_(layer.bias, 7)
+    nn.init.zeros_(layer.U)
+    layer.reset_parameters()
+    assert not layer.bias.any() and layer.dense_weight().any()
 
 
 @kinds
@@ -243,6 +226,7 @@ def test_projection_is_the_best_in_frobenius_norm(make):
     assert rel_err(error, rest) < 1e-10
     assert torch.equal(layer.bias, dense.bias)
     assert layer.U.dtype == torch.float64
+    assert from_linear(nn.Linear(16, 24, bias=False), make).bias is None
 
 
 # ---------------------------------------------------------------- conversion
@@ -287,14 +271,18 @@ def encoder(layers=2):
     return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
 
+SHARED = "other code reads the weights of "
+
+
 @pytest.mark.parametrize(
     ("model", "pick", "message"),
     [
-        (nn.Linear(16, 24), "", "accepts no nn.Linear"),
-        (nn.Sequential(nn.ReLU()), "", "accepts no nn.Linear"),
-        (tied(), "", "0 .*other code reads its weight"),
-        (encoder(), "linear", "linear1 .*TransformerEncoderLayer.*other code reads its weight"),
-        (encoder(), "out_proj", "out_proj .*MultiheadAttention.*other code reads its weight"),
+        (nn.Linear(16, 24), "", "got 0 inside the model"),
+        (nn.Sequential(nn.ReLU()), "", "got 0 inside the model"),
+        (tied(), "", SHARED + r"\['0', '1'\]"),
+        (encoder(), "linear1", SHARED + r"\['layers.0.linear1', 'layers.1.linear1'\]"),
+        (encoder(), "1.linear2", SHARED + r"\['layers.1.linear2'\]"),
+        (encoder(1), "out_proj", SHARED + r"\['layers.0.self_attn.out_proj'\]"),
         (nn.Sequential(*[nn.Linear(16, 16) for _ in range(20)], nn.Linear(16, 3)), "", "1 to 3"),
     ],
 )
@@ -306,14 +294,13 @@ def test_convert_refuses_before_it_changes_anything(model, pick, message):
 
 
 def test_a_layer_converted_from_zero_learns_and_keeps_what_is_frozen():
-    model = nn.Sequential(nn.Linear(16, 16))
+    model = nn.Sequential(nn.Linear(16, 16)).half().requires_grad_(False)
     nn.init.zeros_(model[0].weight)
-    model.requires_grad_(False)
     assert convert(model, partial(LowRank, R=4), lambda name: True) == {"0": 0.0}
     layer = model[0]
     assert not any(p.requires_grad for p in layer.parameters()) and not layer.dense_weight().any()
     layer.requires_grad_()
-    layer(torch.eye(16)).sum().backward()
+    layer(torch.eye(16).half()).sum().backward()
     assert layer.U.grad.abs().sum() > 0
 
 
@@ -323,16 +310,23 @@ def test_a_layer_converted_from_zero_learns_and_keeps_what_is_frozen():
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: BlockDense(100, 64, 16, 8), "d_in 100 is not divisible by 8"),
-        (lambda: BlockDense(64, 64, 18, 8), "R 18 is not divisible by 8"),
-        (lambda: BlockShuffle(64, 250, 4), "d_out 250 is not divisible by 4"),
-        (lambda: BlockShuffle(72, 288, 4), r"min\(d_in, d_out\) 72 is not divisible by 16"),
-        (lambda: LowRank(8, 32, 9), "rank 9 of a 32 x 8 block: choose one from 1 to 8"),
-        (lambda: LowRank(8, 32, 0), "rank 0"),
-        (lambda: match(64, 256, "lowrank", 1.5), "rank 80 of a 256 x 64 block"),
-        (lambda: match(64, 256, "blockdense", 0.3, n_blocks=5), "is not divisible by 5"),
+        (lambda: BlockDense(100, 64, 16, 8), "d_in 100, .*multiples of 8, 1 and 8"),
+        (lambda: BlockDense(64, 64, 18, 8), "R 18: .*multiples of 8, 1 and 8"),
+        (lambda: BlockShuffle(64, 250, 4), "d_out 250, .*multiples of 4, 4 and 16"),
+        (lambda: BlockShuffle(72, 288, 4), "R 72: .*multiples of 4, 4 and 16"),
+        (lambda: LowRank(8, 32, 9), "R 9: .* R from 1 to 8"),
+        (lambda: LowRank(8, 32, 0), "R 0: .* R from 1 to 8"),
+        (lambda: BlockShuffle(8, 32, 0), "multiples of 0"),
+        (lambda: match(64, 256, "lowrank", 1.5), "R 80: .* R from 1 to 64"),
+        (lambda: match(64, 256, "blockdense", 0.3, n_blocks=5), "multiples of 5, 1 and 5"),
         (lambda: match(60, 240, "blockshuffle", 0.31), "ratio 0.31: nearest is .*0.625"),
+        (lambda: match(64, 256, "blockshuffle", math.nan), "ratio nan"),
+        (lambda: match(64, 256, "blockshuffle", math.inf), "ratio inf"),
         (lambda: Guide(nn.Linear(4, 4), 10), "no structured layers"),
+        (lambda: Guide(LowRank(4, 4, 1), -1), "n_steps of at least 0, got 0 and -1"),
+        (lambda: Guide(LowRank(4, 4, 1), math.nan), "n_steps of at least 0, got 0 and nan"),
+        (lambda: Guide(LowRank(4, 4, 1), 10, t=-1), "t .*of at least 0, got -1 and 10"),
+        (lambda: LowRank(8, 8, 2)(torch.zeros(0, 16)), r"n_in P\), .*\(0, 16, torch.float32\)"),
     ],
 )
 def test_errors_carry_the_numbers(call, text):
@@ -340,24 +334,25 @@ def test_errors_carry_the_numbers(call, text):
         call()
 
 
-def test_numpy_integers_are_sizes():
-    n = np.int64(4)
-    for layer in (LowRank(4 * n, 16, n), BlockDense(4 * n, 16, n, n), BlockShuffle(16, 4 * n, n)):
-        assert layer(torch.zeros(3, 16)).shape == (3, 16)
-    assert match(np.int64(64), np.int64(256), "blockdense", 0.3125, n)(64, 256).V.shape[0] == 4
-
-
-def test_an_input_or_a_weight_of_the_wrong_shape_is_an_error():
-    for make in MAKERS.values():
-        for shape in ((2, 9), (16, 8), (8, 32)):
-            with pytest.raises(RuntimeError):
-                make(16, 24)(torch.zeros(shape))
+@kinds
+def test_a_weight_that_does_not_fit_is_not_projected(make):
+    for shape in ((16, 24), (1, 16), (24, 1), (2, 24, 16)):  # one row would broadcast
         with pytest.raises(RuntimeError):
-            make(16, 24).project_(torch.zeros(16, 24))
+            make(16, 24).project_(torch.zeros(shape))
+
+
+@kinds
+def test_numbers_of_another_dtype_are_not_converted(make):
+    layer = make(16, 24)
+    right = {"x": torch.zeros(2, 16), "V": layer.V, "U": layer.U, "bias": layer.bias}
+    for name in right:
+        wrong = {**right, name: right[name].double()}
+        with pytest.raises((ValueError, RuntimeError)):
+            grid_linear(**wrong)
 
 
 def test_match_finds_the_published_sizes():
-    assert match(2048, 8192, "lowrank", 0.625).keywords == {"R": 1024}
+    assert match(np.int64(2048), np.int64(8192), "lowrank", 0.625).keywords == {"R": 1024}
     assert match(2048, 8192, "lowrank", 0.3125).keywords == {"R": 512}
     assert match(2048, 8192, "blockshuffle", 0.625).keywords == {"n_blocks": 2}
     assert match(2048, 8192, "blockshuffle", 0.32).keywords == {"n_blocks": 4}
@@ -365,10 +360,7 @@ def test_match_finds_the_published_sizes():
     for kind in KINDS:
         share = ffn_weights(match(768, 3072, kind, 0.32), 768, 3072) / (2 * 768 * 3072)
         assert share == pytest.approx(0.32, rel=0.03)
-
-
-def test_ranks_from_64_on_are_multiples_of_8():
-    # wanted: c = 102.4, 204.8, 25.6, 6.4
+    # from 64 on a multiple of 8: wanted are c = 102.4, 204.8, 25.6, 6.4
     for d, c in ((1024, 104), (2048, 208), (256, 26), (64, 6)):
         assert match(d, 4 * d, "blockdense", 0.3125).keywords["R"] == 4 * c
 
@@ -451,6 +443,8 @@ def test_coins_fall_with_probability_alpha():
         deviation = np.sqrt(8 * np.sum((alphas * (1 - alphas))[half]))
         assert abs(np.sum(coins[half]) - 8 * np.sum(alphas[half])) < 3 * deviation
     assert any(len(set(row)) == 2 for row in coins)  # layers have their own coins
+    Guide(layers, n, stochastic=True, seed=6, t=n // 2)
+    assert [layer.coin for layer in layers] != coins[n // 2]
 
 
 def test_a_coin_leaves_the_guide_out_of_training_not_of_evaluation():
@@ -498,7 +492,7 @@ def test_the_guide_leaves_the_model_and_the_optimizer():
         assert guide.step(optimizer) == (t == 2)
     assert set(model.state_dict()) == names
     assert optimizer.param_groups[0]["params"] == [*model.parameters()]
-    assert not any(W.requires_grad or W.grad is not None for W in guides)
+    assert not any(W.grad is not None for W in guides)
 
 
 @pytest.mark.parametrize("stop", [7, 14])
@@ -512,7 +506,8 @@ def test_resume_in_the_middle_is_exact(stop, tmp_path):
 
     model, guide, optimizer = start()
     train(model, guide, optimizer, 0, stop)
-    state = {"model": model.state_dict(), "t": guide.t, "optimizer": optimizer.state_dict()}
+    t = torch.tensor(guide.t)
+    state = {"model": model.state_dict(), "t": t, "optimizer": optimizer.state_dict()}
     torch.save(state, tmp_path / "state.pt")
     want = train(model, guide, optimizer, stop, 20)
 
@@ -533,12 +528,9 @@ def test_a_guide_used_out_of_order_is_refused():
         guide.step(early)
     with pytest.raises(ValueError, match="a guide that is not finished"):
         Guide(layer, 3)
-    with pytest.raises(ValueError, match="until the guide ends"):
-        merged(layer, max_tokens=8)
     late = torch.optim.AdamW(layer.parameters())
     assert guide.step(late) and not guide.step(late)
     assert layer.W is None
-    merged(layer, max_tokens=8)
     Guide(layer, 3)
 
 
@@ -574,6 +566,18 @@ def test_data_parallel_training_goes_on_after_the_guide(stochastic, one_rank):
 # ---------------------------------------------------------------- pre-merge
 
 
+def test_a_guided_layer_is_merged_with_its_guide():
+    layer = build(MAKERS["BlockShuffle"])
+    Guide(layer, 10, t=4)
+    nn.init.normal_(layer.W)
+    x = randn(5, 16)
+    want = layer.eval()(x)
+    assert rel_err(linear(x, layer.dense_weight(), layer.bias), want) < 1e-12
+    for max_tokens in (4, 5):
+        assert rel_err(merged(layer, max_tokens)(x), want) < 1e-12
+        assert rel_err(merged(merged(layer, 4), max_tokens)(x), want) < 1e-12
+
+
 @kinds
 def test_merged_serves_few_tokens_by_the_dense_product_and_is_exact(make):
     layer = build(make)
@@ -607,16 +611,17 @@ def test_merged_is_a_frozen_copy_of_the_whole_model():
 
 
 @kinds
-def test_half_precision_and_meta(make):
-    layer = build(make).float()
-    x = torch.randn(7, 16)
-    want = layer(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(x)
-    assert y.dtype == torch.bfloat16 and rel_err(y, want) < 0.03
-    assert rel_err(copy.deepcopy(layer).bfloat16()(x.bfloat16()), want) < 0.05
+def test_guided_training_reads_no_number_back_from_the_device(make):
+    """The meta device has none: where a GPU would make the host wait, this step fails."""
     with torch.device("meta"):
-        assert make(16, 24)(torch.empty(3, 16)).shape == (3, 24)
+        layer = make(16, 24)
+        guide = Guide(layer, 2, stochastic=True)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        for _ in range(3):
+            layer(torch.empty(3, 16)).square().sum().backward()
+            optimizer.step()
+            guide.step(optimizer)
+    assert layer.W is None and layer.V.grad.is_meta
 
 
 @kinds
@@ -642,11 +647,14 @@ def test_compiles_into_one_graph(make):
 # ---------------------------------------------------------------- checks, command line
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_self_check(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 5e-2)],
+)
+def test_self_check(dtype, limit):
     rows = self_check(dtype)
-    assert len(rows) == 24
-    assert not [row for row in rows if not row[1] <= row[2]]
+    assert len(rows) == 15
+    assert all(row[1] <= row[2] == limit for row in rows)
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.01, math.nan])
@@ -660,16 +668,28 @@ def test_self_check_can_fail(name, row, factor, monkeypatch):
     assert {f"{kind}: {row}" for kind in MAKERS} <= failed
 
 
-def test_check_prints_a_table_and_its_verdict(capsys, monkeypatch):
-    assert main(["--check"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.count(" ok\n") == 48 and "FAILED" not in printed
-    monkeypatch.setattr(structured_ffn, "self_check", lambda *_: [("row", math.nan, 1e-12)])
+def test_zeros_and_other_shapes_are_not_compared():
+    for b in (torch.zeros(3), torch.ones(1)):
+        with pytest.raises(AssertionError):
+            rel_err(torch.zeros(3), b)
+
+
+def test_one_failed_row_fails_the_check(capsys, monkeypatch):
+    rows = {torch.float64: [("a", math.nan, 1.0), ("b", 0.0, 1.0)], torch.float32: []}
+    monkeypatch.setattr(structured_ffn, "self_check", lambda dtype, device: rows[dtype])
     assert main(["--check"]) == 1
-    assert "FAILED" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.count(" FAILED\n") == printed.count(" ok\n") == 1
 
 
-@pytest.mark.slow
-def test_whole_file_runs(capsys):
-    assert main([]) == 0
-    assert "guided / plain" in capsys.readouterr().out
+@pytest.mark.parametrize("flags", [["--check"], pytest.param([], marks=pytest.mark.slow)])
+def test_whole_file_runs(flags, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["structured_ffn.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(structured_ffn.__file__, run_name="__main__")
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and "FAILED" not in printed
+    assert printed.count(" ok\n") == (30 if flags else 31)
+    if not flags:
+        plain, guided = re.search(r"another: (\S+), guided (\S+)", printed).groups()
+        assert 0.03 < float(plain) < 0.1 and 0.01 < float(guided) < 0.04
