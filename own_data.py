@@ -96,7 +96,8 @@ def from_arrays(
         facts["classes"] = tuple(str(label) for label in classes.tolist())
         facts["n_classes"] = len(classes)
     split = random_split(name, len(tokens), seed) if split is None else np.asarray(split)
-    need(split.shape == labels.shape[:1], f"{name}: {len(labels)} rows, but split {split.shape}")
+    fits = split.shape == labels.shape[:1]
+    need(fits, f"{name}: split has shape {split.shape}, but x has {len(tokens)} rows")
     no_row(~np.isin(split, SPLITS), name, "its split is none of train, val, test")
     parts = []
     for part in SPLITS:
@@ -114,7 +115,8 @@ def from_arrays(
     else:
         unseen = [facts["classes"][i] for i in np.setdiff1d(labels, train.labels)]
         found = ", ".join(unseen)[:60]
-        need(not unseen, f"{name}: not in the training split: {found} (regression needs decimals)")
+        hint = "to predict numbers, write them with decimals"
+        need(not unseen, f"{name}: class {found} is not in the training split ({hint})")
     return Data(name, *parts, **facts)
 
 
@@ -145,14 +147,19 @@ def describe(data):
     sizes = ", ".join(f"{len(part):,} {name}" for part, name in zip(parts, SPLITS, strict=True))
     goal = f"{data.n_classes} classes"
     if data.n_classes is None:
-        goal = f"regression, {len(data.y_mean)} targets"
+        goal = f"regression, targets per example: {len(data.y_mean)}"
     elif data.classes:
         goal += ": " + ", ".join(data.classes[:8])
+        if data.n_classes > 8:
+            goal += ", ..."
     kind = f"{data.vocab_size} symbols"
     if data.mean is not None:
-        kind = f"values of {len(data.mean)} channels"
+        kind = f"{len(data.mean)}-channel values"
     lengths = np.concatenate([part.lengths for part in parts])
-    return f"{data.name}: {sizes}; {goal}; {kind}, length {lengths.min():,} to {lengths.max():,}"
+    length = f"{lengths.max():,}"
+    if lengths.min() < lengths.max():
+        length = f"{lengths.min():,} to {length}"
+    return f"{data.name}: {sizes}; {goal}; {kind}, length {length}"
 
 
 # -------------------------------------------------------------------------------- for prediction
@@ -294,7 +301,7 @@ def read_arrays(path):
         with np.load(path) as file:
             arrays = dict(file)
     except Exception as error:  # numpy, zipfile and zlib raise many kinds
-        raise ValueError(f"{path}: {one_line(error)}") from error
+        raise ValueError(f"{path}: {one_line(error)}; expected numbers or text") from error
     known = "x" in arrays and set(arrays) <= {"x", "y", "lengths", "split"}
     found = ", ".join(arrays)
     need(known, f"{path}: arrays {found}, expected x, y and optionally lengths and split")
