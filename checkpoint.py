@@ -6,8 +6,7 @@
             ...
             run.log(step, sums, tokens)               # metrics.jsonl, every LOG_EVERY steps
             run.save(step, parts, best)               # checkpoint.pt
-    # config.json: settings and data; result.json: written last; a run that was killed goes on
-    # if settings has resume=True, a finished one is replaced only if it has overwrite=True
+    # config.json: settings and data; result.json: written last
 
 kill -9 costs at most the steps since the last checkpoint. A checkpoint is written under another
 name, flushed to disk and renamed: checkpoint.pt or checkpoint.pt.previous is always whole. A
@@ -82,7 +81,7 @@ def differences(old, new, free=()):
 
 
 def new_folder(name, root="runs"):
-    """Make a folder root/name-1, or -2, ...; root/latest becomes a link to it."""
+    """Make a folder root/name-1, or -2, ...; root/latest becomes a link to it, or has its name."""
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     latest = root / "latest"
@@ -103,7 +102,7 @@ def new_folder(name, root="runs"):
 
 
 def find_run(path):
-    """The folder that root/latest stands for, by a link or a file with its name; else the path."""
+    """The folder that root/latest stands for (see `new_folder`), or the path itself."""
     path = Path(path)
     if path.name == "latest" and path.is_symlink():
         return path.parent / os.readlink(path)
@@ -128,7 +127,8 @@ class Run:
     """One run and its directory. With several processes, only rank 0 writes.
 
     settings, data: plain values, which must be the same when the run is resumed, except for the
-    settings named in `free`.  position: row of the progress bar.  In a run of one process,
+    settings named in `free`.  With resume=True in settings a run goes on from its checkpoint, with
+    overwrite=True it is replaced.  position: row of the progress bar.  In a run of one process,
     Ctrl-C and SIGTERM stop it after the current step with a checkpoint (KeyboardInterrupt); a
     second signal stops it at once.
     """
@@ -181,11 +181,13 @@ class Run:
         return state
 
     def open_files(self, metrics_size):
-        """Remove what an older run left; begin config.json and metrics.jsonl."""
-        if self.state is None:
-            for path in self.folder.glob("*.pt*"):
-                path.unlink()
-        (self.folder / "result.json").unlink(missing_ok=True)
+        """Begin config.json and metrics.jsonl; what a replaced run left goes."""
+        stale = ["result.json"]
+        if self.state is None and self.about["settings"].get("overwrite"):
+            for name in ("checkpoint.pt", "pretrained.pt", "model.pt"):
+                stale += [name, name + ".previous"]
+        for name in stale:
+            (self.folder / name).unlink(missing_ok=True)
         config = {**self.about["settings"], "data": self.about["data"]}
         write_json(self.folder / "config.json", config)
         self.metrics = open(self.folder / "metrics.jsonl", "ab")
@@ -233,7 +235,7 @@ class Run:
             state.update(metrics=self.metrics.tell(), **self.about)
             save(self.folder / "checkpoint.pt", state)
         if self.interrupted:
-            raise KeyboardInterrupt("interrupted; --resume continues")
+            raise KeyboardInterrupt(f"interrupted; --resume continues {self.folder}")
 
     def save_weights(self, name, model, head):
         """Write weights, with all that is needed to rebuild their modules."""

@@ -179,8 +179,11 @@ def main(argv=None):
     add("--overwrite", action="store_true", help="replace --out if it exists")
     add("--text-column", help="column with the text (default: as in training)")
     add("--label-column", help="column with the labels (default: as in training)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, choices=["cpu", "cuda"], help=f"default here: {device}")
     args = parser.parse_args(argv)
+    if args.device == "cuda" and device == "cpu":
+        parser.error("--device cuda: PyTorch finds no CUDA device on this machine")
     try:
         command(args)
     except (KeyboardInterrupt, ValueError, OSError) as error:

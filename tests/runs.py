@@ -119,3 +119,35 @@ def main(args, log, environment):
 
     checkpoint.os.fsync = slow
     pretrain.main(args)
+
+
+SMALL = ["--d-model", "8", "--n-heads", "2", "--d-ff", "8", "--d-state", "4", "--device", "cpu"]
+LONG = [*SMALL, "--batch-size", "8", "--pretrain-steps", "24", "--finetune-steps", "24"]
+LONG += ["--eval-every", "5"]
+
+
+def finish(args, log):
+    """Run to the end, which must be a result."""
+    process = start(args, log)
+    process.join(300)
+    assert "result.json" in log.read_text()
+
+
+def progress(folder):
+    """(stage, step) of the last whole line of the metrics, stages counted from 0."""
+    path = folder / "metrics.jsonl"
+    rows = path.read_text().splitlines() if path.exists() else []
+    if not rows or not rows[-1].endswith("}"):
+        return -1, 0
+    last = json.loads(rows[-1])
+    return pretrain.STAGES.index(last["stage"]), last.get("step", last.get("val_step"))
+
+
+def kill(process, log, ready, wait=0.0):
+    """SIGKILL `wait` seconds after `ready`; a run that ended before is a failure."""
+    while not ready():
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.001)
+    time.sleep(wait)
+    process.kill()
+    process.join()

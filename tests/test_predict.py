@@ -146,6 +146,15 @@ def failure(capsys, *args):
     return text
 
 
+@pytest.mark.parametrize("device", ["cuda", "mps", "nonsense"])
+def test_a_device_that_does_not_work_ends_in_one_line(device, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        predict.main(["runs/a", "new.csv", "--device", device])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "--device" in last and device in last
+
+
 def test_what_is_no_finished_run_gets_one_line(runs, tmp_path, capsys):
     table = runs / "train.csv"
     out = ["--out", tmp_path / "out.csv"]

@@ -236,6 +236,7 @@ def test_every_task_has_its_own_mask_ratio_and_loss():
     "bad, message",
     [
         ({"model": "rnn"}, "model 'rnn'.*transformer"),
+        ({"out": ""}, "out '': expected a value"),
         ({"mask_ratio": 1.5}, "mask_ratio 1.5"),
         ({"batch_size": 0}, "batch_size 0"),
         ({"batch_size": True}, "batch_size True: expected int"),
