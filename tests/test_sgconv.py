@@ -192,6 +192,23 @@ def test_causal_model_reads_no_future_and_two_sided_does(causal):
     assert (change[:20].max() < 1e-12) == causal
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_tokens_of_any_integer_type(dtype):
+    model = model_of(vocab_size=7)
+    x = torch.randint(7, (2, 9))
+    assert torch.equal(model(x.to(dtype)), model(x))
+
+
+@CAUSAL_OR_NOT
+@EVERY_DECAY
+def test_forward_reads_no_value(decay, bidirectional):
+    """On the meta device there are none; on a GPU a look at them would wait for the device."""
+    layer = SGConv(6, 40, 4, bidirectional, decay).to("meta")
+    x = torch.empty(2, 30, 6, device="meta")
+    keep = torch.empty(2, 30, dtype=torch.bool, device="meta")
+    assert layer(x, keep).shape == x.shape
+
+
 def test_checkpoint_carries_the_normalizer():
     a = model_of(vocab_size=7)
     b = SGConvModel(a.config).double()  # another draw
@@ -286,6 +303,8 @@ LAYER = SGConv(3, 32, 4)
         (lambda: sgconv.SGConv2d(3, 4, 5, 2)(torch.zeros(1, 3, 5, 4)), "4, 5.*5, 4"),
         (lambda: SGConvModel(SGConvConfig()), "vocab_size=None, n_channels=None"),
         (lambda: model_of(vocab_size=3, n_channels=2), "vocab_size=3, n_channels=2"),
+        (lambda: model_of(n_channels=1)(torch.zeros(2, 8)), r"\(B, L, 1\), got \(2, 8\)"),
+        (lambda: SGConv(3, None), "d_model=3, max_len=None"),
     ],
 )
 def test_what_would_be_silently_wrong_is_refused(call, message):
