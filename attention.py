@@ -121,8 +121,7 @@ def merge(out, lse, out_block, lse_block):
     if not (out.shape == out_block.shape and lse.shape == lse_block.shape == out.shape[:-1]):
         shapes = [tuple(x.shape) for x in (out, lse, out_block, lse_block)]
         raise ValueError(f"expected (B, H, Lq, E), (B, H, Lq), twice; got {shapes}")
-    # weights from the difference: exp(lse - total) would add the rounding error of total;
-    # -inf - -inf is nan where neither sees a key
+    # weights from the difference: exp(lse - total) would add the rounding error of total
     difference = (lse_block - lse).masked_fill(lse_block == -torch.inf, -torch.inf)
     weight = torch.sigmoid(-difference)[..., None]
     weight_block = torch.sigmoid(difference)[..., None]
@@ -400,7 +399,8 @@ class Transformer(nn.Module):
         c = config
         d_ff = 4 * c.d_model if c.d_ff is None else c.d_ff
         inputs = [n for n in (c.vocab_size, c.n_channels) if n is not None]
-        if len(inputs) != 1 or min(*inputs, c.d_model, c.n_layers, d_ff) < 1:
+        sizes = [*inputs, c.d_model, c.n_layers, d_ff]
+        if len(inputs) != 1 or min(sizes) < 1:
             rule = "set exactly one of vocab_size and n_channels, and sizes of at least 1"
             raise ValueError(f"{rule}; got {c}")
         if ffn is None:
@@ -476,9 +476,8 @@ class Transformer(nn.Module):
         """Continue prompt (B, L) int64 by n tokens (B, n); temperature 0 is greedy decoding.
 
         head: features (B, D) -> logits (B, vocab_size).  Call eval() first if it has dropout.
-        lengths: (B,) real tokens per prompt; the rest is padding on the right.  What exceeds the
-        shortest prompt is read token by token, while shorter ones already continue: each row is as
-        if it were alone, with any mixer.
+        lengths: (B,) real tokens per prompt; padding is on the right.  Each row is as if alone:
+        the longer prompts are read on, token by token, while the shorter ones already continue.
         """
         B, L = prompt.shape
         if lengths is None:
@@ -561,22 +560,27 @@ def self_check(dtype=torch.float64, device="cpu"):
         pairs[f"{kind}: log-sum-exp == definition"] = online_lse, lse
         pairs[f"{kind}: fused kernel == definition"] = fused, out
 
-    near = attention_online(q, k[:, :, :25], v[:, :, :25], keep=keep[:, :25])
-    far = attention_online(q, k[:, :, 25:], v[:, :, 25:], keep=keep[:, 25:])
+    k1, k2 = k.split([25, 8], dim=2)
+    v1, v2 = v.split([25, 8], dim=2)
+    keep1, keep2 = keep.split([25, 8], dim=1)
+    near = attention_online(q, k1, v1, keep=keep1)
+    far = attention_online(q, k2, v2, keep=keep2)
     merged, _ = merge(*near, *far)
     pairs["merged blocks of keys == all keys"] = merged, attention_slow(q, k, v, keep=keep)
 
     x = torch.randn(2, 33, 16, **like)
     positions = torch.arange(1000, 1033, device=device)
     rotated = rotate(x[:, None], positions)  # (B, 1, 33, 16)
-    expected = rotate_ref(x[0].double().cpu().numpy(), positions.tolist())
-    pairs["RoPE == definition"] = rotated[0, 0], expected
+    array = x[0].double().cpu().numpy()
+    pairs["RoPE == definition"] = rotated[0, 0], rotate_ref(array, positions.tolist())
     layer = Attention(16, 4, causal=True, n_kv_heads=2, rope=True).to(x)
-    _, state = layer.prefill(x[:, :9], layer.initial_state(2, capacity=4))
-    y, state = layer.prefill(x[:, 9:32], state)
-    pairs["prefill == forward"] = y, layer(x)[:, 9:32]
-    y_t, state = layer.step(x[:, 32], state)
-    pairs["step == forward"] = y_t, layer(x)[:, 32]
+    y = layer(x)
+    state = layer.initial_state(2, capacity=4)
+    _, state = layer.prefill(x[:, :9], state)
+    y_prefill, state = layer.prefill(x[:, 9:32], state)
+    y_step, state = layer.step(x[:, 32], state)
+    pairs["prefill == forward"] = y_prefill, y[:, 9:32]
+    pairs["step == forward"] = y_step, y[:, 32]
     return [(name, rel_err(*pair), limit) for name, pair in pairs.items()]
 
 
