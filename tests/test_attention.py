@@ -239,7 +239,14 @@ def test_rounding_of_many_blocks_stays_small():
 # ---------------------------------------------------------------- exact properties of the model
 
 
-@pytest.mark.parametrize("options", [{}, {"rope": True}, {"causal": True}, {"n_kv_heads": 2}])
+def both_ways(config, i):
+    return SGConv(config.d_model, 32, 4, bidirectional=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rope": True}, {"causal": True}, {"n_kv_heads": 2}, {"mixer": both_ways}],
+)
 def test_batch_mates_change_nothing(options):
     """The features of an example do not depend on how far it is padded."""
     net, tokens = model(**options), draw_tokens(2, 20)
@@ -441,16 +448,18 @@ def test_generation_from_unequal_prompts_is_that_of_each_alone(kind):
 def test_generation_from_equal_prompts():
     net, prompt = model(causal=True), draw_tokens(2, 9)
     made = net.generate(prompt.to(torch.uint8), 5, head)
+    assert made.dtype == torch.int64
     assert torch.equal(made, torch.cat([continued(net, row[None], 5) for row in prompt]))
     assert torch.equal(net.generate(prompt, 5, head, temperature=1e-9), made)
     assert net.generate(prompt, 0, head).shape == (2, 0)
 
 
-def test_temperature_flattens_the_probabilities():
-    logits = torch.tensor([0.0, 1.0, 2.0])
-    made = model(causal=True).generate(draw_tokens(9000, 1), 1, lambda h: logits.expand(9000, 3), 2)
+def test_temperature_divides_the_logits():
+    logits = torch.tensor([0.0, 0.5, 1.0])
+    net, prompt = model(causal=True), draw_tokens(9000, 1)
+    made = net.generate(prompt, 1, lambda h: logits.expand(9000, 3), temperature=0.5)
     share = made.flatten().bincount() / 9000
-    assert (share - (logits / 2).softmax(0)).abs().max() < 0.02
+    assert (share - (logits / 0.5).softmax(0)).abs().max() < 0.02
 
 
 # ---------------------------------------------------------------- errors, command line
@@ -478,6 +487,8 @@ def placed(*shape, rope=False):
         (lambda: Attention(12, 4, rope=True)(torch.randn(1, 5, 12)), "unflatten"),
         (lambda: model(vocab_size=None), "vocab_size=None, n_channels=None"),
         (lambda: model(n_channels=2), "vocab_size=11, n_channels=2"),
+        (lambda: model(n_layers=0), "sizes of at least 1.*n_layers=0"),
+        (lambda: model(d_ff=0), "sizes of at least 1.*d_ff=0"),
         (lambda: model()(draw(2, 7)), r"integer tokens x \(B, L\); got \(2, 7\) torch.float64"),
         (lambda: model(vocab_size=None, n_channels=1)(draw(2, 7)), r"values x .* got \(2, 7\)"),
         (lambda: masked(torch.ones(2, 1) > 0), r"bool keep \(B, Lk\); .* \(2, 1\)"),
@@ -487,6 +498,7 @@ def placed(*shape, rope=False):
         (lambda: placed(1), r"positions \(L,\); .* \(1,\)"),
         (lambda: placed(1, rope=True), r"positions \(L,\); .* \(1,\)"),
         (lambda: placed(1, 4, rope=True), r"positions \(L,\); .* \(1, 4\)"),
+        (lambda: at.rotate(torch.ones(4, 8, dtype=torch.long)), "float x .* torch.int64"),
         (lambda: model(lambda c, i: SGConv(16, 32, 4)).initial_state(2), "SGConv has no recurrent"),
         (lambda: generate(L=0), r"1 to L = 0 tokens.*got \[0, 0\]"),
         (lambda: generate(lengths=[3, 0]), r"1 to L = 3 tokens.*got \[3, 0\]"),
