@@ -86,6 +86,13 @@ def test_norm_is_one_at_construction_only(decay, bidirectional):
     assert rel_err(layer.kernel(1024), 10 * K) < 1e-6  # the normalizer is constant
 
 
+def test_norm_is_that_of_the_whole_kernel():
+    """Scales of 4, 4, 8, 16 and 32 lags, of which max_len takes 40."""
+    layer = SGConv(1, 40, 4).double()
+    whole = multi_scale_kernel(layer.w, 64, PLACE)
+    assert rel_err(layer.norm, whole.norm(dim=-1, keepdim=True)) < 1e-6
+
+
 @CAUSAL_OR_NOT
 @pytest.mark.parametrize("L", [1, 4, 17])
 def test_short_kernel_is_the_beginning_of_the_long_one(L, bidirectional):
@@ -304,7 +311,9 @@ LAYER = SGConv(3, 32, 4)
         (lambda: SGConvModel(SGConvConfig()), "vocab_size=None, n_channels=None"),
         (lambda: model_of(vocab_size=3, n_channels=2), "vocab_size=3, n_channels=2"),
         (lambda: model_of(n_channels=1)(torch.zeros(2, 8)), r"\(B, L, 1\), got \(2, 8\)"),
+        (lambda: model_of(vocab_size=3, n_layers=0), "sizes of at least 1.*n_layers=0"),
         (lambda: SGConv(3, None), "d_model=3, max_len=None"),
+        (lambda: SGConv(3, 8, 0), "kernel_dim=0"),
     ],
 )
 def test_what_would_be_silently_wrong_is_refused(call, message):
