@@ -68,23 +68,9 @@ def rotate_ref(x, positions):
 # ---------------------------------------------------------------- torch: plain to fast
 
 
-def check_shapes(q, k, v, keep):
-    """Refuse shapes that would broadcast by accident."""
-    B, H, _, E = q.shape
-    G, Lk = k.shape[1:3]
-    if k.shape != (B, G, Lk, E) or v.shape[:-1] != (B, G, Lk) or H % G:
-        shapes = [tuple(x.shape) for x in (q, k, v)]
-        raise ValueError(f"expected q (B, H, Lq, E), k, v (B, G, Lk, E), G divides H; got {shapes}")
-    if keep is not None and (keep.shape != (B, Lk) or keep.dtype != torch.bool):
-        raise ValueError(f"expected keep {B, Lk} bool, got {tuple(keep.shape)} {keep.dtype}")
-
-
 def attention_slow(q, k, v, causal=False, keep=None):
-    """The formula written out, with all scores in memory: O(L^2). Arguments as `attention`."""
-    check_shapes(q, k, v, keep)
-    group = q.shape[1] // k.shape[1]
-    k = k.repeat_interleave(group, dim=1)  # (B, G, Lk, E) -> (B, H, Lk, E)
-    v = v.repeat_interleave(group, dim=1)
+    """The formula written out: all scores in memory, O(L^2). Arguments as `attention`."""
+    k, v = repeat_heads(q, k, v, keep)  # (B, G, Lk, E) -> (B, H, Lk, E)
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, Lq, E) x (B, H, E, Lk) -> (B, H, Lq, Lk)
     if causal:
         future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)  # (Lq, Lk)
@@ -95,22 +81,21 @@ def attention_slow(q, k, v, causal=False, keep=None):
 
 
 def attention_online(q, k, v, causal=False, keep=None, tile=128):
-    """Softmax over tiles of keys with a running maximum and sum: O(L E + L tile) memory.
+    """Softmax over tiles of keys with a running maximum and sum (arXiv:1805.02867v2, algorithm 3).
 
-    Milakov and Gimelshein 2018, arXiv:1805.02867v2, algorithm 3.  Arguments as `attention`.
-    Returns (out (B, H, Lq, E), log-sum-exp (B, H, Lq)): 0 and -inf where a query sees no key.
+    Arguments as `attention`; memory O(L E + L tile).  Returns (out (B, H, Lq, E), log-sum-exp
+    (B, H, Lq)): 0 and -inf where a query sees no key.
     """
-    check_shapes(q, k, v, keep)
-    group = q.shape[1] // k.shape[1]
-    k = k.repeat_interleave(group, dim=1)  # (B, G, Lk, E) -> (B, H, Lk, E)
-    v = v.repeat_interleave(group, dim=1)
+    k, v = repeat_heads(q, k, v, keep)  # (B, G, Lk, E) -> (B, H, Lk, E)
     B, H, Lq, E = q.shape
+    Lk = k.shape[2]
     q = q / math.sqrt(E)
     out = q.new_zeros(B, H, Lq, v.shape[-1])  # sum of exp(score - largest) v
     total = q.new_zeros(B, H, Lq)  # sum of exp(score - largest)
     largest = q.new_full((B, H, Lq), -torch.inf)  # of the scores so far
     i = torch.arange(Lq, device=q.device)[:, None]  # (Lq, 1)
-    for j in torch.arange(k.shape[2], device=q.device).split(tile):  # (tile,)
+    for start in range(0, Lk, tile):
+        j = torch.arange(start, min(start + tile, Lk), device=q.device)  # (tile,)
         scores = q @ k[:, :, j].mT  # (B, H, Lq, E) x (B, H, E, tile) -> (B, H, Lq, tile)
         if causal:
             scores = scores.masked_fill(j > i, -torch.inf)
@@ -150,9 +135,8 @@ def attention(q, k, v, causal=False, keep=None):
     q: (B, H, Lq, E); k, v: (B, G, Lk, E), G divides H; keep: (B, Lk) bool, False at padding.
     causal: query i sees keys 0 .. i.  Returns (B, H, Lq, E), meaningless at padding.
 
-    causal with keep builds a mask of Lq x Lk per sequence.  If all padding is on the right, leave
-    keep out: no real token sees what comes after it.  On CUDA, G < H has a fused kernel in half
-    precision only; in float32 all scores are stored.
+    causal with keep builds a mask (B, 1, Lq, Lk).  If all padding is on the right, leave keep out:
+    no real token sees what comes after it.  On CUDA, G < H in float32 stores all scores.
     """
     check_shapes(q, k, v, keep)
     mask = None
@@ -163,6 +147,69 @@ def attention(q, k, v, causal=False, keep=None):
             mask = mask & past  # (B, 1, Lq, Lk)
             causal = False
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+
+
+def repeat_heads(q, k, v, keep):
+    """Repeat each head of k and v for its H / G heads of q."""
+    check_shapes(q, k, v, keep)
+    group = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+
+
+def check_shapes(q, k, v, keep):
+    """Refuse shapes that would broadcast by accident."""
+    B, H, _, E = q.shape
+    G, Lk = k.shape[1:3]
+    same = k.shape == (B, G, Lk, E) and v.shape[:-1] == (B, G, Lk)
+    expect(same and H % G == 0, "q (B, H, Lq, E), k and v (B, G, Lk, E), G divides H", q, k, v)
+    if keep is not None:
+        mask = keep.shape == (B, Lk) and keep.dtype == torch.bool
+        expect(mask, "k (B, G, Lk, E), bool keep (B, Lk)", k, keep)
+
+
+def expect(condition, expected, *tensors):
+    """Raise ValueError, with what was expected and the tensors' shapes, unless condition."""
+    if not condition:
+        got = [f"{tuple(x.shape)} {x.dtype}" for x in tensors]
+        raise ValueError(f"expected {expected}; got {', '.join(got)}")
+
+
+# ---------------------------------------------------------------- positions
+
+
+def angles(x, positions=None):
+    """Return pos / 10000^(2i/D) (L, ceil(D/2)) in float64. x: (..., L, D); positions: (L,) int64.
+
+    In float32, the angles of positions near 10^6 would keep one digit.
+    """
+    L, D = x.shape[-2:]
+    if positions is None:
+        positions = torch.arange(L, device=x.device)
+    ok = positions.shape == (L,) and x.is_floating_point()  # a single position would broadcast
+    expect(ok, "float x (..., L, D), positions (L,)", x, positions)
+    even = torch.arange(0, D, 2, dtype=torch.float64, device=x.device)
+    return positions[:, None] * 10000.0 ** (-even / D)
+
+
+def sinusoids(x, positions=None):
+    """sin and cos of the angles, interleaved (arXiv:1706.03762v7, 3.5). Returns (L, D)."""
+    angle = angles(x, positions)
+    pairs = [angle.sin(), angle.cos()]
+    table = torch.stack(pairs, -1).flatten(1)
+    return table[:, : x.shape[-1]].to(x.dtype)  # without the last cosine if D is odd
+
+
+def rotate(x, positions=None):
+    """RoPE, as `rotate_ref`. x: queries or keys (B, H, L, E), E even; positions: (L,) int64."""
+    angle = angles(x, positions)  # (L, E/2)
+    cos = angle.cos().to(x.dtype)
+    sin = angle.sin().to(x.dtype)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, H, L, E/2)
+    rotated = [a * cos - b * sin, a * sin + b * cos]
+    return torch.stack(rotated, -1).flatten(-2)
+
+
+# ---------------------------------------------------------------- KV cache
 
 
 def attention_newest(q, k, v, chunk=256):
@@ -177,49 +224,13 @@ def attention_newest(q, k, v, chunk=256):
     outs = []
     for queries in q.split(chunk, dim=2):
         n = queries.shape[2]
-        past = q.new_ones(n, seen + n, dtype=torch.bool)
-        past = past.tril(seen)  # query i of the chunk sees keys 0 .. seen + i
+        past = q.new_ones(n, seen + n, dtype=torch.bool).tril(seen)
         seen += n
         keys = k[:, :, :seen]
         values = v[:, :, :seen]
         out = F.scaled_dot_product_attention(queries, keys, values, past, enable_gqa=True)
         outs.append(out)
     return torch.cat(outs, dim=2)
-
-
-def angles(x, positions=None):
-    """Return pos / 10000^(2i/D) (L, ceil(D/2)) in float64. x: (..., L, D); positions: (L,) int64.
-
-    In float32, the angles of positions near 10^6 would keep one digit.
-    """
-    L, D = x.shape[-2:]
-    if positions is None:
-        positions = torch.arange(L, device=x.device)
-    if positions.shape != (L,) or not x.is_floating_point():  # one position would broadcast
-        got = f"{tuple(positions.shape)} and {x.dtype}"
-        raise ValueError(f"expected positions of shape ({L},) and float x, got {got}")
-    even = torch.arange(0, D, 2, dtype=torch.float64, device=x.device)
-    return positions[:, None] * 10000.0 ** (-even / D)
-
-
-def sinusoids(x, positions=None):
-    """sin and cos of the angles, interleaved (arXiv:1706.03762v7, 3.5). Returns (L, D)."""
-    angle = angles(x, positions)
-    table = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
-    return table[:, : x.shape[-1]].to(x.dtype)  # without the last cosine if D is odd
-
-
-def rotate(x, positions=None):
-    """RoPE, as `rotate_ref`. x: queries or keys (B, H, L, E), E even; positions: (L,) int64."""
-    angle = angles(x, positions)  # (L, E/2)
-    cos = angle.cos().to(x.dtype)
-    sin = angle.sin().to(x.dtype)
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, H, L, E/2)
-    rotated = [a * cos - b * sin, a * sin + b * cos]
-    return torch.stack(rotated, -1).flatten(-2)
-
-
-# ---------------------------------------------------------------- layer
 
 
 @dataclass
@@ -231,11 +242,13 @@ class Cache:
     length: int = 0
 
     def append(self, k, v):
-        """Write k, v (B, G, n, E) in place. Returns the longer cache and makes this one stale."""
+        """Write k, v (B, G, n, E) in place. Returns all keys, all values and the longer cache.
+
+        This cache is stale afterwards.
+        """
         if self.k is None:
             raise ValueError(f"cache already moved past token {self.length}; deepcopy it to branch")
-        if len(k) != len(self.k):
-            raise ValueError(f"expected batch size {len(self.k)} as in the cache, got {len(k)}")
+        expect(len(k) == len(self.k), "keys of the cache's batch size", self.k, k)
         end = self.length + k.shape[2]
         capacity = self.k.shape[2]
         if end > capacity:
@@ -246,7 +259,10 @@ class Cache:
         self.v[:, :, self.length : end] = v
         longer = Cache(self.k, self.v, end)
         self.k = self.v = None  # the buffers belong to the longer cache now
-        return longer
+        return longer.k[:, :, :end], longer.v[:, :, :end], longer
+
+
+# ---------------------------------------------------------------- layer
 
 
 class Attention(nn.Module):
@@ -262,10 +278,10 @@ class Attention(nn.Module):
         super().__init__()
         if n_kv_heads is None:
             n_kv_heads = n_heads
-        positive = min(d_model, n_heads, n_kv_heads) >= 1
-        if not positive or d_model % n_heads or n_heads % n_kv_heads:
-            sizes = f"d_model {d_model}, n_heads {n_heads}, n_kv_heads {n_kv_heads}"
-            raise ValueError(f"{sizes}: each must be positive and divisible by the next")
+        sizes = d_model, n_heads, n_kv_heads
+        if min(sizes) < 1 or d_model % n_heads or n_heads % n_kv_heads:
+            names = "d_model, n_heads, n_kv_heads"
+            raise ValueError(f"{names} must be positive, each divisible by the next; got {sizes}")
         self.n_heads = n_heads
         self.n_kv_heads = n_kv_heads
         self.d_head = d_model // n_heads
@@ -277,9 +293,10 @@ class Attention(nn.Module):
 
     def project(self, x, positions):
         """(B, L, D) -> q (B, H, L, E), k and v (B, G, L, E), with RoPE."""
+        expect(x.ndim == 3, "x (B, L, d_model)", x)
         heads = self.qkv(x).unflatten(-1, (-1, self.d_head))  # (B, L, H + 2G, E)
-        heads = heads.transpose(1, 2)
-        q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
+        counts = [self.n_heads, self.n_kv_heads, self.n_kv_heads]
+        q, k, v = heads.transpose(1, 2).split(counts, dim=1)
         if self.rope:
             q = rotate(q, positions)
             k = rotate(k, positions)
@@ -296,22 +313,23 @@ class Attention(nn.Module):
         """An empty KV cache for `capacity` tokens; it doubles when full."""
         if not self.causal:
             raise ValueError("recurrent mode needs causal=True, or new tokens change old outputs")
-        k = self.qkv.weight.new_zeros(batch, self.n_kv_heads, capacity, self.d_head)
-        return Cache(k, k.clone())
+        shape = (batch, self.n_kv_heads, capacity, self.d_head)
+        k = self.qkv.weight.new_zeros(shape)
+        v = self.qkv.weight.new_zeros(shape)
+        return Cache(k, v)
 
     @torch.no_grad()
     def prefill(self, x, state):
-        """Append x (B, L, D). Returns (y (B, L, D), state); memory is linear in all tokens."""
-        total = state.length + x.shape[1]
-        positions = torch.arange(state.length, total, device=x.device)
+        """Append x (B, L, D), in memory linear in all tokens. Returns (y, state), no gradients."""
+        positions = state.length + torch.arange(x.shape[1], device=x.device)
         q, k, v = self.project(x, positions)
-        state = state.append(k, v)
-        out = attention_newest(q, state.k[:, :, :total], state.v[:, :, :total])
+        k, v, state = state.append(k, v)
+        out = attention_newest(q, k, v)  # (B, H, L, E)
         out = out.transpose(1, 2).flatten(2)  # (B, H, L, E) -> (B, L, D)
         return self.out(out), state
 
     def step(self, x_t, state):
-        """Append one token x_t (B, D), O(length). Returns (y_t (B, D), state)."""
+        """Append one token x_t (B, D) in O(length). Returns (y_t (B, D), state)."""
         y, state = self.prefill(x_t[:, None], state)
         return y[:, 0], state
 
@@ -360,18 +378,12 @@ class Block(nn.Module):
 
     def forward(self, x, keep, positions):
         h = self.norm_mixer(x)  # differs from the paper: norm before the sublayer, not after it
-        if isinstance(self.mixer, Attention):
+        if isinstance(self.mixer, Attention):  # no other mixer takes positions
             mixed = self.mixer(h, keep, positions)
         else:
             mixed = self.mixer(h, keep)
         x = x + self.dropout(mixed)
         return x + self.dropout(self.ffn(self.norm_ffn(x)))
-
-    def prefill(self, x, state):
-        """Append x (B, L, D) to the mixer's state, without dropout. Returns (y, state)."""
-        mixed, state = self.mixer.prefill(self.norm_mixer(x), state)
-        x = x + mixed
-        return x + self.ffn(self.norm_ffn(x)), state
 
 
 class Transformer(nn.Module):
@@ -385,37 +397,48 @@ class Transformer(nn.Module):
     def __init__(self, config, ffn=None, mixer=None, attend=attention):
         super().__init__()
         c = config
-        if (c.vocab_size is None) == (c.n_channels is None):
-            raise ValueError(f"set exactly one of vocab_size and n_channels in {c}")
+        d_ff = 4 * c.d_model if c.d_ff is None else c.d_ff
+        inputs = [n for n in (c.vocab_size, c.n_channels) if n is not None]
+        sizes = [*inputs, c.d_model, c.n_layers, d_ff]
+        if len(inputs) != 1 or min(sizes) < 1:
+            rule = "set exactly one of vocab_size and n_channels, and sizes of at least 1"
+            raise ValueError(f"{rule}; got {c}")
+        if ffn is None:
+            ffn = FeedForward
         self.config = c
         if c.vocab_size is None:
             self.embed = nn.Linear(c.n_channels, c.d_model)
         else:
             self.embed = nn.Embedding(c.vocab_size, c.d_model)
-        d_ff = 4 * c.d_model if c.d_ff is None else c.d_ff
-        if min(c.n_layers, d_ff, self.embed.weight.numel()) < 1:
-            raise ValueError(f"every size must be at least 1 in {c}")
-        if ffn is None:
-            ffn = FeedForward
         self.blocks = nn.ModuleList()
         for i in range(c.n_layers):
             if mixer is None:
                 mix = Attention(c.d_model, c.n_heads, c.causal, c.n_kv_heads, c.rope, attend)
             else:
                 mix = mixer(c, i)
-            self.blocks.append(Block(mix, ffn(c.d_model, d_ff), c.d_model, c.dropout))
+            block = Block(mix, ffn(c.d_model, d_ff), c.d_model, c.dropout)
+            self.blocks.append(block)
         self.norm = nn.LayerNorm(c.d_model)  # differs from the paper: pre-norm needs a last norm
         self.dropout = nn.Dropout(c.dropout)
 
     def embed_at(self, x, positions):
         """Tokens or values -> (B, L, D). With RoPE, the mixers add the positions."""
+        if self.config.vocab_size is None:
+            expect(x.ndim == 3, "values x (B, L, n_channels)", x)
+        else:
+            expect(x.ndim == 2 and not x.is_floating_point(), "integer tokens x (B, L)", x)
+            x = x.long()  # nn.Embedding takes no uint8
         x = self.embed(x)  # differs from the paper: no factor sqrt(d_model)
         if self.config.rope:
             return x
         return x + sinusoids(x, positions)
 
     def forward(self, x, keep=None, positions=None):
-        """keep: (B, L) bool, False at padding; positions: (L,) int64, 0 .. L-1 by default."""
+        """keep: (B, L) bool, False at padding; positions: (L,) int64, 0 .. L-1 by default.
+
+        All sequences share the positions, so pad on the right: padding on the left shifts the
+        sinusoids of what follows.  With RoPE only distances count, and either side will do.
+        """
         x = self.dropout(self.embed_at(x, positions))
         for block in self.blocks:
             x = block(x, keep, positions)
@@ -427,24 +450,58 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def prefill(self, x, state):
-        """Append tokens x (B, L) or values (B, L, C), no dropout. Returns (features, state).
+        """Append tokens x (B, L) or values (B, L, C). Returns (features, state).
 
-        KV caches are written in place: a state that was continued raises ValueError when it is
-        used again, so deepcopy it to branch.
+        No dropout, no gradients.  KV caches are written in place: a state that was continued
+        raises ValueError when it is used again, so deepcopy it to branch.
         """
-        states, past = state
-        total = past + x.shape[1]
-        h = self.embed_at(x, torch.arange(past, total, device=x.device))
+        states, past = state  # past: number of tokens so far
+        positions = past + torch.arange(x.shape[1], device=x.device)
+        h = self.embed_at(x, positions)
         new_states = []
         for block, block_state in zip(self.blocks, states, strict=True):
-            h, block_state = block.prefill(h, block_state)
+            mixed, block_state = block.mixer.prefill(block.norm_mixer(h), block_state)
+            h = h + mixed  # as Block.forward
+            h = h + block.ffn(block.norm_ffn(h))
             new_states.append(block_state)
-        return self.norm(h), (new_states, total)
+        return self.norm(h), (new_states, past + x.shape[1])
 
     def step(self, x_t, state):
         """Append one token x_t (B,) or (B, C). Returns (features (B, D), state)."""
         y, state = self.prefill(x_t[:, None], state)
         return y[:, 0], state
+
+    @torch.no_grad()
+    def generate(self, prompt, n, head, temperature=0.0, lengths=None):
+        """Continue prompt (B, L) int64 by n tokens (B, n); temperature 0 is greedy decoding.
+
+        head: features (B, D) -> logits (B, vocab_size).  Call eval() first if it has dropout.
+        lengths: (B,) real tokens per prompt; padding is on the right.  Each row is as if alone:
+        the longer prompts are read on, token by token, while the shorter ones already continue.
+        """
+        B, L = prompt.shape
+        if lengths is None:
+            lengths = [L] * B
+        lengths = torch.as_tensor(lengths, device=prompt.device)
+        shortest = int(lengths.min())
+        longest = int(lengths.max())
+        if lengths.shape != (B,) or shortest < 1 or longest > L or not temperature >= 0:
+            expected = f"{B} lengths of 1 to L = {L} tokens, temperature of at least 0"
+            raise ValueError(f"expected {expected}; got {lengths.tolist()}, {temperature}")
+        h, state = self.prefill(prompt[:, :shortest], self.initial_state(B))
+        h = h[:, -1]  # (B, D)
+        tokens = F.pad(prompt.long(), (0, n))  # (B, L + n)
+        for t in range(shortest, longest + n):
+            logits = head(h)  # (B, vocab_size)
+            token = logits.argmax(-1)
+            if temperature > 0:
+                p = (logits / temperature).softmax(-1)
+                token = torch.multinomial(p, 1)[:, 0]
+            token = torch.where(t < lengths, tokens[:, t], token)  # the prompt as far as it goes
+            tokens[:, t] = token
+            h, state = self.step(token, state)
+        new = lengths[:, None] + torch.arange(n, device=prompt.device)  # (B, n)
+        return tokens.gather(1, new)
 
     def param_groups(self, lr, weight_decay):  # same as s4.py:S4Model.param_groups
         """Return AdamW groups; kernels of S4 and SGConv learn at most at 1e-3, without decay."""
@@ -479,67 +536,52 @@ def rel_err(a, b):
     return float((a - b).abs().max() / b.abs().max())
 
 
-def check_attention(q, k, v, keep):
-    """Every form of attention against the definition. Yields (name, result, expected)."""
-    arrays = [x.detach().double().cpu().numpy() for x in (q, k, v)]
-    keep_ref = keep[:, None].cpu().numpy()  # (B, 1, L), for all heads
-    for kind, causal in (("full", False), ("causal", True)):
-        out, lse = attention_ref(*arrays, causal, keep_ref)
-        slow = attention_slow(q, k, v, causal, keep)
-        online, online_lse = attention_online(q, k, v, causal, keep, tile=7)
-        fused = attention(q, k, v, causal, keep)
-        yield f"{kind}: written out == definition", slow, out
-        yield f"{kind}: online softmax == definition", online, out
-        yield f"{kind}: log-sum-exp == definition", online_lse, lse
-        yield f"{kind}: fused kernel == definition", fused, out
-        slow_grads = torch.autograd.grad(slow.square().sum(), (q, k, v))
-        fused_grads = torch.autograd.grad(fused.square().sum(), (q, k, v))
-        for i, x in enumerate("qkv"):
-            yield f"{kind}: fused d{x} == written out", fused_grads[i], slow_grads[i]
-
-    k1, k2 = k.split([25, 8], dim=2)
-    v1, v2 = v.split([25, 8], dim=2)
-    keep1, keep2 = keep.split([25, 8], dim=1)
-    out, lse = attention_online(q, k1, v1, keep=keep1)
-    out_block, lse_block = attention_online(q, k2, v2, keep=keep2)
-    merged, _ = merge(out, lse, out_block, lse_block)
-    yield "merged blocks of keys == all keys", merged, attention_slow(q, k, v, keep=keep)
-    newest = attention_newest(q[:, :, 9:], k, v, chunk=5)
-    slow = attention_slow(q, k, v, causal=True)
-    yield "newest queries in chunks == causal", newest, slow[:, :, 9:]
-
-
-def check_layer(x):
-    """RoPE, and recurrent mode against forward. x: (B, 33, 16)."""
-    positions = torch.arange(1000, 1033, device=x.device)
-    rotated = rotate(x[:, None], positions)  # (B, 1, 33, 16)
-    array = x[0].double().cpu().numpy()
-    yield "RoPE == definition", rotated[0, 0], rotate_ref(array, positions.tolist())
-    layer = Attention(16, 4, causal=True, n_kv_heads=2, rope=True).to(x)
-    state = layer.initial_state(len(x), capacity=4)
-    y1, state = layer.prefill(x[:, :9], state)
-    y2, state = layer.prefill(x[:, 9:32], state)
-    y3, state = layer.step(x[:, 32], state)
-    y = torch.cat([y1, y2, y3[:, None]], 1)
-    yield "prefill and step == forward", y, layer(x)
-
-
 def self_check(dtype=torch.float64, device="cpu"):
     """Check every step against a slower one. Returns [(name, error, limit)]."""
     limit = 1e-12 if dtype == torch.float64 else 1e-5
     torch.manual_seed(0)
-    like = {"dtype": dtype, "device": device, "requires_grad": True}
+    like = {"dtype": dtype, "device": device}
     q = torch.randn(2, 4, 33, 8, **like)
     k = torch.randn(2, 1, 33, 8, **like)  # one head for all heads of q
     v = torch.randn(2, 1, 33, 8, **like)
-    x = torch.randn(2, 33, 16, dtype=dtype, device=device)
     keep = torch.ones(2, 33, dtype=torch.bool, device=device)
     keep[1, 20:] = False  # so this sequence sees nothing in the second block of keys
-    checks = [*check_attention(q, k, v, keep), *check_layer(x)]
-    rows = []
-    for name, result, expected in checks:
-        rows.append((name, rel_err(result, expected), limit))
-    return rows
+    arrays = [x.double().cpu().numpy() for x in (q, k, v)]
+    keep_ref = keep[:, None].cpu().numpy()  # (B, 1, L), for all heads
+    pairs = {}
+    for kind in ("full", "causal"):
+        causal = kind == "causal"
+        out, lse = attention_ref(*arrays, causal, keep_ref)
+        slow = attention_slow(q, k, v, causal, keep)
+        online, online_lse = attention_online(q, k, v, causal, keep, tile=7)
+        fused = attention(q, k, v, causal, keep)
+        pairs[f"{kind}: written out == definition"] = slow, out
+        pairs[f"{kind}: online softmax == definition"] = online, out
+        pairs[f"{kind}: log-sum-exp == definition"] = online_lse, lse
+        pairs[f"{kind}: fused kernel == definition"] = fused, out
+
+    k1, k2 = k.split([25, 8], dim=2)
+    v1, v2 = v.split([25, 8], dim=2)
+    keep1, keep2 = keep.split([25, 8], dim=1)
+    near = attention_online(q, k1, v1, keep=keep1)
+    far = attention_online(q, k2, v2, keep=keep2)
+    merged, _ = merge(*near, *far)
+    pairs["merged blocks of keys == all keys"] = merged, attention_slow(q, k, v, keep=keep)
+
+    x = torch.randn(2, 33, 16, **like)
+    positions = torch.arange(1000, 1033, device=device)
+    rotated = rotate(x[:, None], positions)  # (B, 1, 33, 16)
+    array = x[0].double().cpu().numpy()
+    pairs["RoPE == definition"] = rotated[0, 0], rotate_ref(array, positions.tolist())
+    layer = Attention(16, 4, causal=True, n_kv_heads=2, rope=True).to(x)
+    y = layer(x)
+    state = layer.initial_state(2, capacity=4)
+    _, state = layer.prefill(x[:, :9], state)
+    y_prefill, state = layer.prefill(x[:, 9:32], state)
+    y_step, state = layer.step(x[:, 32], state)
+    pairs["prefill == forward"] = y_prefill, y[:, 9:32]
+    pairs["step == forward"] = y_step, y[:, 32]
+    return [(name, rel_err(*pair), limit) for name, pair in pairs.items()]
 
 
 def print_table(rows):
@@ -561,14 +603,12 @@ def demo(device, L=64, steps=200):
     config = TransformerConfig(d_model=32, n_heads=2, vocab_size=16, causal=True, rope=True)
     model = Transformer(config).to(device)
     head = nn.Linear(32, 16).to(device)
-    groups = model.param_groups(lr=3e-3, weight_decay=0.01)
-    groups.append({"params": head.parameters(), "lr": 3e-3})
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=3e-3)
     for _ in range(steps):
         word = torch.randint(16, (32, L // 2), device=device)
         features = model(torch.cat([word, word], 1))  # (B, L, D)
         logits = head(features[:, L // 2 - 1 : -1])  # (B, L/2, 16), for the repetition
-        loss = F.cross_entropy(logits.flatten(0, 1), word.flatten())
+        loss = F.cross_entropy(logits.mT, word)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

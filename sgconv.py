@@ -39,9 +39,8 @@ from torch import nn
 
 def upsample_ref(w, factor):
     """Interpolate w (d,) linearly to (factor d,) samples: [0, 1] by 2 is [0, .25, .75, 1]."""
-    centers = (
-        np.arange(factor * len(w)) + 0.5
-    ) / factor - 0.5  # centers of the new samples, in units of the old spacing
+    n = np.arange(factor * len(w))
+    centers = (n + 0.5) / factor - 0.5  # of the new samples, in units of the old spacing
     return np.interp(centers, np.arange(len(w)), w)  # constant beyond the outermost old centers
 
 
@@ -109,10 +108,9 @@ def cosine_init(shape):
 
 
 def upsample(w, factor):
-    """Interpolate linearly, (..., d) -> (..., factor d), as upsample_ref.
+    """Interpolate linearly, (..., d) -> (..., factor d): each sample plus a step to its neighbors.
 
-    A new sample is the old one of its cell plus a step toward the nearer neighbor.  F.interpolate
-    computes the same, but its backward is slower, and not deterministic on a GPU.
+    F.interpolate computes the same, but its backward is slower, and not deterministic on a GPU.
     """
     offset = (torch.arange(factor, dtype=w.dtype, device=w.device) + 0.5) / factor - 0.5
     before = torch.cat([w[..., :1], w[..., :-1]], -1)
@@ -209,8 +207,8 @@ class SGConv(nn.Module):
 
     kernel_dim: numbers per sub-kernel, at most max_len / first_factor (a larger one is reduced).
     decay, init, first_factor: the published variants.
-    Kernel and FFT are computed in float32 or better. `norm` is rounded when the layer is built: one
-    built in float32 and then converted to float64 keeps a float32 norm.
+    Kernel and FFT are computed in float32 or better.  `norm` keeps the rounding of the dtype in
+    which the layer was built, also if it is converted later.
     """
 
     channel_axes = {"w": -2, "norm": -2}  # noqa: RUF012 (the axis of channels where it is not 0)
@@ -226,19 +224,15 @@ class SGConv(nn.Module):
         first_factor=1,
     ):
         super().__init__()
-        sizes = d_model, max_len, kernel_dim, first_factor
-        if min(sizes) < 1 or max_len % 1:
-            names = "d_model, max_len, kernel_dim, first_factor"
-            raise ValueError(f"{names} must be integers of at least 1, got {sizes}")
+        for size in (d_model, max_len, kernel_dim, first_factor):
+            if not isinstance(size, (int, np.integer)) or size < 1:
+                sizes = f"{d_model=}, {max_len=}, {kernel_dim=}, {first_factor=}"
+                raise ValueError(f"sizes must be integers of at least 1, got {sizes}")
         self.d_model = d_model
         self.max_len = max_len
         self.bidirectional = bidirectional
         self.decay = decay
         self.first_factor = first_factor
-        # a layer split over ranks has some of the channels; each keeps its place among all of them
-        self.register_buffer("channel", torch.arange(d_model)[:, None], persistent=False)  # (D, 1)
-        self.last_channel = max(1, d_model - 1)
-
         kernel_dim = min(kernel_dim, math.ceil(max_len / first_factor))
         first_len = first_factor * kernel_dim
         # differs from the paper: ceil(log2(L/d)), not floor, so that the kernel reaches max_len
@@ -246,8 +240,11 @@ class SGConv(nn.Module):
         directions = (2,) if bidirectional else ()
         self.w = nn.Parameter(init((n_scales, *directions, d_model, kernel_dim)))
         self.D_skip = nn.Parameter(torch.randn(d_model))
-        k = self.unscaled_kernel(self.w.detach().double(), first_len * 2 ** (n_scales - 1))
+        # a layer split over ranks has some of the channels; each keeps its place among all of them
+        self.register_buffer("channel", torch.arange(d_model)[:, None], persistent=False)  # (D, 1)
+        self.last_channel = max(1, d_model - 1)
         # differs from the paper: one Z per channel; a buffer, so that w is saved with its Z
+        k = self.unscaled_kernel(self.w.detach().double(), first_len * 2 ** (n_scales - 1))
         norm = k.norm(dim=-1, keepdim=True)
         self.register_buffer("norm", norm.to(self.w.dtype))
 
@@ -263,9 +260,8 @@ class SGConv(nn.Module):
         """
         if not 1 <= L <= self.max_len:
             raise ValueError(f"the length must be 1 to max_len = {self.max_len}, got {L}")
-        dtype = torch.promote_types(
-            self.w.dtype, torch.float32
-        )  # bfloat16 skips integers above 256, so lags would repeat
+        # bfloat16 skips integers above 256, so lags would repeat
+        dtype = torch.promote_types(self.w.dtype, torch.float32)
         w = self.w.to(dtype) / self.norm.to(dtype)
         return self.unscaled_kernel(w, L)
 
@@ -279,15 +275,14 @@ class SGConv(nn.Module):
         return y.to(x.dtype)
 
     def initial_state(self, batch):
-        """Raise ValueError: a long convolution has no small state to carry from step to step."""
+        """Raise ValueError: a long convolution has no small state."""
         raise ValueError("SGConv has no recurrent mode: call forward on whole sequences, or use S4")
 
 
 class SGConv2d(nn.Module):
     """SGConv over an image read row by row, both ways: (B, D, H, W) -> (B, D, H, W), as nn.Conv2d.
 
-    Replaces a depthwise convolution such as ConvNeXt's 7 x 7 (arXiv:2210.09298, section 4).  It is
-    bound to one image size, because one row down is a lag of `width`.
+    Replaces a depthwise 7 x 7 convolution (arXiv:2210.09298, section 4), for images of one size.
     """
 
     def __init__(self, d_model, height, width, kernel_dim=64, **variant):
@@ -348,22 +343,27 @@ class SGConvModel(nn.Module):
     def __init__(self, config, mixer=sgconv_mixer):
         super().__init__()
         D = config.d_model
-        if (config.vocab_size is None) == (config.n_channels is None):
-            raise ValueError(f"set exactly one of vocab_size and n_channels in {config}")
+        inputs = [n for n in (config.vocab_size, config.n_channels) if n is not None]
+        if len(inputs) != 1 or min(*inputs, D, config.n_layers) < 1:
+            rule = "set exactly one of vocab_size and n_channels, and sizes of at least 1"
+            raise ValueError(f"{rule}; got {config}")
         self.config = config
         if config.vocab_size is None:
             self.embed = nn.Linear(config.n_channels, D)
         else:
             self.embed = nn.Embedding(config.vocab_size, D)
-        if config.n_layers < 1 or self.embed.weight.numel() == 0:
-            raise ValueError(f"every size must be at least 1 in {config}")
         self.blocks = nn.ModuleList()
         for i in range(config.n_layers):
-            self.blocks.append(SGConvBlock(D, mixer(config, i), config.dropout))
+            block = SGConvBlock(D, mixer(config, i), config.dropout)
+            self.blocks.append(block)
         self.norm = nn.LayerNorm(D)
 
     def forward(self, x, keep=None):
-        """x (B, L) int64 or (B, L, C) float, keep (B, L) bool -> features (B, L, D)."""
+        """x (B, L) integers or (B, L, C) float, keep (B, L) bool -> features (B, L, D)."""
+        if self.config.vocab_size is None:
+            check_input(x, keep, self.config.n_channels)
+        elif not x.is_floating_point():
+            x = x.long()  # nn.Embedding takes no uint8
         h = self.embed(x)  # (B, L, D)
         for block in self.blocks:
             h = block(h, keep)
@@ -429,13 +429,16 @@ def self_check(dtype=torch.float64, device="cpu"):
     ):
         K = multi_scale_kernel(w, 64 * factor, place, decay, factor)
         ref = [kernel_ref(w_ref[:, d], alphas[d], power, factor) for d in range(3)]
-        rows.append((f"kernel, {decay.__name__} == reference", rel_err(K, np.stack(ref)), limit))
+        error = rel_err(K, np.stack(ref))
+        rows.append((f"kernel, {decay.__name__} == reference", error, limit))
     u = torch.randn(1, 37, 3, device=device, dtype=dtype)
+    u_ref = u[0].double().cpu().numpy()
     for kind in ("causal", "bidirectional"):
-        layer = SGConv(3, 40, 4, kind == "bidirectional").to(device, dtype)
+        layer = SGConv(3, 40, 4, bidirectional=kind == "bidirectional").to(device, dtype)
         K = layer.kernel(37).detach().double().cpu().numpy()
-        y = conv_ref(u[0].double().cpu().numpy(), *K.reshape(-1, 3, 37))
-        error = rel_err(layer(u)[0] - layer.D_skip * u[0], y)
+        kernels = K if layer.bidirectional else [K]
+        y = layer(u)[0] - layer.D_skip * u[0]
+        error = rel_err(y, conv_ref(u_ref, *kernels))
         rows.append((f"{kind} layer == direct convolution", error, limit))
     return rows
 
@@ -450,21 +453,19 @@ def demo(device, L=512, steps=80):
     head = nn.Linear(32, 8).to(device)
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=1e-2)
     right = []
-    for step in range(1, steps + 1):
-        label = torch.randint(8, (16, 1))
-        cycles = torch.arange(L) / (8 * 2 ** (label / 2)) + torch.rand(16, 1)  # periods 8 to 91
-        x = torch.sin(2 * math.pi * cycles) + torch.randn(16, L)
-        label = label[:, 0].to(device)
-        logits = head(model(x[..., None].to(device)).mean(1))  # (B, 8)
+    for _ in range(steps):
+        label = torch.randint(8, (16,), device=device)
+        period = 8 * 2 ** (label / 2)  # 8 to 91
+        phase = torch.rand(16, 1, device=device)
+        cycles = torch.arange(L, device=device) / period[:, None] + phase  # (B, L)
+        x = torch.sin(2 * math.pi * cycles) + torch.randn(16, L, device=device)
+        logits = head(model(x[..., None]).mean(1))  # (B, 8)
         loss = F.cross_entropy(logits, label)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         right.append((logits.argmax(-1) == label).float().mean().item())
-        if step % 20 == 0:
-            accuracy = np.mean(right[-10:])
-            print(f"  step {step:3}  loss {loss:.3f}  accuracy {accuracy:.2f}")
-    return accuracy
+    return np.mean(right[-10:])
 
 
 def main(argv=None):

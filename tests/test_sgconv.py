@@ -86,6 +86,13 @@ def test_norm_is_one_at_construction_only(decay, bidirectional):
     assert rel_err(layer.kernel(1024), 10 * K) < 1e-6  # the normalizer is constant
 
 
+def test_norm_is_that_of_the_whole_kernel():
+    """Scales of 4, 4, 8, 16 and 32 lags, of which max_len takes 40."""
+    layer = SGConv(1, 40, 4).double()
+    whole = multi_scale_kernel(layer.w, 64, PLACE)
+    assert rel_err(layer.norm, whole.norm(dim=-1, keepdim=True)) < 1e-6
+
+
 @CAUSAL_OR_NOT
 @pytest.mark.parametrize("L", [1, 4, 17])
 def test_short_kernel_is_the_beginning_of_the_long_one(L, bidirectional):
@@ -192,6 +199,23 @@ def test_causal_model_reads_no_future_and_two_sided_does(causal):
     assert (change[:20].max() < 1e-12) == causal
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_tokens_of_any_integer_type(dtype):
+    model = model_of(vocab_size=7)
+    x = torch.randint(7, (2, 9))
+    assert torch.equal(model(x.to(dtype)), model(x))
+
+
+@CAUSAL_OR_NOT
+@EVERY_DECAY
+def test_forward_reads_no_value(decay, bidirectional):
+    """On the meta device there are none; on a GPU a look at them would wait for the device."""
+    layer = SGConv(6, 40, 4, bidirectional, decay).to("meta")
+    x = torch.empty(2, 30, 6, device="meta")
+    keep = torch.empty(2, 30, dtype=torch.bool, device="meta")
+    assert layer(x, keep).shape == x.shape
+
+
 def test_checkpoint_carries_the_normalizer():
     a = model_of(vocab_size=7)
     b = SGConvModel(a.config).double()  # another draw
@@ -286,6 +310,10 @@ LAYER = SGConv(3, 32, 4)
         (lambda: sgconv.SGConv2d(3, 4, 5, 2)(torch.zeros(1, 3, 5, 4)), "4, 5.*5, 4"),
         (lambda: SGConvModel(SGConvConfig()), "vocab_size=None, n_channels=None"),
         (lambda: model_of(vocab_size=3, n_channels=2), "vocab_size=3, n_channels=2"),
+        (lambda: model_of(n_channels=1)(torch.zeros(2, 8)), r"\(B, L, 1\), got \(2, 8\)"),
+        (lambda: model_of(vocab_size=3, n_layers=0), "sizes of at least 1.*n_layers=0"),
+        (lambda: SGConv(3, None), "d_model=3, max_len=None"),
+        (lambda: SGConv(3, 8, 0), "kernel_dim=0"),
     ],
 )
 def test_what_would_be_silently_wrong_is_refused(call, message):
@@ -326,8 +354,8 @@ MARKED = re.findall("same as s4.py:(.*)", (ROOT / "sgconv.py").read_text())
 def test_what_is_marked_as_the_same_is_the_same(name):
     ours = tree("sgconv.py", name.replace("S4", "SGConv"))
     assert ours == tree("s4.py", name)
-    if name == "S4Model.param_groups":
-        assert ours == tree("attention.py", "Transformer.param_groups")
+    if name in ("S4Model.param_groups", "rel_err", "print_table"):
+        assert ours == tree("attention.py", name.replace("S4Model", "Transformer"))
 
 
 def test_the_block_is_that_of_s4():
