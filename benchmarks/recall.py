@@ -2,7 +2,7 @@
 
     python benchmarks/recall.py                  run what is missing in results/recall.json
     python benchmarks/recall.py --lengths 1024   the shortest length alone
-    python benchmarks/recall.py --extra          also the Transformer for S4's steps, 1,024 tokens
+    python benchmarks/recall.py --extra          also the Transformer with S4's steps, 1,024 tokens
 
 A sequence shows four symbols, each for L / 32 steps, then blanks; at the last step the model names
 all four (chance 0.25).  Both models are causal, of width 32, with two layers.  Equal training time
@@ -16,12 +16,10 @@ import argparse
 import itertools
 import math
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from byte_lm import complete, load
-from measured import ROOT, over_seeds, save
+from measured import ROOT, complete, load, over_seeds, save
 from torch import nn
 
 from attention import Transformer, TransformerConfig
@@ -149,22 +147,19 @@ def main():
     add = parser.add_argument
     add("--lengths", type=int, nargs="+", default=[*SECONDS], choices=[*SECONDS], help="tokens")
     add("--extra", action="store_true", help="also the Transformer for S4's steps, at 1,024 tokens")
-    add("--max-runs", type=int, default=10**9, help="stop after this many runs")
-    add("--out", type=Path, default=ROOT / "results" / "recall.json", help="results file")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    settings = {"seconds": SECONDS, "clock": "CPU seconds, shared machine"}
-    before = len(load(args.out)["runs"])
+    out = ROOT / "results/recall.json"
 
     def measure(model, L, positions, lr, seed, budget):
         if budget == "seconds":
             return train(model, L, positions, lr, seed, seconds=SECONDS[L])
-        s4 = [row for row in table(load(args.out)["runs"]) if (row["L"], row["model"]) == (L, "S4")]
+        s4 = [row for row in table(load(out)["runs"]) if (row["L"], row["model"]) == (L, "S4")]
         return train(model, L, positions, lr, seed, steps=s4[0]["steps"][seed])
 
     def run(keys):
-        done = len(load(args.out)["runs"]) - before
-        return complete(args.out, keys, measure, max(0, args.max_runs - done), settings)["runs"]
+        settings = {"seconds": SECONDS, "clock": "CPU seconds, shared machine"}
+        return complete(out, keys, measure, settings)["runs"]
 
     for model in SETTINGS:
         runs = run([key(model, SHORTEST, setting, 0) for setting in SETTINGS[model]])
@@ -173,8 +168,8 @@ def main():
         run([key(model, L, best[model], seed) for model in SETTINGS])
         if args.extra and L == SHORTEST:
             run([key("Transformer", L, best["Transformer"], seed, "steps")])
-    rows = table(load(args.out)["runs"])
-    save(args.out, {**load(args.out), "rows": rows})
+    rows = table(load(out)["runs"])
+    save(out, {**load(out), "rows": rows})
     for row in rows:
         print(*row.values())
 
