@@ -59,7 +59,7 @@ class Claim:
 # ---------------------------------------------------------------- the rows
 
 PRETRAINING = "python benchmarks/pretraining.py "
-GPU = "python benchmarks/gpu.py "
+GPU = "python benchmarks/gpu.py "  # which does all that follows on a GPU
 MODELS = ("Transformer", "S4", "SGConv", "diagonal")
 BYTE_LM = ("LowRank", "BlockShuffle")
 FFN_GPU = (
@@ -286,6 +286,10 @@ CLAIMS = [
         "exact-gradients", "beyond", "distributed gradients are those of one process", "",
         "python -m pytest tests/test_dist_attention.py", "claims_exact_gradients.json",
         judges.tests_pass,
+    ),
+    Claim(
+        "gpu-tests", "beyond", "all tests that need a GPU pass", "", "python -m pytest -m gpu",
+        "claims_gpu_tests.json", judges.tests_pass, scale="one GPU",
     ),
     Claim(
         "resume", "beyond", "ten kills, half of them during a checkpoint write, change no bit", "",

@@ -1,6 +1,6 @@
 """When does pretraining begin to pay?  Fashion-MNIST, 14 x 14 pixels, a Transformer and S4.
 
-    python benchmarks/fashion.py --folder /usr/share/datasets/fashion-mnist
+    python benchmarks/fashion.py    the four published files are in --folder
 
 1x is 2,400 steps of 32 pictures: 1,600 of denoising (half of the pixels, L1) and 800 of
 fine-tuning, or all of them on the labels.  5,000 pictures train, 1,000 validate, the published
@@ -20,6 +20,7 @@ from measured import ROOT, provenance, save
 from settings import Config
 
 RUNS = "runs/fashion_mnist"
+FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian: apt install dataset-fashion-mnist
 RATES = (1e-3, 3e-3)
 MODELS = {"Transformer": "transformer", "S4": "s4"}
 HOWS = ("from scratch", "pretrained")
@@ -89,7 +90,7 @@ def parts(rates):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, required=True, help="folder of the four IDX files")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="folder of the four IDX files")
     parser.add_argument("--workers", type=int, default=2, help="parallel runs, one thread each")
     args = parser.parse_args()
     origin = provenance()
