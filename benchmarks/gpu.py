@@ -83,7 +83,7 @@ def prepare(args):
     own = {"model": "sgconv", "kernel_dim": 32}
     (ROOT / SGCONV).write_text(json.dumps({"settings": {**values, **own}}), encoding="utf-8")
     if "fashion" in args.names and not Path(PICTURES).exists():
-        write_pictures(args.folder, Path(PICTURES), 28, 55_000, 5_000)
+        write_pictures(args.folder, Path(PICTURES), 28, 60_000)
 
 
 def run_step(name, args):

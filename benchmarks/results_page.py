@@ -3,8 +3,8 @@
     python benchmarks/results_page.py            rewrite both
     python benchmarks/results_page.py --check    exit status 1 if it is not what the files say
 
-Each section is a function that yields lines of Markdown; `source` names the command, hardware,
-torch version, date, commit and file behind the numbers above it.
+Each section is a function that yields lines of Markdown; the last one names the command, hardware,
+torch version, date and commit behind every file.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import textwrap
 
 import claims
 import demo
-import judges
 from judges import KINDS, arm
 from measured import ROOT
 
@@ -73,25 +72,23 @@ def hardware(origin):
     return f"{cores[1] if cores else origin['cores']} cores of an {kind}"
 
 
-def source(*names):
-    """One line per results file: what made it."""
-    for name in names:
-        content = load(name)
+def sources():
+    """Where the numbers come from"""
+    for path in sorted((ROOT / "results").glob("*.json")):
+        content = load(path.stem)
         origin = content if "command" in content else content["cells"][0]["run"]
         command = origin["command"]
         if len(command) > 120:  # the whole command stands in the file
-            script = re.search(r"benchmarks/\w+\.py", command)[0]
-            command = f"{script} ..."
+            command = re.search(r"benchmarks/\w+\.py", command)[0] + " ..."
         torch = origin.get("torch", "2.13.0").split("+")[0]
         date = origin["date"][:10]
         note = ""
         if date < REWRITE:
-            note = ", before the rewrite" + NOTES.get(name, "")
+            note = ", before the rewrite" + NOTES.get(path.stem, "")
         yield (
-            f"- [{name}.json](results/{name}.json): `{command}`, {hardware(origin)}, torch {torch}, "
+            f"- [{path.name}](results/{path.name}): `{command}`, {hardware(origin)}, torch {torch}, "
             f"{date}, commit {origin['commit']}{note}"
         )
-    yield ""
 
 
 # ---------------------------------------------------------------- pretrain.py
@@ -108,7 +105,6 @@ def demonstration():
     yield from table(["test accuracy in %", "parameters", *seeds, "mean", "seconds (seed 0)"], rows)
     yield from prose("""Learning rates were chosen on the validation split with one seed. From-scratch
         runs take as many steps as pretraining and fine-tuning together.""")
-    yield from source("demo", "demo_grid")
 
 
 def pictures():
@@ -126,7 +122,6 @@ def pictures():
         yield from prose("""Test accuracy in %; 1x is 2,400 steps of 32 pictures in all, of which
             pretraining takes two thirds; 5,000 training pictures, all with labels unless noted.
             Learning rates were chosen on validation in runs of half that length.""")
-        yield from source(name)
 
 
 def step_time():
@@ -157,7 +152,6 @@ def step_time():
     ratio = load("step_time_gpu_compile")["time plain over compiled"]
     yield from prose(f"""`--compile` makes the Transformer of `pathfinder32-transformer-small`
         {min(ratio.values()):.2f} to {max(ratio.values()):.2f} times as fast on an H100.""")
-    yield from source(*names, "step_time_gpu_compile")
 
 
 def full_size():
@@ -169,7 +163,6 @@ def full_size():
             rows.append([name, key, arm(row), f"{row['seconds'][0]:.0f}"])
     yield from table(["file", "arm", "test accuracy in %", "seconds"], rows)
     yield from prose("The four runs of gpu_listops shared the GPU.")
-    yield from source(*names)
 
 
 # ---------------------------------------------------------------- S4, SGConv
@@ -184,12 +177,11 @@ def s4_kernel():
             rows.append([cell["form"], f"{1e3 * cell['seconds']:.0f}", f"{cell['mib']:.0f}", error])
     yield from table(["kernel", "ms", "MiB", "error"], rows)
     yield from picture("s4_kernel", "Time, memory and error of the S4 kernels against length")
-    yield from source("s4_kernel")
 
 
 def generation():
     """Generation: S4 against a Transformer with a KV cache"""
-    head = ["context", "tokens per s, S4", "Transformer", "batch, S4", "Transformer"]
+    head = ["tokens per s, S4", "Transformer", "batch, S4", "Transformer"]
     head += ["ms per token alone, S4", "Transformer"]
     keys = {"tokens_a_second": ",.0f", "batch": ",", "ms_a_token_at_batch_1": ".1f"}
     for name in ("generation", "generation_gpu"):
@@ -200,9 +192,8 @@ def generation():
             for key, form in keys.items():
                 cells += [f"{row[model][key]:{form}}" for model in ("S4", "Transformer")]
             rows.append(cells)
-        yield from table(head, rows)
+        yield from table([f"{name}: context", *head], rows)
         yield from prose(f"The states of a batch fit in {d['settings']['cap_gib']:g} GiB.")
-        yield from source(name)
     yield from picture("generation_gpu", "Throughput and latency of generation on a GPU")
 
 
@@ -215,11 +206,9 @@ def mixers():
         rows = []
         for mixer in dict.fromkeys(c["mixer"] for c in cells):
             rows.append([mixer, *(ms.get((mixer, L), "–") for L in lengths)])
-        head = f"width {cells[0]['width']}, batch {cells[0]['batch']}"
+        head = f"{name}: width {cells[0]['width']}, batch {cells[0]['batch']}"
         yield from table([head, *(f"{L // 1024}k" for L in lengths)], rows)
-        yield from source(name)
     yield from picture("mixers", "Time and memory of six mixers against length, forward + backward")
-    yield from source("mixers")
 
 
 def peers():
@@ -235,17 +224,6 @@ def peers():
                 cells.append(f"{row[key]:.3g}" if row.get(key) else "–")
             rows.append(cells)
         yield from table(["layer", "whose", "length", "ms", "ms as a CUDA graph", "MiB"], rows)
-        yield from source(name)
-
-
-def sgconv():
-    """SGConv against S4, and its ablation"""
-    d = load("sgconv_against_s4")
-    rows = [[name, arm(row)] for name, row in d["arms"].items()]
-    yield from table(["test accuracy in %, from scratch", "mean"], rows)
-    yield from prose(f"""Learning rates and kernel sizes were chosen on validation with one seed.
-        Ablation: {judges.both_principles(load("sgconv_ablation"))[0]}.""")
-    yield from source("sgconv_against_s4", "listops_tiny_rates", "sgconv_ablation")
 
 
 # ---------------------------------------------------------------- data
@@ -265,7 +243,6 @@ def data():
     yield from table(["task", "processor time", "accuracy of trivial baselines"], rows)
     yield from prose("The baseline of Pathfinder sees only the places of the two disks.")
     yield from picture("pathfinder", "Pathfinder samples at four sizes")
-    yield from source("data_speed")
 
 
 # ---------------------------------------------------------------- attention
@@ -273,23 +250,14 @@ def data():
 
 def distributed():
     """Attention over two ranks"""
-    row = next(r for r in load("distributed")["rows"] if r["L"] == 8192)
-    speed = row["speedup"]
-    ranks = row["parallel"]
     training = load("distributed_training")["rows"][0]["parallel"]
     memory = load("distributed_memory")["rows"][0]
-    yield from prose(f"""8,192 tokens, 8 heads of 64, forward: causal {speed["causal"]:.1f} times
-        vanilla attention on one thread = {row["kernel"]:.1f} (fused kernel) x {row["mask"]:.1f} (no
-        mask written) x {row["skipping"]:.1f} (masked blocks skipped) x {ranks["causal"]:.1f} (two
-        ranks); without a mask {speed["full"]:.1f} = {row["kernel"]:.1f} x {ranks["full"]:.1f}. Most of
-        the speedup comes from the fused kernel, not from the second rank.""")
     yield from prose(f"""Forward + backward at 16,384 tokens, two ranks against one with the fused
         kernel: {training["full"]:.2f} times without a mask, {training["causal"]:.2f} times causal. One
         head at 262,144 tokens: a rank peaks at {memory["peak"] / 1e6:.0f} MB; vanilla attention would
-        need {memory["vanilla"] / 1e9:.0f} GB.""")
+        need {memory["vanilla"] / 1e9:.0f} GB. Most of the forward speedup comes from the fused kernel,
+        not from the second rank.""")
     yield from picture("distributed", "Time of attention against length")
-    yield from source("distributed", "distributed_training", "distributed_memory")
-    yield from source("distributed_million", "distributed_million_gpu")
 
 
 # ---------------------------------------------------------------- structured FFNs
@@ -303,7 +271,6 @@ def byte_lm():
         rows.append([name, f"{row['params']:,}", f"{row['flops_over_dense']:.3f}", loss])
     yield from table(["", "parameters", "FLOPs / dense", "held-out loss, nats per byte"], rows)
     yield from picture("ffn_scaling", "Loss against training FLOPs")
-    yield from source("byte_lm", "ffn_scaling", "self_guided", "byte_lm_guided")
 
 
 def ffn_layer():
@@ -325,7 +292,6 @@ def ffn_layer():
     yield from prose("""Efficiency = relative FLOPs / relative time; at 1.0 every FLOP saved is time
         saved. The rest is memory traffic: the bias, the regrouping, and the output buffer, which is
         reallocated on every call.""")
-    yield from source(*names)
 
 
 def ffn_gpu():
@@ -339,7 +305,6 @@ def ffn_gpu():
     yield from prose("""The paper reports 2.6, 2.6 and 2.0 times at width 5120 with 30k tokens on an
         A100. With few tokens, launch overhead dominates and times vary up to twofold between runs.""")
     yield from picture("ffn_latency_gpu", "Speed of FFNs on a GPU against the number of tokens")
-    yield from source("ffn_latency_gpu")
 
 
 def token_mixing():
@@ -351,11 +316,10 @@ def token_mixing():
         {ranks["S4D"]} for S4D, with d_state {d["settings"]["N"]}), convolutions as Toeplitz matrices;
         only attention and the MLP mixer change with their input.""")
     yield from picture("token_mixing", "Mixing matrices of six layers")
-    yield from source("token_mixing")
 
 
 SECTIONS = (demonstration, pictures, step_time, full_size, s4_kernel, generation, mixers, peers,
-            sgconv, data, distributed, byte_lm, ffn_layer, ffn_gpu, token_mixing)  # fmt: skip
+            data, distributed, byte_lm, ffn_layer, ffn_gpu, token_mixing, sources)  # fmt: skip
 
 
 def page():
