@@ -42,7 +42,8 @@ def main():
     def measure(seed, steps, lr, n):
         model, seconds = train(CONFIG, data, seed, steps, lr, L=L, batch=BATCH)
         model.eval()
-        nats = torch.stack([losses(model, held_out, context, n) for context in CONTEXTS])  # (10, n)
+        nats = [losses(model, held_out, context, n) for context in CONTEXTS]
+        nats = torch.stack(nats)  # (10, n)
         gain = nats[:-1] - nats[1:]  # of each doubling, byte by byte
         return {
             "loss": nats.mean(1).tolist(),
@@ -55,8 +56,9 @@ def main():
     settings = {"contexts": CONTEXTS, "L": L, "batch": BATCH, "bytes": [len(data), len(held_out)]}
     settings["params"] = count(CONFIG, L)["params"]
     runs = complete(ROOT / "results/context.json", keys, measure, settings)["runs"]
+    means = np.mean([run["loss"] for run in runs], 0)
     print("context  nats per byte")
-    for context, loss in zip(CONTEXTS, np.mean([run["loss"] for run in runs], 0), strict=True):
+    for context, loss in zip(CONTEXTS, means, strict=True):
         print(f"{context:7}  {loss:.4f}")
 
 

@@ -43,8 +43,8 @@ def plot(runs, powers, path):
         loss = [np.mean([run["loss"] for run in mine if run["flops"] == x]) for x in flops]
         curves[kind] = flops, loss
     fitted = ", ".join(f"{kind} {p:.3f}" for kind, p in powers.items())
-    label = "held-out loss (nats per byte)"
-    draw_curves(path, f"Fitted powers: {fitted}", {label: curves}, xlabel="training FLOPs")
+    panels = {"held-out loss (nats per byte)": curves}
+    draw_curves(path, f"Fitted powers: {fitted}", panels, xlabel="training FLOPs")
 
 
 def main():
@@ -71,7 +71,9 @@ def main():
     out = ROOT / "results/ffn_scaling.json"
     result = complete(out, keys, measure, {"L": L, "batch": BATCH})
     runs = result["runs"]
-    powers = {kind: power([run for run in runs if run["kind"] == kind]) for kind in KINDS}
+    powers = {}
+    for kind in KINDS:
+        powers[kind] = power([run for run in runs if run["kind"] == kind])
     save(out, result | {"powers": powers})
     for kind, p in powers.items():
         print(f"{kind}: loss falls with training FLOPs to the power {p:.4f}")

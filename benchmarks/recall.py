@@ -113,14 +113,10 @@ def key(model, L, setting, seed, budget="seconds"):
     return {**named, "seed": seed, "budget": budget}
 
 
-def runs_of(runs, model, L, budget="seconds"):
-    same = {"model": model, "L": L, "budget": budget}
-    return [run for run in runs if same.items() <= run.items()]
-
-
 def best_setting(runs, model):
     """The setting with the best validation accuracy, at the shortest length with seed 0."""
-    tried = [run for run in runs_of(runs, model, SHORTEST) if run["seed"] == 0]
+    where = {"model": model, "L": SHORTEST, "budget": "seconds", "seed": 0}
+    tried = [run for run in runs if where.items() <= run.items()]
     best = max(tried, key=lambda run: run["validation"])
     return best["positions"], best["lr"]
 
@@ -129,16 +125,14 @@ def table(runs):
     """One row per length and model: mean and standard deviation of the accuracy over seeds."""
     rows = []
     for L, model, budget in itertools.product(SECONDS, SETTINGS, ("seconds", "steps")):
-        mine = runs_of(runs, model, L, budget)
-        if not mine:
-            continue
         positions, lr = best_setting(runs, model)
-        mine = [run for run in mine if (run["positions"], run["lr"]) == (positions, lr)]
         row = {"L": L, "model": model, "budget": budget, "positions": positions, "lr": lr}
-        row.update(over_seeds([run["test"] for run in mine], digits=4))
-        row["steps"] = [run["steps"] for run in mine]
-        row["cpu_s"] = [run["cpu_s"] for run in mine]
-        rows.append(row)
+        mine = [run for run in runs if row.items() <= run.items()]
+        if mine:
+            row.update(over_seeds([run["test"] for run in mine], digits=4))
+            row["steps"] = [run["steps"] for run in mine]
+            row["cpu_s"] = [run["cpu_s"] for run in mine]
+            rows.append(row)
     return rows
 
 

@@ -45,25 +45,29 @@ def cut(layer, L):
             row = row + row @ E
         E = s4.square(E)
         power //= 2
-    real, imag = ((C - row) / 2).unflatten(-1, (-1, 2)).unbind(-1)  # a row is 2 (Re C, -Im C)
-    return torch.complex(real, -imag).to(layer.C.dtype.to_complex()).transpose(0, 1)
+    pairs = ((C - row) / 2).unflatten(-1, (-1, 2))  # a row is 2 (Re C, -Im C)
+    halved = torch.complex(pairs[..., 0], -pairs[..., 1])
+    return halved.to(layer.C.dtype.to_complex()).transpose(0, 1)
 
 
 def naive_cauchy(layer, L):
     """Algorithm 1 as it stands, over all N eigenvalues.  Returns (n, D, L)."""
     C = cut(layer, L)
     Lam, P, B, dt = [v.to(C.dtype) for v in halves(layer)]
-    w = torch.exp(-2j * torch.pi / L * torch.arange(L // 2 + 1, dtype=C.real.dtype))
+    k = torch.arange(L // 2 + 1, dtype=C.real.dtype)
+    w = torch.exp(-2j * torch.pi / L * k)
     z = 2 * (1 - w) / (1 + w)  # (L/2 + 1,), rounding keeps it finite at w = -1
 
     def both(v):
         return torch.cat([v, v.conj()], -1)
 
     def cauchy(b, c):
-        terms = (both(b * c * dt))[..., None] / (z - both(dt * Lam)[..., None])
-        return terms.sum(-2)  # ([n,] D, L/2 + 1)
+        weights = both(b * c * dt)[..., None]
+        poles = both(dt * Lam)[..., None]
+        return (weights / (z - poles)).sum(-2)  # ([n,] D, L/2 + 1)
 
-    K_f = cauchy(B, C) - cauchy(B, P.conj()) * cauchy(P, C) / (1 + cauchy(P, P.conj()))
+    low_rank = cauchy(B, P.conj()) * cauchy(P, C)
+    K_f = cauchy(B, C) - low_rank / (1 + cauchy(P, P.conj()))
     return torch.fft.irfft(2 / (1 + w) * K_f, L)
 
 
@@ -84,14 +88,17 @@ def stable_cauchy(layer, L):
     sin = t.sin().to(C.real.dtype)
     a = (dt * Lam)[..., None]  # (D, N/2, 1)
     size = a.abs()
-    den = torch.complex((size * cos - 2 * sin) * (size * cos + 2 * sin), -4 * a.real * sin * cos)
+    real = (size * cos - 2 * sin) * (size * cos + 2 * sin)
+    den = torch.complex(real, -4 * a.real * sin * cos)
     table = torch.view_as_real(1 / den).flatten(-2)  # (D, N/2, 2 M) real
     b = torch.stack([B, P], 1)  # (D, 2, N/2)
     c = torch.cat([C.transpose(0, 1), P.conj()[:, None]], 1)  # (D, n + 1, N/2)
     v = (dt[:, None] * b)[:, :, None] * c[:, None]  # (D, 2, n + 1, N/2)
-    weights = torch.stack([v.real, (v * a.mT[:, None].conj()).real], 1)  # (D, 2, 2, n + 1, N/2)
-    sums = (weights.flatten(1, 3) @ table).unflatten(-1, (-1, 2))  # (D, 4 (n + 1), M, 2)
-    sums = torch.view_as_complex(sums).unflatten(1, (2, 2, -1))  # (D, 2, 2, n + 1, M)
+    turned = v * a.mT[:, None].conj()
+    weights = torch.stack([v.real, turned.real], 1)  # (D, 2, 2, n + 1, N/2)
+    sums = weights.flatten(1, 3) @ table  # (D, 4 (n + 1), 2 M)
+    sums = torch.view_as_complex(sums.unflatten(-1, (-1, 2)))
+    sums = sums.unflatten(1, (2, 2, -1))  # (D, 2, 2, n + 1, M)
     sums = 4j * sin * sums[:, 0] - 2 * cos * sums[:, 1]  # (D, 2, n + 1, M)
     BC, PC = sums[:, :, :-1].unbind(1)  # (D, n, M)
     BP, PP = sums[:, :, -1:].unbind(1)  # (D, 1, M)
