@@ -1,16 +1,14 @@
 """Byte language model: dense against structured FFNs, and wide structured ones at equal FLOPs.
 
-    python benchmarks/byte_lm.py                all missing runs, then means and plot (25 min)
-    python benchmarks/byte_lm.py --max-runs 1   one run more (about 90 s on one core), resumable
-    python benchmarks/byte_lm.py --guided       self-guided training at dense's FLOPs (20 min)
+    python benchmarks/byte_lm.py            all missing runs, then means (25 min)
+    python benchmarks/byte_lm.py --guided   self-guided training at dense's FLOPs (20 min)
 
 Data: the .py files of the running Python's standard library without its tests, every tenth file
-held out.  All arms of a seed see the same batches.  Three seeds.  Writes results/byte_lm.json run
-by run, and results/byte_lm.png; with --guided, results/byte_lm_guided.json.
+held out.  All arms of a seed see the same batches.  Three seeds.  Writes results/byte_lm.json or,
+with --guided, results/byte_lm_guided.json run by run: a stopped job continues.
 """
 
 import argparse
-import json
 import math
 import sysconfig
 import time
@@ -19,10 +17,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from measured import ROOT, provenance, pyplot, save
+from measured import ROOT, complete, over_seeds, save
 from torch import nn
 
 from structured_ffn import BlockShuffle, Guide, LowRank, StructuredFFN, ffn_weights
@@ -166,7 +163,7 @@ def corpus():
     return [torch.frombuffer(part, dtype=torch.uint8) for part in (train, held_out)]
 
 
-def windows(data, starts):
+def windows(data, starts, L=L):
     """Return the L + 1 bytes from each start, (len(starts), L + 1) int64."""
     return data[starts[:, None] + torch.arange(L + 1)].long()
 
@@ -203,11 +200,11 @@ def plan(arm, steps):
     return config, steps, 0, flops
 
 
-def train(config, data, seed, steps, lr, guided=0, warmup=0.05):
-    """AdamW (weight decay 0.1, clip 1), linear warmup, cosine to a tenth.
+def train(config, data, seed, steps, lr, guided=0, L=L, batch=BATCH):
+    """Train on windows of L bytes.  Returns (model, CPU seconds).
 
+    AdamW (weight decay 0.1, clip 1), linear warmup over 5 % of the steps, cosine to a tenth.
     guided: number of steps, from the first, with the stochastic guide.
-    Returns (held-out loss in nats per byte, CPU seconds).
     """
     torch.manual_seed(seed)
     model = LM(config)
@@ -216,10 +213,10 @@ def train(config, data, seed, steps, lr, guided=0, warmup=0.05):
     draws = torch.Generator().manual_seed(seed)
     start = time.process_time()
     for t in range(steps):
-        rise = min(1.0, (t + 1) / (warmup * steps))
+        rise = min(1.0, (t + 1) / (0.05 * steps))
         cosine = 0.55 + 0.45 * math.cos(math.pi * t / steps)
         optimizer.param_groups[0]["lr"] = lr * rise * cosine
-        x = windows(data[0], torch.randint(len(data[0]) - L, (BATCH,), generator=draws))
+        x = windows(data, torch.randint(len(data) - L, (batch,), generator=draws), L)
         loss = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -227,102 +224,57 @@ def train(config, data, seed, steps, lr, guided=0, warmup=0.05):
         optimizer.step()
         if guide:
             guide.step(optimizer)
-    return held_out_loss(model, data[1]), time.process_time() - start
+    return model, time.process_time() - start
 
 
-def load(path):
-    return json.loads(path.read_text("utf-8")) if path.exists() else {"runs": []}
-
-
-def complete(path, keys, measure, max_runs, settings):
-    """Measure the runs that `path` lacks, at most max_runs; each is saved and printed.
-
-    keys: one dict per run, which names it; measure(**key): dict of results.  Returns all runs.
-    """
-    origin = provenance()
-    made_by = {name: origin[name] for name in ("commit", "hardware")}
-    known = load(path)["runs"]
-    missing = [key for key in keys if not any(key.items() <= run.items() for run in known)]
-    for key in missing[:max_runs]:
-        run = key | measure(**key)
-        print(*run.values(), flush=True)
-        result = load(path)
-        result["runs"].append(run | made_by)
-        save(path, result | settings | origin)
-    return load(path)
-
-
-def summary(result, arms):
+def summary(runs, arms):
     """Return {arm: mean and standard deviation of its seeds' losses, weights, training FLOPs}."""
     rows = {}
     for arm in arms:
-        runs = [r for r in result["runs"] if r["arm"] == arm]
-        if not runs:
-            continue
-        loss = [r["loss"] for r in runs]
-        flops = runs[0]["flops"] * runs[0]["steps"] * L * BATCH
+        mine = [run for run in runs if run["arm"] == arm]
+        loss = over_seeds([run["loss"] for run in mine], digits=4)
+        first = mine[0]
+        flops = first["flops"] * first["steps"] * L * BATCH
         rows[arm] = {
-            "loss": float(np.mean(loss)),
-            "sd": float(np.std(loss, ddof=1)) if len(loss) > 1 else None,
-            "seeds": len(loss),
-            "params": runs[0]["params"],
-            "steps": runs[0]["steps"],
+            "loss": loss["mean"],
+            "sd": loss["spread"],
+            "seeds": len(mine),
+            "params": first["params"],
+            "steps": first["steps"],
             "training_flops": flops,
         }
         rows[arm]["flops_over_dense"] = flops / rows["dense"]["training_flops"]
     return rows
 
 
-def plot(result, path):
-    plt = pyplot()
-    fig, ax = plt.subplots(figsize=(7, 4))
-    for i, arm in enumerate(ARMS):
-        loss = [r["loss"] for r in result["runs"] if r["arm"] == arm]
-        if loss:
-            ax.plot([i] * len(loss), loss, "o", alpha=0.8)
-            ax.hlines(np.mean(loss), i - 0.25, i + 0.25, color="black", lw=1)
-    labels = [arm.replace("wide ", "wide\n") for arm in ARMS]
-    ax.set_xticks(range(len(ARMS)), labels, fontsize=8)
-    ax.set_ylabel("held-out loss (nats per byte), mean and seeds")
-    ax.grid(alpha=0.3)
-    fig.tight_layout()
-    fig.savefig(path, dpi=120)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=2000, help="steps of 16 x 64 bytes (2000)")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (3e-3)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds per arm (3)")
     parser.add_argument("--guided", action="store_true", help="the arms of self-guided training")
-    parser.add_argument("--max-runs", type=int, default=10**9, help="stop after this many runs")
-    parser.add_argument("--out", type=Path, help="result file (results/byte_lm[_guided].json)")
     args = parser.parse_args()
-    name = "byte_lm_guided" if args.guided else "byte_lm"
-    out = args.out or ROOT / f"results/{name}.json"
+    out = ROOT / f"results/{'byte_lm_guided' if args.guided else 'byte_lm'}.json"
     arms = GUIDED if args.guided else [*ARMS]
-    data = corpus()
+    data, held_out = corpus()
 
     def measure(arm, seed, steps, lr):
         config, _, guided, flops = plan(arm, args.steps)
-        loss, cpu = train(config, data, seed, steps, lr, guided=guided)
+        model, cpu = train(config, data, seed, steps, lr, guided)
+        loss = held_out_loss(model, held_out)
         params = count(config, L)["params"]
         return {"loss": loss, "cpu_s": round(cpu, 1), "params": params, "flops": flops}
 
-    keys = [
-        {"arm": arm, "seed": seed, "steps": plan(arm, args.steps)[1], "lr": args.lr}
-        for seed in range(args.seeds)
-        for arm in arms
-    ]
-    settings = {"L": L, "batch": BATCH, "bytes": [len(d) for d in data]}
-    result = complete(out, keys, measure, args.max_runs, settings)
-    rows = summary(result, arms)
+    keys = []
+    for seed in range(3):
+        for arm in arms:
+            steps = plan(arm, args.steps)[1]
+            keys.append({"arm": arm, "seed": seed, "steps": steps, "lr": 3e-3})
+    settings = {"L": L, "batch": BATCH, "bytes": [len(data), len(held_out)]}
+    result = complete(out, keys, measure, settings)
+    rows = summary(result["runs"], arms)
     save(out, result | {"summary": rows})
-    for arm, r in rows.items():
-        cost = f"{r['steps']} steps, {r['flops_over_dense']:.3f} x dense's training FLOPs"
-        print(f"{arm:28}{r['loss']:.4f} nats per byte, {cost}")
-    if not args.guided:
-        plot(result, out.with_suffix(".png"))
+    for arm, row in rows.items():
+        cost = f"{row['steps']} steps, {row['flops_over_dense']:.3f} x dense's training FLOPs"
+        print(f"{arm:28}{row['loss']:.4f} nats per byte, {cost}")
 
 
 if __name__ == "__main__":

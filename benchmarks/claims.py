@@ -4,7 +4,7 @@
     python benchmarks/claims.py context            judge a row; run it if its file is missing
     python benchmarks/claims.py context --anew     run it again and print old and new
     python benchmarks/claims.py --all              run every laptop row whose file is missing
-    python benchmarks/claims.py --table            rewrite results/claims.json and RESULTS.md
+    python benchmarks/claims.py --table            rewrite RESULTS.md
 
 Each row names a command that writes a file into results/ and a judge from judges.py that reads it.
 Rows that train models reuse finished runs in runs/ (same bits).  Rows that need a GPU or downloads
@@ -12,7 +12,6 @@ are never run by --all.
 """
 
 import argparse
-import importlib.util
 import json
 import re
 import shlex
@@ -23,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import judges
-from judges import HOLDS, UNRUN
+from judges import HOLDS, UNRUN, pairs
 from measured import ROOT, provenance, save
 
 
@@ -31,16 +30,16 @@ from measured import ROOT, provenance, save
 class Claim:
     """A row of the table.
 
-    says, theirs: the paper's claim and number.  command writes results/`file`; `judge` maps its
-    content to (our numbers in words, verdict), None if it was not run.  why: the likely reason,
-    shown unless the claim holds.
+    says, theirs: the paper's claim and number.  command writes results/`file` (None: the command
+    that this file names); `judge` maps its content to (our numbers in words, verdict), None if it
+    was not run.  why: the likely reason, shown unless the claim holds.
     """
 
     name: str
     paper: str
     says: str
     theirs: str
-    command: str
+    command: str | None
     file: str = ""
     judge: Callable | None = None
     why: str = ""
@@ -50,37 +49,19 @@ class Claim:
     def path(self):
         return ROOT / "results" / self.file
 
+    def content(self):
+        """What the results file holds; {} if there is none yet."""
+        if not self.file or not self.path.exists():
+            return {}
+        return json.loads(self.path.read_text("utf-8"))
+
 
 # ---------------------------------------------------------------- the rows
 
 PRETRAINING = "python benchmarks/pretraining.py "
-# name, task, model flags, steps, evaluation interval, learning rate
-AGAINST = (
-    ("lattice, S4", "lattice", "s4 --d-state 16", 1600, 200, "1e-3"),
-    ("lattice, SGConv", "lattice", "sgconv --kernel-dim 16", 1600, 200, "1e-3"),
-    ("listops-tiny, S4 at 3e-3", "listops-tiny", "s4 --d-state 16", 2000, 500, "3e-3"),
-    ("listops-tiny, SGConv at 3e-3", "listops-tiny", "sgconv --kernel-dim 4", 2000, 500, "3e-3"),
-)
-AGAINST_S4 = "python benchmarks/compare.py --name sgconv_against_s4 --seeds 0 1 2 --workers 2"
-AGAINST_S4 += "".join(
-    f" --arm '{name}: --task {task} --model {model} --finetune-steps {steps} --eval-every {every} "
-    f"--finetune-lr {rate} --objective none --batch-size 32'"
-    for name, task, model, steps, every, rate in AGAINST
-)
-LISTOPS_GPU = "python benchmarks/compare.py --name gpu_listops --seeds 0 --workers 4"
-for name, settings, rate in (
-    ("Transformer", "transformer-small.json --batch-size 64", "5e-4"),
-    ("S4", "s4-small.json --batch-size 64 --pretrain-batch-size 64", "3e-3"),
-):
-    flags = f"--settings settings/listops-{settings} --eval-every 400"
-    first = (
-        "--pretrain-lr 3e-3 " if name == "S4" else ""
-    )  # the Transformer's stands in its settings
-    LISTOPS_GPU += (
-        f" --arm '{name}, from scratch: {flags} --objective none --finetune-steps 3200 "
-        f"--finetune-lr {rate}' --arm '{name}, pretrained: {flags} --pretrain-steps 1200 "
-        f"--finetune-steps 2000 {first}--finetune-lr {rate}'"
-    )
+GPU = "python benchmarks/gpu.py "  # which does all that follows on a GPU
+MODELS = ("Transformer", "S4", "SGConv", "diagonal")
+BYTE_LM = ("LowRank", "BlockShuffle")
 FFN_GPU = (
     "python benchmarks/ffn_latency.py --device cuda --dtype bfloat16 --widths 1024 2048 5120 "
     "--tokens 1 16 256 2048 30720 --out results/ffn_latency_gpu.json"
@@ -90,31 +71,33 @@ CLAIMS = [
         "scratch-gap", "2310.02980",
         "pretrained on the task's own data, a Transformer matches S4",
         "LRA mean 53.6 -> 86.2, S4 86.1",
-        PRETRAINING + "objectives", "pretraining_objectives.json", judges.gap_closes,
+        PRETRAINING + "objectives", "pretraining_objectives.json", judges.lattice_gap,
         why="The largest learning rate of the grid was best, so more may be possible",
     ),
     Claim(
         "listops-gap", "2310.02980", "the same on ListOps (here: below 128 tokens)",
         "Transformer 47.9 -> 61.5, S4 59.6 (unverified)",
-        PRETRAINING + "listops", "pretraining_listops.json", judges.listops_gap,
+        PRETRAINING + "listops", "pretraining_listops.json", judges.task_gap,
         why="Pretraining hurts here, probably because it uses up part of the 2,000-step budget",
     ),
     Claim(
         "listops-gpu", "2310.02980", "the same on ListOps at its published length",
         "Transformer 47.9 -> 61.5, S4 59.6 (unverified)",
-        LISTOPS_GPU, "gpu_listops.json", judges.listops_gap,
+        None, "gpu_listops.json", judges.task_gap,
         why="Two epochs, 390 s on a GPU shared by all arms: no arm is far above the 35.9 % that "
         "the root operator alone gives", scale="one GPU",
     ),
     Claim(
         "causal", "2310.02980", "causal (next-token) pretraining works as well",
         "LRA mean 81.8, masked 81.3",
-        PRETRAINING + "causal --workers 2", "pretraining_causal.json", judges.causal_too,
+        PRETRAINING + "causal --workers 2", "pretraining_causal.json",
+        pairs(*[(f"{model}, pretrained", f"{model}, from scratch") for model in MODELS]),
         why="Only the Transformer's gain exceeds two standard errors",
     ),
     Claim(
         "all-gain", "2310.02980", "other architectures gain as well", "S4 86.1 -> 86.8",
-        PRETRAINING + "objectives", "pretraining_objectives.json", judges.all_gain,
+        PRETRAINING + "objectives", "pretraining_objectives.json",
+        pairs(*[(f"{model}-masked", f"{model}-scratch") for model in MODELS[1:]]),
         why="From scratch they are already within two points of the best arm (85.3)",
     ),
     Claim(
@@ -125,7 +108,8 @@ CLAIMS = [
     ),
     Claim(
         "random-init", "2310.02980", "pretraining makes up for a random initialization", "",
-        PRETRAINING + "init", "pretraining_init.json", judges.random_start,
+        PRETRAINING + "init", "pretraining_init.json",
+        pairs(("S4 at random, pretrained", "S4 at random, from scratch")),
         why="Seeds differ by ten points",
     ),
     Claim(
@@ -138,6 +122,27 @@ CLAIMS = [
         "labels", "2310.02980", "it helps most when labels are few", "up to about 30 %",
         PRETRAINING + "labels", "pretraining_labels.json", judges.few_labels,
         why="It helps about as much at 1,000 labels as at 100",
+    ),
+    Claim(
+        "pictures", "2310.02980", "pretraining pays at equal steps on a real data set, "
+        "Fashion-MNIST at 14 x 14", "sequential CIFAR-10: Transformer + 11 points",
+        "python benchmarks/fashion.py", "fashion_mnist.json",
+        pairs(*[(f"{model}, pretrained, {budget}", f"{model}, from scratch, {budget}")
+                for budget in ("1x", "3x") for model in MODELS[:2]]),
+    ),
+    Claim(
+        "listops-lra", "2310.02980", "the same on ListOps at its published length, 20 epochs",
+        "Transformer 47.9 -> 61.5, S4 59.6 (unverified)",
+        GPU + "listops", "gpu_lra_listops.json", judges.task_gap, scale="one GPU",
+    ),
+    Claim(
+        "pathfinder-lra", "2310.02980", "the same on Pathfinder-32",
+        "Transformer 71.4 -> 88.5, S4 94.2 (unverified)",
+        GPU + "pathfinder", "gpu_lra_pathfinder.json", judges.task_gap, scale="one GPU",
+    ),
+    Claim(
+        "pictures-lra", "2310.02980", "the same on Fashion-MNIST at 784 pixels", "",
+        GPU + "fashion", "gpu_lra_fashion.json", judges.task_gap, scale="one GPU",
     ),
     Claim(
         "lra", "2310.02980", "the Long Range Arena itself, at full size", "mean 53.6 -> 86.2",
@@ -189,7 +194,9 @@ CLAIMS = [
     ),
     Claim(
         "sgconv-better", "2210.09298", "better than S4", "LRA mean 87.2 against 86.1",
-        AGAINST_S4, "sgconv_against_s4.json", judges.sgconv_better,
+        None, "sgconv_against_s4.json",
+        pairs(("lattice, SGConv", "lattice, S4"),
+              ("listops-tiny, SGConv at 3e-3", "listops-tiny, S4 at 3e-3")),
         why="Better on one of two small tasks, not on the other",
     ),
     Claim(
@@ -226,7 +233,8 @@ CLAIMS = [
         "self-guided-language", "2406.16450", "self-guided training pays for itself on language",
         "perplexity gap 1.0 -> 0.4 at equal FLOPs",
         "python benchmarks/byte_lm.py --guided --steps 500", "byte_lm_guided.json",
-        judges.guided_language,
+        pairs(*[(f"{kind}, self-guided", f"{kind}, longer") for kind in BYTE_LM],
+              digits=3, better=-1),
         why="500 steps may be too few: half of them are guided (not tested further)",
     ),
     Claim(
@@ -238,7 +246,7 @@ CLAIMS = [
     Claim(
         "wide-structured", "2406.16450", "wide and structured beats dense at equal FLOPs",
         "perplexity 17.89 against 18.23", "python benchmarks/byte_lm.py", "byte_lm.json",
-        judges.wide_structured,
+        pairs(*[(f"wide {kind}", "dense") for kind in BYTE_LM], digits=4, better=-1),
         why="LowRank is the best kind in the paper, but not here",
     ),
     Claim(
@@ -280,6 +288,10 @@ CLAIMS = [
         judges.tests_pass,
     ),
     Claim(
+        "gpu-tests", "beyond", "all tests that need a GPU pass", "", "python -m pytest -m gpu",
+        "claims_gpu_tests.json", judges.tests_pass, scale="one GPU",
+    ),
+    Claim(
         "resume", "beyond", "ten kills, half of them during a checkpoint write, change no bit", "",
         "python -m pytest tests/test_pretrain.py -k kills", "claims_resume.json", judges.tests_pass,
     ),
@@ -289,12 +301,15 @@ CLAIMS = [
 # ---------------------------------------------------------------- measure, judge, show
 
 
+def command_of(claim):
+    return claim.command or claim.content()["command"]
+
+
 def measure(claim):
     """Run the row's command.  It resumes a partial file; a test run leaves its counts."""
-    if not importlib.util.find_spec("matplotlib"):
-        sys.exit("claims.py: plots need matplotlib: pip install -r benchmarks/requirements.txt")
-    print(f"{claim.name}: {claim.command}", flush=True)
-    program, *words = shlex.split(claim.command)
+    command = command_of(claim)
+    print(f"{claim.name}: {command}", flush=True)
+    program, *words = shlex.split(command)
     if program == "torchrun":  # works without an activated environment too
         words = ["-m", "torch.distributed.run", *words]
     words = [sys.executable, *words]
@@ -319,83 +334,76 @@ def count_tests(claim, words):
 
 def measure_anew(claim):
     """Measure from nothing; the old file stays if the command fails."""
-    old = claim.path.read_text("utf-8") if claim.path.exists() else None
-    claim.path.unlink(missing_ok=True)
+    old = claim.path.read_text("utf-8")
+    command_of(claim)
+    claim.path.unlink()
     try:
         measure(claim)
     finally:
-        if old is not None and not claim.path.exists():
+        if not claim.path.exists():
             claim.path.write_text(old, encoding="utf-8")
 
 
-def minutes(content):
-    """Minutes that the runs in a file took, or None."""
-    seconds = 0
+def effort(content):
+    """Number of seeds and minutes that the runs in a file took, in words."""
+    runs = content.get("runs", [])
+    seconds = content["seconds"] if "passed" in content else 0
+    seconds += sum(run.get("cpu_s", 0) for run in runs)
     for row in content.get("arms", {}).values():
         seconds += sum(row.get("seconds", []))
-    for run in content.get("runs", []):
-        seconds += run.get("cpu_s", 0)
-    seconds = seconds or content.get("seconds") or 0
-    return round(seconds / 60, 1) or None
+    seeds = content.get("seeds") or {run["seed"] for run in runs}
+    words = [str(len(seeds))] if seeds else []
+    if seconds >= 60:
+        words.append(f"{seconds / 60:.0f} min")
+    return ", ".join(words)
 
 
 def judge(claim):
-    """The row as a dict: the claim, our numbers, the verdict, seeds, hardware, date and commit."""
-    row = {k: getattr(claim, k) for k in ("paper", "says", "theirs", "scale", "command", "file")}
-    if not claim.file or not claim.path.exists():
-        return row | {"ours": claim.why, "verdict": UNRUN}
-    content = json.loads(claim.path.read_text("utf-8"))
+    """(our numbers in words, verdict)."""
+    content = claim.content()
+    if not content:
+        return claim.why or "needs " + claim.scale.replace("laptop", "some hours"), UNRUN
     ours, verdict = claim.judge(content)
-    row["minutes"] = minutes(content)
-    for key in ("seeds", "date", "commit", "hardware", "cpu", "torch"):
-        if content.get(key) is not None:
-            row[key] = content[key]
-    seeds = {run.get("seed") for run in content.get("runs", [])} - {None}
-    if seeds:
-        row.setdefault("seeds", sorted(seeds))
     if claim.scale == "one GPU":
         origin = content if "hardware" in content else content["cells"][0]["run"]
         ours = f"{origin['hardware'].split(', ')[-1]}: {ours}"
     if verdict != HOLDS and claim.why:
         ours += f". {claim.why}"
-    return row | {"ours": ours, "verdict": verdict}
+    return ours, verdict
 
 
-def table(rows):
+def table():
     """Lines of the table in RESULTS.md."""
     yield "| claim | the paper | here | seeds, minutes | verdict | row |"
     yield "|---|---|---|---|---|---|"
-    for name, row in rows.items():
-        effort = []
-        if row.get("seeds"):
-            effort.append(str(len(row["seeds"])))
-        if (row.get("minutes") or 0) >= 1:
-            effort.append(f"{row['minutes']:.0f} min")
-        cells = [f"{row['says']} ({row['paper']})", row["theirs"], row["ours"]]
-        cells += [", ".join(effort), row["verdict"], f"`{name}`"]
+    for claim in CLAIMS:
+        ours, verdict = judge(claim)
+        cells = [f"{claim.says} ({claim.paper})", claim.theirs, ours]
+        cells += [effort(claim.content()), verdict, f"`{claim.name}`"]
         yield "| " + " | ".join(cell or "–" for cell in cells) + " |"
 
 
-def show(name, row):
-    print(f"{name:20}{row['verdict']:20}{row['ours']}\n{'':20}{row['command']}")
+def show(claim):
+    ours, verdict = judge(claim)
+    print(f"{claim.name:20}{verdict:20}{ours}\n{'':20}{command_of(claim)}")
 
 
 def update(claim, anew):
     """Measure what was asked for, and say what was and was not done."""
+    old = claim.content()
     if not claim.file:
-        print(f"{claim.name}: not run ({claim.why}); its command is\n  {claim.command}")
-        return
-    old = judge(claim)
-    if claim.path.exists() and not anew:
+        print(f"{claim.name}: too long for this script; its command follows")
+    elif old and not anew:
         origin = f"{old.get('date', '')}, commit {old.get('commit', '')}"
         print(f"{claim.name}: nothing was run; results/{claim.file} is of {origin}.")
         print("  --anew runs the command again.")
-    elif claim.path.exists():
+    elif old:
+        ours, verdict = judge(claim)
         measure_anew(claim)
-        print(f"before: {old['verdict']}: {old['ours']}")
+        print(f"before: {verdict}: {ours}")
     else:
         measure(claim)
-    show(claim.name, judge(claim))
+    show(claim)
 
 
 def main():
@@ -404,7 +412,7 @@ def main():
     parser.add_argument("--all", action="store_true", help="run laptop rows that have no file yet")
     parser.add_argument("--anew", action="store_true", help="run again, even with a file")
     parser.add_argument("--list", action="store_true", help="show all rows")
-    parser.add_argument("--table", action="store_true", help="rewrite claims.json and RESULTS.md")
+    parser.add_argument("--table", action="store_true", help="rewrite RESULTS.md")
     args = parser.parse_args()
     known = {claim.name: claim for claim in CLAIMS}
     if unknown := set(args.names) - known.keys():
@@ -413,18 +421,14 @@ def main():
         parser.error("name a row, or pass --all, --list or --table")
     for name in args.names:
         update(known[name], args.anew)
-    if args.all:
-        for claim in CLAIMS:
-            if claim.file and claim.scale == "laptop" and not claim.path.exists():
-                update(claim, anew=False)
-    rows = {claim.name: judge(claim) for claim in CLAIMS}
-    if args.list:
-        for name, row in rows.items():
-            show(name, row)
+    for claim in CLAIMS:
+        if args.all and claim.scale == "laptop" and not claim.content():
+            update(claim, anew=False)
+        if args.list:
+            show(claim)
     if args.table:
         import results_page  # which imports this file
 
-        save(ROOT / "results/claims.json", rows)
         results_page.write()
 
 

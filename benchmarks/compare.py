@@ -119,9 +119,48 @@ def compare(arms, seeds, folder, workers=2):
     return {name: describe([next(results) for _ in seeds]) for name in arms}
 
 
+def tuned(config, rates, workers):
+    """Train with every learning rate, stage by stage.  Return the best on validation, all scores.
+
+    Validation loss decides in pretraining, accuracy in fine-tuning.  Both results are dicts:
+    {"pretrain_lr": rate, "finetune_lr": rate} and {stage: {rate: score}}.
+    """
+    best = {}
+    scores = {}
+    stages = ["finetune"] if config.objective == "none" else ["pretrain", "finetune"]
+    for stage in stages:
+        short = replace(config, finetune_steps=1) if stage == "pretrain" else config
+        trials = []
+        for lr in rates:
+            out = f"{config.out}-{stage}-{lr:g}"
+            trials.append(replace(short, out=out, **{f"{stage}_lr": lr}))
+        results = [result[stage] for result in side_by_side(trials, workers)]
+        if stage == "pretrain":
+            scores[stage] = {lr: row["loss"] for lr, row in zip(rates, results, strict=True)}
+            lr = min(scores[stage], key=scores[stage].get)
+            weights = f"{config.out}-{stage}-{lr:g}/pretrained.pt"
+            config = replace(config, pretrained=weights)
+        else:
+            scores[stage] = {lr: row["accuracy"] for lr, row in zip(rates, results, strict=True)}
+            lr = max(scores[stage], key=scores[stage].get)
+        best[f"{stage}_lr"] = lr
+        print(f"{config.out} {stage}: {scores[stage]}, best {lr:g}", flush=True)
+    return best, scores
+
+
 def print_rows(rows):
     for name, row in rows.items():
         print(f"{name:32}{row['mean']:6.2f} +- {row['spread']}   {row['test']}")
+
+
+def job(run, script):
+    """Return run(), or end the script with one line: finished runs are kept, others continue."""
+    try:
+        return run()
+    except (ValueError, OSError, FloatingPointError, BrokenExecutor) as error:
+        sys.exit(f"{script}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{script}: interrupted; the same command continues")
 
 
 def main():
@@ -131,17 +170,15 @@ def main():
     add("--name", required=True, help="name of the job: results/NAME.json, runs/NAME/")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds per arm")
     add("--workers", type=int, default=2, help="parallel runs, one thread each")
-    add("--out", default="runs", help="folder of the runs")
     args = parser.parse_args()
     origin = provenance()
-    try:
+
+    def run():
         if Path(args.name).name != args.name:
             raise ValueError(f"name {args.name!r}: expected a file name without a folder")
-        rows = compare(parse_arms(args.arm), args.seeds, f"{args.out}/{args.name}", args.workers)
-    except (ValueError, OSError, FloatingPointError, BrokenExecutor) as error:
-        sys.exit(f"compare.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("compare.py: interrupted; the same command continues")
+        return compare(parse_arms(args.arm), args.seeds, f"runs/{args.name}", args.workers)
+
+    rows = job(run, "compare.py")
     print_rows(rows)
     save(ROOT / f"results/{args.name}.json", {**origin, "seeds": args.seeds, "arms": rows})
 

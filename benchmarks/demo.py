@@ -13,7 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from compare import describe, side_by_side
+from compare import describe, side_by_side, tuned
 from measured import ROOT, provenance, save, usable_cpus
 
 from settings import Config
@@ -66,32 +66,16 @@ def table(results):
     yield f"Pretrained on the same examples, it is {gap('pretrained', 'from scratch')}."
 
 
-def best_rate(workers, config, stage):
-    """Train with every learning rate: the best rate, {rate: score}, the folder of the best."""
-    arms = [
-        replace(config, **{f"{stage}_lr": lr}, out=f"{config.out}-{stage}-{lr:g}") for lr in GRID
-    ]
-    key = "loss" if stage == "pretrain" else "accuracy"
-    results = side_by_side(arms, workers)
-    scores = {lr: result[stage][key] for lr, result in zip(GRID, results, strict=True)}
-    best = (min if stage == "pretrain" else max)(scores, key=scores.get)
-    print(f"{config.out} {stage}: {key} {scores}  best {best:g}", flush=True)
-    return best, scores, f"{config.out}-{stage}-{best:g}"
-
-
 def grid(workers, out):
     """Search each arm's learning rates, one stage after the other."""
     found = {}
     for arm, own in ARMS.items():
         config = replace(DEMO, out=folder(f"{out}/grid", arm), **own)
+        best, scores = tuned(config, GRID, workers)
         found[arm] = {}
-        if config.objective != "none":
-            short = replace(config, finetune_steps=1)
-            lr, scores, best = best_rate(workers, short, "pretrain")
-            found[arm]["pretrain"] = {"best": lr, "validation loss": scores}
-            config = replace(config, pretrained=f"{best}/pretrained.pt")
-        lr, scores, _ = best_rate(workers, config, "finetune")
-        found[arm]["finetune"] = {"best": lr, "validation accuracy": scores}
+        for stage, tried in scores.items():
+            key = "validation loss" if stage == "pretrain" else "validation accuracy"
+            found[arm][stage] = {"best": best[f"{stage}_lr"], key: tried}
     return {"grid": GRID, "arms": found}
 
 

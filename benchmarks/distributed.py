@@ -4,7 +4,7 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py --backward        training
     torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py --memory 262144   peak memory
     torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py --tokens 1048576 --heads 1
-    python benchmarks/distributed.py --plot                             results/distributed*.png
+    python benchmarks/distributed.py --plot                              results/distributed.png
 
 vanilla: one rank, with scores and softmax written out.  fused: one rank, with PyTorch's fused
 kernel, which the ring uses too.  ring: all ranks, zigzag layout.  Cells of one length take turns;
@@ -14,7 +14,6 @@ rank, leave out waiting for messages.  vanilla is skipped if it needs more than 
 
 import argparse
 import itertools
-import json
 import math
 import sys
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from measured import COLORS, ROOT, provenance, pyplot, save
+from measured import ROOT, draw_curves, load, provenance, save
 
 import dist_attention as da
 
@@ -169,62 +168,18 @@ def memory(args, rank, world):
     return [{"L": L, "wall": wall, "peak": used, "vanilla": vanilla}]
 
 
-# ---------------------------------------------------------------- pictures
-
-
-def plot_times():
+def plot():
     """Time against length, from results/distributed.json."""
-    plt = pyplot()
-    data = json.loads((ROOT / "results/distributed.json").read_text(encoding="utf-8"))
-    curves = {
-        "vanilla causal": ("vanilla, one rank", "plain attention"),
-        "fused causal": ("fused kernel, one rank", "attention"),
-        "ring causal": (f"ring, {data['world']} ranks", "ring attention"),
-    }
-    fig, ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for cell, (label, color) in curves.items():
-        rows = [row for row in data["rows"] if cell in row]
-        seconds = [row[cell]["wall"] for row in rows]
-        ax.loglog([row["L"] for row in rows], seconds, "o-", color=COLORS[color], label=label)
-    lengths = [row["L"] for row in data["rows"]]
-    ax.set_xticks(lengths, [f"{L // 1024}k" for L in lengths])
-    ax.minorticks_off()
-    ax.grid(alpha=0.3)
-    ax.set(xlabel="length in tokens", ylabel="seconds")
-    ax.set_title("The fused kernel saves most of the time, more ranks the rest", fontsize=11)
-    ax.legend(title=f"causal, forward, {data['heads'][0]} heads of {data['heads'][2]}")
-    fig.savefig(ROOT / "results/distributed.png")
-
-
-def work(layout, L=4096, world=8):
-    """Share of the pairs (query, key) of each rank and step of the ring that a causal mask leaves.
-
-    Counted from the positions of the tokens.  Returns (world, world).
-    """
-    at = [da.positions(L, rank, world, layout) for rank in range(world)]
-    share = torch.zeros(world, world)
-    for rank in range(world):
-        for step in range(world):
-            keys = at[(rank - step) % world]
-            share[rank, step] = (keys[None, :] <= at[rank][:, None]).double().mean()
-    return share
-
-
-def plot_balance():
-    """The work of each rank in each step, for both layouts."""
-    plt = pyplot()
-    fig, axes = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained", sharey=True)
-    for ax, layout in zip(axes, ("contiguous", "zigzag"), strict=True):
-        share = work(layout)
-        slowest = share.max(0).values.sum()  # every step waits for the busiest rank
-        busy = share.sum() / len(share) / slowest
-        image = ax.imshow(share, cmap="Purples", vmin=0, vmax=1)
-        ax.set_title(f"{layout}: ranks work {busy:.0%} of the time", fontsize=11)
-        ax.set_xlabel("step of the ring")
-    axes[0].set_ylabel("rank")
-    fig.colorbar(image, ax=axes, label="share of scores to compute", shrink=0.8)
-    fig.suptitle("Under a causal mask, the zigzag layout gives all ranks the same work")
-    fig.savefig(ROOT / "results/distributed_balance.png")
+    data = load(ROOT / "results/distributed.json")
+    names = {"vanilla": "attention naive", "fused": "attention fused", "ring": "ring attention"}
+    curves = {}
+    for cell, name in names.items():
+        rows = [row for row in data["rows"] if f"{cell} causal" in row]
+        seconds = [row[f"{cell} causal"]["wall"] for row in rows]
+        curves[name] = [row["L"] for row in rows], seconds
+    label = f"seconds, causal, forward; the ring has {data['world']} ranks"
+    title = "The fused kernel saves most of the time, more ranks the rest"
+    draw_curves(ROOT / "results/distributed.png", title, {label: curves})
 
 
 # ---------------------------------------------------------------- command line
@@ -242,7 +197,7 @@ def parse(argv):
     add("--tokens", type=int, help="run once at this length, verified, instead")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="device for --tokens")
     add("--timeout", type=float, default=600, help="seconds until a rank is lost (600)")
-    add("--plot", action="store_true", help="draw results/distributed*.png instead")
+    add("--plot", action="store_true", help="draw results/distributed.png instead")
     add("--name", help="write results/NAME.json")
     return parser.parse_args(argv)
 
@@ -250,9 +205,7 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     if args.plot:
-        plot_times()
-        plot_balance()
-        return
+        return plot()
     origin = provenance()
     with da.process_group(args.device, args.timeout) as (rank, world, device):
         if args.tokens:

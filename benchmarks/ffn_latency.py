@@ -20,11 +20,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from byte_lm import load
-from measured import ROOT, provenance, pyplot, save
+from measured import ROOT, draw_curves, load, provenance, save
 from torch import nn
 
-from structured_ffn import KINDS, Grid, Merged, StructuredFFN, ffn_weights, match, merged
+from structured_ffn import KINDS, Grid, Merged, StructuredFFN, match, merged
 
 WIDTHS = (256, 512, 1024, 2048)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -155,25 +154,17 @@ def show(result):
 
 
 def plot(result, path):
-    plt = pyplot()
+    """Speed over the number of tokens, one panel per width."""
     sizes = [[*map(int, key.split(","))] for key in result["ffn"]]
-    widths = sorted({width for width, _ in sizes})
-    fig, axes = plt.subplots(1, len(widths), figsize=(1 + 3 * len(widths), 3.4), sharey=True)
-    for ax, width in zip(axes, widths, strict=True):
-        tokens = sorted(t for w, t in sizes if w == width)
-        rows = [result["ffn"][f"{width}, {t}"] for t in tokens]
-        for form, style in zip((*KINDS, "merged"), ("o-", "s--", "^-.", "x:"), strict=True):
-            ax.semilogx(tokens, [r[form + " speed"] for r in rows], style, ms=4, label=form)
-        weights = ffn_weights(match(width, 4 * width, "lowrank", 0.3125), width, 4 * width)
-        ax.axhline(8 * width**2 / weights, color="grey", ls=":", lw=1)  # if every FLOP saved counts
-        ax.axhline(1, color="black", lw=0.8)
-        ax.set_title(f"width {width}", fontsize=10)
-        ax.set_xlabel("tokens")
-        ax.grid(alpha=0.3)
-    axes[0].set_ylabel("speed / dense FFN")
-    axes[0].legend(fontsize=8)
-    fig.tight_layout()
-    fig.savefig(path, dpi=120)
+    panels = {}
+    for width in sorted({width for width, _ in sizes}):
+        tokens = sorted(n for w, n in sizes if w == width)
+        rows = [result["ffn"][f"{width}, {n}"] for n in tokens]
+        curves = {}
+        for form in (*KINDS, "merged"):
+            curves[form] = tokens, [row[f"{form} speed"] for row in rows]
+        panels[f"speed / dense FFN, width {width}"] = curves
+    draw_curves(path, "Structured FFNs are faster on many tokens", panels, xlabel="tokens")
 
 
 def main():

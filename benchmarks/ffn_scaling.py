@@ -1,7 +1,6 @@
 """Loss against training FLOPs over four widths, dense against structured FFNs, with fitted powers.
 
-    python benchmarks/ffn_scaling.py                all missing runs, then powers and plot (12 min)
-    python benchmarks/ffn_scaling.py --max-runs 1   one run more, resumable
+    python benchmarks/ffn_scaling.py    all missing runs, then powers and plot (12 min)
 
 Byte language model of byte_lm.py, three layers, 10 bytes per weight of the dense model of each
 width; the structured model of a width sees the same bytes.  loss = constant / FLOPs^power is fitted
@@ -10,11 +9,10 @@ by least squares of the logarithms.  Writes results/ffn_scaling.json run by run,
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-from byte_lm import BATCH, L, LMConfig, complete, corpus, count, train
-from measured import ROOT, pyplot, save
+from byte_lm import BATCH, L, LMConfig, corpus, count, held_out_loss, train
+from measured import ROOT, complete, draw_curves, save
 
 from structured_ffn import match
 
@@ -30,60 +28,36 @@ def cell(width, kind, bytes_a_weight):
     return config, steps, count(config, L)["flops"] * steps * BATCH * L
 
 
-def fit(runs):
-    """Return (power, constant): log loss = constant - power log FLOPs, by least squares."""
-    flops = np.log([r["flops"] for r in runs])
-    loss = np.log([r["loss"] for r in runs])
-    slope, constant = np.polyfit(flops, loss, 1)
-    return float(-slope), float(constant)
+def power(runs):
+    """The p of loss = constant / FLOPs^p, by least squares of the logarithms."""
+    flops = np.log([run["flops"] for run in runs])
+    loss = np.log([run["loss"] for run in runs])
+    return -float(np.polyfit(flops, loss, 1)[0])
 
 
-def powers(result):
-    """Return {kind: power} of the kinds with two widths or more."""
-    found = {}
+def plot(runs, powers, path):
+    curves = {}
     for kind in KINDS:
-        runs = [r for r in result["runs"] if r["kind"] == kind]
-        if len({r["width"] for r in runs}) > 1:
-            found[kind], _ = fit(runs)
-    return found
-
-
-def plot(result, path):
-    plt = pyplot()
-    fig, ax = plt.subplots(figsize=(6.4, 4))
-    for kind, mark in zip(KINDS, "os^", strict=True):
-        runs = [r for r in result["runs"] if r["kind"] == kind]
-        if kind in result["powers"]:
-            power, constant = fit(runs)
-            x = [r["flops"] for r in runs]
-            y = [r["loss"] for r in runs]
-            (points,) = ax.loglog(x, y, mark, label=f"{kind}, power {power:.3f}")
-            line = np.geomspace(min(x), max(x), 20)
-            ax.loglog(line, np.exp(constant) * line**-power, "--", color=points.get_color(), lw=1)
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("{x:g}")
-    ax.set_xlabel("training FLOPs")
-    ax.set_ylabel("held-out loss (nats per byte)")
-    ax.grid(alpha=0.3, which="both")
-    ax.legend()
-    fig.tight_layout()
-    fig.savefig(path, dpi=120)
+        mine = [run for run in runs if run["kind"] == kind]
+        flops = sorted({run["flops"] for run in mine})
+        loss = [np.mean([run["loss"] for run in mine if run["flops"] == x]) for x in flops]
+        curves[kind] = flops, loss
+    fitted = ", ".join(f"{kind} {p:.3f}" for kind, p in powers.items())
+    panels = {"held-out loss (nats per byte)": curves}
+    draw_curves(path, f"Fitted powers: {fitted}", panels, xlabel="training FLOPs")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--bytes-a-weight", type=float, default=10, help="length of training (10)")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (3e-3)")
     parser.add_argument("--seeds", type=int, default=1, help="seeds per cell (1)")
-    parser.add_argument("--max-runs", type=int, default=10**9, help="stop after this many runs")
-    out = ROOT / "results/ffn_scaling.json"
-    parser.add_argument("--out", type=Path, default=out, help="result file")
     args = parser.parse_args()
-    data = corpus()
+    data, held_out = corpus()
 
     def measure(kind, width, seed, steps, lr):
         config, _, flops = cell(width, kind, args.bytes_a_weight)
-        loss, cpu = train(config, data, seed, steps, lr)
+        model, cpu = train(config, data, seed, steps, lr)
+        loss = held_out_loss(model, held_out)
         params = count(config, L)["params"]
         return {"loss": loss, "flops": flops, "params": params, "cpu_s": round(cpu, 1)}
 
@@ -92,14 +66,18 @@ def main():
         for width in WIDTHS:
             for kind in KINDS:
                 _, steps, _ = cell(width, kind, args.bytes_a_weight)
-                key = {"kind": kind, "width": width, "seed": seed, "steps": steps, "lr": args.lr}
+                key = {"kind": kind, "width": width, "seed": seed, "steps": steps, "lr": 3e-3}
                 keys.append(key)
-    result = complete(args.out, keys, measure, args.max_runs, {"L": L, "batch": BATCH})
-    result["powers"] = powers(result)
-    save(args.out, result)
-    for kind, power in result["powers"].items():
-        print(f"{kind}: loss falls with training FLOPs to the power {power:.4f}")
-    plot(result, args.out.with_suffix(".png"))
+    out = ROOT / "results/ffn_scaling.json"
+    result = complete(out, keys, measure, {"L": L, "batch": BATCH})
+    runs = result["runs"]
+    powers = {}
+    for kind in KINDS:
+        powers[kind] = power([run for run in runs if run["kind"] == kind])
+    save(out, result | {"powers": powers})
+    for kind, p in powers.items():
+        print(f"{kind}: loss falls with training FLOPs to the power {p:.4f}")
+    plot(runs, powers, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

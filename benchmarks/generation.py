@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from measured import COLORS, ROOT, provenance, pyplot, save
+from measured import ROOT, draw_curves, provenance, save
 
 from attention import Cache, Transformer, TransformerConfig
 from s4 import S4Config, S4Model
@@ -104,25 +104,18 @@ def measure(models, L, args):
 
 def plot(rows, path):
     """Throughput and latency over the context length."""
-    plt = pyplot()
     panels = {
         "tokens_a_second": "tokens per second, largest batch",
         "ms_a_token_at_batch_1": "ms per token, batch size 1",
     }
     contexts = [row["context"] for row in rows]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for ax, (key, label) in zip(axes, panels.items(), strict=True):
-        for name, color in (("Transformer", "attention"), ("S4", "S4")):
-            values = [row[name][key] for row in rows]
-            ax.plot(contexts, values, "o-", color=COLORS[color], label=name)
-        ax.set(xlabel="context in tokens", ylabel=label, xscale="log", ylim=0)
-        ax.set_xticks(contexts, [f"{L // 1024}k" for L in contexts])
-        ax.minorticks_off()
-        ax.yaxis.set_major_formatter("{x:,g}")
-        ax.grid(alpha=0.3)
-    axes[0].legend()
-    figure.suptitle("S4 generates at the same speed after any context; a Transformer slows down")
-    figure.savefig(path)
+    found = {}
+    for key, label in panels.items():
+        found[label] = {}
+        for name in ("Transformer", "S4"):
+            found[label][name] = contexts, [row[name][key] for row in rows]
+    title = "S4 generates at the same speed after any context; a Transformer slows down"
+    draw_curves(path, title, found)
 
 
 def parse():

@@ -1,4 +1,4 @@
-"""What every file of results says about itself, and how it is written and drawn.
+"""What every results file says about itself, and how it is measured, written and drawn.
 
 origin = provenance()  # before the work: a commit may follow meanwhile
 save(ROOT / "results/x.json", origin | {"rows": rows})
@@ -26,10 +26,11 @@ COLORS = {
     "S4": "#1f5fa8",
     "S4D": "#6aaed6",
     "SGConv": "#2a8c5a",
-    "attention": "#d9822b",  # with PyTorch's fused kernel; also the Transformer
-    "plain attention": "#b3403a",  # with all scores in memory
+    "Transformer": "#d9822b",
+    "attention fused": "#d9822b",  # PyTorch's fused kernel
+    "attention naive": "#b3403a",  # all scores in memory
     "ring attention": "#7a3e9d",
-    "FFT": "#5b6770",
+    "bare FFT": "#5b6770",
     "dense": "#222222",
     "lowrank": "#c2185b",
     "blockdense": "#00838f",
@@ -41,7 +42,9 @@ STYLE = {
     "legend.frameon": False,
     "savefig.dpi": 120,
 }
-ASIDE = ("--max-runs", "--out")  # options, with a value, that change no number
+ASIDE = ("--out", "--folder", "--s4")  # options, with a value, that change no number
+
+# ---------------------------------------------------------------- provenance
 
 
 def hardware():
@@ -78,6 +81,17 @@ def provenance():
     return what | load | versions()
 
 
+# ---------------------------------------------------------------- measuring, writing
+
+
+def peak_bytes():
+    """Largest resident size of this process so far."""
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def over_seeds(scores, digits=2):
     """One score per seed, their mean and standard deviation (None for a single seed)."""
     spread = statistics.stdev(scores) if len(scores) > 1 else None
@@ -89,9 +103,36 @@ def over_seeds(scores, digits=2):
 
 
 def save(path, result):
-    """Write a file of results."""
+    """Write a results file; a process that is killed leaves the old one."""
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def load(path):
+    return json.loads(path.read_text("utf-8")) if path.exists() else {"runs": []}
+
+
+def complete(path, keys, measure, settings):
+    """Measure the runs that `path` lacks, print and save each.  Returns the content of the file.
+
+    keys: one dict per run, which names it; measure(**key): dict of results.
+    """
+    origin = provenance()
+    made_by = {name: origin[name] for name in ("commit", "hardware")}
+    for key in keys:
+        result = load(path)
+        if any(key.items() <= run.items() for run in result["runs"]):
+            continue
+        run = key | measure(**key)
+        print(*run.values(), flush=True)
+        result["runs"].append(run | made_by)
+        save(path, result | settings | origin)
+    return load(path)
+
+
+# ---------------------------------------------------------------- pictures
 
 
 def pyplot():
@@ -105,3 +146,26 @@ def pyplot():
 
     plt.rcParams.update(STYLE)
     return plt
+
+
+def draw_curves(path, title, panels, xlabel="length in tokens"):
+    """Draw one panel per entry of {y label: {method: (x, y)}}, log-log, ticks at all x."""
+    plt = pyplot()
+    size = (2 + 4 * len(panels), 4)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for ax, (label, curves) in zip(axes[0], panels.items(), strict=True):
+        ticks = set()
+        for name, (x, y) in curves.items():
+            ax.loglog(x, y, "o-", color=COLORS.get(name), label=name)
+            ticks.update(x)
+        ticks = sorted(ticks)
+        names = [f"{x // 1024}k" if x % 1024 == 0 else f"{x:.3g}" for x in ticks]
+        ax.set_xticks(ticks, names)
+        ax.minorticks_off()
+        ax.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.set(xlabel=xlabel, ylabel=label)
+        ax.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path)

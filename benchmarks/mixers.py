@@ -15,15 +15,13 @@ Cells are merged into results/mixers.json, so lengths can run one by one.
 """
 
 import argparse
-import json
-import resource
 import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from measured import COLORS, ROOT, provenance, pyplot, save, usable_cpus
+from measured import ROOT, draw_curves, load, peak_bytes, provenance, save, usable_cpus
 
 import attention
 import s4
@@ -31,14 +29,7 @@ import sgconv
 
 LENGTHS = [2**k for k in range(10, 17)]
 FORWARD_LENGTHS = [2**k for k in range(14, 21, 2)]
-MIXERS = {  # and the color of each
-    "bare FFT": COLORS["FFT"],
-    "SGConv": COLORS["SGConv"],
-    "S4D": COLORS["S4D"],
-    "S4": COLORS["S4"],
-    "attention fused": COLORS["attention"],
-    "attention naive": COLORS["plain attention"],
-}
+MIXERS = ("bare FFT", "SGConv", "S4D", "S4", "attention fused", "attention naive")
 
 
 # ---------------------------------------------------------------- worker: one mixer, one length
@@ -72,17 +63,11 @@ def build(name, width, L):
     return attention.Attention(width, 4, causal=True, **naive)
 
 
-def rss_gib():
-    """Peak resident size of this process so far in GiB."""
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
 def worker(name, L, args, pipe):
     """Run one pass for every True that comes through the pipe; send time and memory back."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    before = rss_gib()
+    before = peak_bytes()
     cuda = args.device.startswith("cuda")
     mixer = build(name, args.width, L).to(args.device)
     shape = (args.batch, args.width, L) if name == "bare FFT" else (args.batch, L, args.width)
@@ -102,7 +87,8 @@ def worker(name, L, args, pipe):
             torch.cuda.synchronize()
         row = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
         del y
-        row["gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else rss_gib() - before
+        peak = torch.cuda.max_memory_allocated() if cuda else peak_bytes() - before
+        row["gib"] = peak / 2**30
         pipe.send(row)
 
 
@@ -182,28 +168,16 @@ def print_cells(cells, clock):
 
 def plot(cells, clock, path):
     """Time and memory over length."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    lengths = sorted({cell["L"] for cell in cells})
-    seconds = {"seconds": "seconds per pass", "cpu_seconds": "CPU seconds per pass"}
-    panels = {clock: seconds[clock], "gib": "peak memory, GiB"}
-    for axis, (key, label) in zip(axes, panels.items(), strict=True):
+    cells = sorted(cells, key=lambda cell: cell["L"])
+    labels = {"seconds": "seconds per pass", "cpu_seconds": "CPU seconds per pass"}
+    panels = {}
+    for key, label in ((clock, labels[clock]), ("gib", "peak memory, GiB")):
+        panels[label] = {}
         for name in MIXERS:
             shown = [cell for cell in cells if cell["mixer"] == name and key in cell]
-            shown.sort(key=lambda cell: cell["L"])
-            x = [cell["L"] for cell in shown]
-            y = [cell[key] for cell in shown]
-            axis.loglog(x, y, "o-", color=MIXERS[name], label=name)
-        axis.set(xlabel="length in tokens", ylabel=label)
-        axis.set_xticks(lengths, [f"{L // 1024}k" for L in lengths], minor=False)
-        axis.minorticks_off()
-        axis.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+            panels[label][name] = [cell["L"] for cell in shown], [cell[key] for cell in shown]
     what = "forward" if cells[0]["forward"] else "forward + backward"
-    figure.suptitle(f"Attention grows as L², the others almost as L ({what})")
-    figure.savefig(path)
+    draw_curves(path, f"Attention grows as L², the others almost as L ({what})", panels)
 
 
 def parse(argv):
@@ -230,7 +204,7 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    cells = json.loads(args.out.read_text("utf-8"))["cells"] if args.out.exists() else []
+    cells = load(args.out).get("cells", [])
     shape = shape_of(args)
     run = provenance()
     for L in args.lengths:

@@ -2,7 +2,7 @@
 
     python benchmarks/recall.py                  run what is missing in results/recall.json
     python benchmarks/recall.py --lengths 1024   the shortest length alone
-    python benchmarks/recall.py --extra          also the Transformer for S4's steps, 1,024 tokens
+    python benchmarks/recall.py --extra          also the Transformer with S4's steps, 1,024 tokens
 
 A sequence shows four symbols, each for L / 32 steps, then blanks; at the last step the model names
 all four (chance 0.25).  Both models are causal, of width 32, with two layers.  Equal training time
@@ -16,12 +16,10 @@ import argparse
 import itertools
 import math
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from byte_lm import complete, load
-from measured import ROOT, over_seeds, save
+from measured import ROOT, complete, load, over_seeds, save
 from torch import nn
 
 from attention import Transformer, TransformerConfig
@@ -115,14 +113,10 @@ def key(model, L, setting, seed, budget="seconds"):
     return {**named, "seed": seed, "budget": budget}
 
 
-def runs_of(runs, model, L, budget="seconds"):
-    same = {"model": model, "L": L, "budget": budget}
-    return [run for run in runs if same.items() <= run.items()]
-
-
 def best_setting(runs, model):
     """The setting with the best validation accuracy, at the shortest length with seed 0."""
-    tried = [run for run in runs_of(runs, model, SHORTEST) if run["seed"] == 0]
+    where = {"model": model, "L": SHORTEST, "budget": "seconds", "seed": 0}
+    tried = [run for run in runs if where.items() <= run.items()]
     best = max(tried, key=lambda run: run["validation"])
     return best["positions"], best["lr"]
 
@@ -131,16 +125,14 @@ def table(runs):
     """One row per length and model: mean and standard deviation of the accuracy over seeds."""
     rows = []
     for L, model, budget in itertools.product(SECONDS, SETTINGS, ("seconds", "steps")):
-        mine = runs_of(runs, model, L, budget)
-        if not mine:
-            continue
         positions, lr = best_setting(runs, model)
-        mine = [run for run in mine if (run["positions"], run["lr"]) == (positions, lr)]
         row = {"L": L, "model": model, "budget": budget, "positions": positions, "lr": lr}
-        row.update(over_seeds([run["test"] for run in mine], digits=4))
-        row["steps"] = [run["steps"] for run in mine]
-        row["cpu_s"] = [run["cpu_s"] for run in mine]
-        rows.append(row)
+        mine = [run for run in runs if row.items() <= run.items()]
+        if mine:
+            row.update(over_seeds([run["test"] for run in mine], digits=4))
+            row["steps"] = [run["steps"] for run in mine]
+            row["cpu_s"] = [run["cpu_s"] for run in mine]
+            rows.append(row)
     return rows
 
 
@@ -149,22 +141,19 @@ def main():
     add = parser.add_argument
     add("--lengths", type=int, nargs="+", default=[*SECONDS], choices=[*SECONDS], help="tokens")
     add("--extra", action="store_true", help="also the Transformer for S4's steps, at 1,024 tokens")
-    add("--max-runs", type=int, default=10**9, help="stop after this many runs")
-    add("--out", type=Path, default=ROOT / "results" / "recall.json", help="results file")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    settings = {"seconds": SECONDS, "clock": "CPU seconds, shared machine"}
-    before = len(load(args.out)["runs"])
+    out = ROOT / "results/recall.json"
 
     def measure(model, L, positions, lr, seed, budget):
         if budget == "seconds":
             return train(model, L, positions, lr, seed, seconds=SECONDS[L])
-        s4 = [row for row in table(load(args.out)["runs"]) if (row["L"], row["model"]) == (L, "S4")]
+        s4 = [row for row in table(load(out)["runs"]) if (row["L"], row["model"]) == (L, "S4")]
         return train(model, L, positions, lr, seed, steps=s4[0]["steps"][seed])
 
     def run(keys):
-        done = len(load(args.out)["runs"]) - before
-        return complete(args.out, keys, measure, max(0, args.max_runs - done), settings)["runs"]
+        settings = {"seconds": SECONDS, "clock": "CPU seconds, shared machine"}
+        return complete(out, keys, measure, settings)["runs"]
 
     for model in SETTINGS:
         runs = run([key(model, SHORTEST, setting, 0) for setting in SETTINGS[model]])
@@ -173,8 +162,8 @@ def main():
         run([key(model, L, best[model], seed) for model in SETTINGS])
         if args.extra and L == SHORTEST:
             run([key("Transformer", L, best["Transformer"], seed, "steps")])
-    rows = table(load(args.out)["runs"])
-    save(args.out, {**load(args.out), "rows": rows})
+    rows = table(load(out)["runs"])
+    save(out, {**load(out), "rows": rows})
     for row in rows:
         print(*row.values())
 

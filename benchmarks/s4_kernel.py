@@ -14,30 +14,16 @@ time, for a machine that is shared.  Writes results/s4_kernel.json and .png.
 
 import argparse
 import copy
-import resource
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
-from measured import ROOT, provenance, pyplot, save
+from measured import ROOT, draw_curves, peak_bytes, provenance, save
 
 import s4
 
 FORMS = ("naive Cauchy", "stable Cauchy", "two-level", "bare FFT convolution")
-
-
-def peak_mib():
-    """Largest resident size of this process so far (Linux counts KiB, macOS bytes)."""
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size / 2**20 if sys.platform == "darwin" else size / 2**10
-
-
-def alone(call, *args):
-    """The result of call(*args) in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(call, *args).result()
 
 
 def halves(layer):
@@ -59,25 +45,29 @@ def cut(layer, L):
             row = row + row @ E
         E = torch.baddbmm(E, E, E, beta=2)
         power //= 2
-    real, imag = ((C - row) / 2).unflatten(-1, (-1, 2)).unbind(-1)  # a row is 2 (Re C, -Im C)
-    return torch.complex(real, -imag).to(layer.C.dtype.to_complex()).transpose(0, 1)
+    pairs = ((C - row) / 2).unflatten(-1, (-1, 2))  # a row is 2 (Re C, -Im C)
+    halved = torch.complex(pairs[..., 0], -pairs[..., 1])
+    return halved.to(layer.C.dtype.to_complex()).transpose(0, 1)
 
 
 def naive_cauchy(layer, L):
     """Algorithm 1 as it stands, over all N eigenvalues.  Returns (n, D, L)."""
     C = cut(layer, L)
     Lam, P, B, dt = [v.to(C.dtype) for v in halves(layer)]
-    w = torch.exp(-2j * torch.pi / L * torch.arange(L // 2 + 1, dtype=C.real.dtype))
+    k = torch.arange(L // 2 + 1, dtype=C.real.dtype)
+    w = torch.exp(-2j * torch.pi / L * k)
     z = 2 * (1 - w) / (1 + w)  # (L/2 + 1,), rounding keeps it finite at w = -1
 
     def both(v):
         return torch.cat([v, v.conj()], -1)
 
     def cauchy(b, c):
-        terms = (both(b * c * dt))[..., None] / (z - both(dt * Lam)[..., None])
-        return terms.sum(-2)  # ([n,] D, L/2 + 1)
+        weights = both(b * c * dt)[..., None]
+        poles = both(dt * Lam)[..., None]
+        return (weights / (z - poles)).sum(-2)  # ([n,] D, L/2 + 1)
 
-    K_f = cauchy(B, C) - cauchy(B, P.conj()) * cauchy(P, C) / (1 + cauchy(P, P.conj()))
+    low_rank = cauchy(B, P.conj()) * cauchy(P, C)
+    K_f = cauchy(B, C) - low_rank / (1 + cauchy(P, P.conj()))
     return torch.fft.irfft(2 / (1 + w) * K_f, L)
 
 
@@ -98,14 +88,17 @@ def stable_cauchy(layer, L):
     sin = t.sin().to(C.real.dtype)
     a = (dt * Lam)[..., None]  # (D, N/2, 1)
     size = a.abs()
-    den = torch.complex((size * cos - 2 * sin) * (size * cos + 2 * sin), -4 * a.real * sin * cos)
+    real = (size * cos - 2 * sin) * (size * cos + 2 * sin)
+    den = torch.complex(real, -4 * a.real * sin * cos)
     table = torch.view_as_real(1 / den).flatten(-2)  # (D, N/2, 2 M) real
     b = torch.stack([B, P], 1)  # (D, 2, N/2)
     c = torch.cat([C.transpose(0, 1), P.conj()[:, None]], 1)  # (D, n + 1, N/2)
     v = (dt[:, None] * b)[:, :, None] * c[:, None]  # (D, 2, n + 1, N/2)
-    weights = torch.stack([v.real, (v * a.mT[:, None].conj()).real], 1)  # (D, 2, 2, n + 1, N/2)
-    sums = (weights.flatten(1, 3) @ table).unflatten(-1, (-1, 2))  # (D, 4 (n + 1), M, 2)
-    sums = torch.view_as_complex(sums).unflatten(1, (2, 2, -1))  # (D, 2, 2, n + 1, M)
+    turned = v * a.mT[:, None].conj()
+    weights = torch.stack([v.real, turned.real], 1)  # (D, 2, 2, n + 1, N/2)
+    sums = weights.flatten(1, 3) @ table  # (D, 4 (n + 1), 2 M)
+    sums = torch.view_as_complex(sums.unflatten(-1, (-1, 2)))
+    sums = sums.unflatten(1, (2, 2, -1))  # (D, 2, 2, n + 1, M)
     sums = 4j * sin * sums[:, 0] - 2 * cos * sums[:, 1]  # (D, 2, n + 1, M)
     BC, PC = sums[:, :, :-1].unbind(1)  # (D, n, M)
     BP, PP = sums[:, :, -1:].unbind(1)  # (D, 1, M)
@@ -114,8 +107,8 @@ def stable_cauchy(layer, L):
     return torch.fft.irfft(K_f, L).transpose(0, 1)
 
 
-def make(form, layer, L):
-    """A function without arguments: the kernel (D, L), or the convolution (1, L, D)."""
+def bare_convolution(layer, L):
+    """A function of nothing: the FFT convolution with a free kernel, (1, L, D)."""
     u = torch.randn(1, L, layer.d_model, requires_grad=True)
     K = torch.randn(layer.d_model, L, requires_grad=True)
     n = s4.fft_length(2 * L - 1)
@@ -125,50 +118,58 @@ def make(form, layer, L):
         U = torch.fft.rfft(u.transpose(1, 2), n)
         return torch.fft.irfft(U * K_f, n)[..., :L].transpose(1, 2)
 
-    return {
-        "naive Cauchy": lambda: naive_cauchy(layer, L)[0],
-        "stable Cauchy": lambda: stable_cauchy(layer, L)[0],
-        "two-level": lambda: layer.kernel(L),
-        "bare FFT convolution": convolution,
-    }[form]
+    return convolution
 
 
-def cell(form, width, L, threads, clock, rounds):
+def make(form, layer, L):
+    """A function of nothing: the kernel (D, L), or the convolution (1, L, D)."""
+    if form == "naive Cauchy":
+        return lambda: naive_cauchy(layer, L)[0]
+    if form == "stable Cauchy":
+        return lambda: stable_cauchy(layer, L)[0]
+    if form == "two-level":
+        return lambda: layer.kernel(L)
+    return bare_convolution(layer, L)
+
+
+def cell(form, width, L, args):
     """{seconds, mib, error} of one form, in this process."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    now = time.process_time if clock == "cpu" else time.perf_counter
+    now = time.process_time if args.clock == "cpu" else time.perf_counter
     make(form, s4.S4(2, 64), 64)().sum().backward()  # libraries warm, before memory counts
     layer = s4.S4(width, 64)
-    run, before, best = make(form, layer, L), peak_mib(), float("inf")
-    for _ in range(rounds):
+    run = make(form, layer, L)
+    before = peak_bytes()
+    best = float("inf")
+    for _ in range(args.rounds):
         start = now()
         out = run()
         out.backward(torch.ones_like(out))
         best = min(best, now() - start)
-    result = {"seconds": best, "mib": peak_mib() - before, "error": None}
+    result = {"seconds": best, "mib": (peak_bytes() - before) / 2**20, "error": None}
     if "FFT" not in form:
         with torch.no_grad():
             exact = copy.deepcopy(layer).double().kernel(L)
-            result["error"] = float(((out - exact).norm(dim=-1) / exact.norm(dim=-1)).max())
+            error = (out - exact).norm(dim=-1) / exact.norm(dim=-1)
+            result["error"] = float(error.max())
     return result
 
 
 def plot(cells, path):
-    plt = pyplot()
-
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
-    names = ("seconds", "mib", "error")
-    titles = ("forward + backward, seconds", "peak memory, MiB", "relative error, float32")
-    for ax, name, title in zip(axes, names, titles, strict=True):
+    panels = {}
+    labels = {
+        "seconds": "forward + backward, seconds",
+        "mib": "peak memory, MiB",
+        "error": "relative error, float32",
+    }
+    for key, label in labels.items():
+        panels[label] = {}
         for form in FORMS:
-            rows = [c for c in cells if c["form"] == form and c["width"] == 16 and c.get(name)]
-            ax.loglog([c["L"] for c in rows], [c[name] for c in rows], "o-", label=form)
-        ax.set(title=title, xlabel="L")
-        ax.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+            rows = [row for row in cells if row["form"] == form and row["width"] == 16]
+            rows = [row for row in rows if row.get(key)]
+            panels[label][form] = [row["L"] for row in rows], [row[key] for row in rows]
+    draw_curves(path, "The two-level kernel costs about as much as the convolution", panels)
 
 
 def main():
@@ -180,22 +181,23 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     wanted = [(form, 16, L) for L in args.lengths for form in FORMS]
-    wanted += [(form, 256, L) for L in args.lengths if L == 16384 for form in FORMS[2:]]
-    cells, origin = [], provenance()
+    wanted += [(form, 256, 16384) for form in FORMS[2:] if 16384 in args.lengths]
+    origin = provenance()
+    cells = []
     print(f"{'form':22} {'D':>4} {'L':>6} {'ms':>9} {'MiB':>8} {'error':>9}")
     for form, width, L in wanted:
         row = {"form": form, "width": width, "L": L}
+        cells.append(row)
+        print(f"{form:22} {width:4} {L:6}", end=" ", flush=True)
         gib = 5 * 8 * width * 64 * L / 2 / 2**30  # of the naive form's quotients, with gradients
         if form == "naive Cauchy" and gib > args.max_gib:
             row["left_out"] = f"about {gib:.1f} GiB"
-            print(f"{form:22} {width:4} {L:6}   left out: {row['left_out']}")
-        else:
-            row |= alone(cell, form, width, L, args.threads, args.clock, args.rounds)
-            error = f"{row['error']:9.1e}" if row["error"] else " " * 9
-            print(
-                f"{form:22} {width:4} {L:6} {row['seconds'] * 1e3:9.1f} {row['mib']:8.1f} {error}"
-            )
-        cells.append(row)
+            print(f"  left out: {row['left_out']}")
+            continue
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            row.update(fresh.submit(cell, form, width, L, args).result())
+        error = f"{row['error']:9.1e}" if row["error"] else ""
+        print(f"{1e3 * row['seconds']:9.1f} {row['mib']:8.1f} {error}")
     result = origin | {"threads": args.threads, "clock": args.clock, "cells": cells}
     save(ROOT / "results/s4_kernel.json", result)
     plot(cells, ROOT / "results/s4_kernel.png")

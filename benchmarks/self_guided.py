@@ -1,7 +1,6 @@
 """Does self-guided training help?  Teacher-student regression, learning-rate sweep in every arm.
 
-    python benchmarks/self_guided.py                all missing runs, then the errors (8 min)
-    python benchmarks/self_guided.py --max-runs 5   five runs more, resumable
+    python benchmarks/self_guided.py    all missing runs, then the errors (8 min)
 
 A frozen random network of three structured FFNs (d_model 64) is fitted by one of the same shape:
 plain, self-guided in both forms over the first half, and dense.  One more row has a dense teacher,
@@ -9,15 +8,14 @@ which the factors cannot equal.  Writes results/self_guided.json run by run.
 """
 
 import argparse
+import itertools
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from byte_lm import complete
-from measured import ROOT, save
+from measured import ROOT, complete, save
 from torch import nn
 
 from structured_ffn import BlockShuffle, Grid, Guide, LowRank, StructuredFFN
@@ -86,18 +84,19 @@ def teacher_student(linear, teacher, guide, lr, steps, seed):
 def cells(seeds, steps):
     """Return the runs, each as its name in the result file, the most telling first."""
     found = []
+
+    def add(teacher, arm, lr, seed):
+        found.append({"teacher": teacher, "arm": arm, "lr": lr, "seed": seed, "steps": steps})
+
+    for seed, teacher, lr in itertools.product(range(seeds), TEACHERS, RATES):
+        for arm in ("plain", "self-guided", "stochastic"):
+            add(teacher, arm, lr, seed)
     for seed in range(seeds):
         for teacher in TEACHERS:
-            for lr in RATES:
-                for arm in ("plain", "self-guided", "stochastic"):
-                    found.append((teacher, arm, lr, seed, steps))
-    for seed in range(seeds):
-        for teacher in TEACHERS:
-            found.append((teacher, "dense", 4e-3, seed, steps))
+            add(teacher, "dense", 4e-3, seed)
         for arm in ("plain", "self-guided"):
-            found.append(("dense, LowRank R 16 student", arm, 4e-3, seed, steps))
-    names = ("teacher", "arm", "lr", "seed", "steps")
-    return [dict(zip(names, values, strict=True)) for values in found]
+            add("dense, LowRank R 16 student", arm, 4e-3, seed)
+    return found
 
 
 def run(teacher, arm, lr, seed, steps):
@@ -113,12 +112,12 @@ def run(teacher, arm, lr, seed, steps):
     return {"error": error, "cpu_s": round(time.process_time() - start, 1)}
 
 
-def means(result):
+def means(runs):
     """Return {teacher: {arm: {lr: mean error over the seeds, "best": the least of them}}}."""
     rows = {}
-    for r in result["runs"]:
-        errors = rows.setdefault(r["teacher"], {}).setdefault(r["arm"], {})
-        errors.setdefault(f"{r['lr']:g}", []).append(r["error"])
+    for run in runs:
+        errors = rows.setdefault(run["teacher"], {}).setdefault(run["arm"], {})
+        errors.setdefault(f"{run['lr']:g}", []).append(run["error"])
     for arms in rows.values():
         for arm, errors in arms.items():
             mean = {lr: float(np.mean(e)) for lr, e in errors.items()}
@@ -130,14 +129,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=1500, help="optimizer steps per run (1500)")
     parser.add_argument("--seeds", type=int, default=2, help="seeds (2)")
-    parser.add_argument("--max-runs", type=int, default=10**9, help="stop after this many runs")
-    out = ROOT / "results/self_guided.json"
-    parser.add_argument("--out", type=Path, default=out, help="result file")
     args = parser.parse_args()
-    result = complete(args.out, cells(args.seeds, args.steps), run, args.max_runs, {})
-    result["means"] = means(result)
-    save(args.out, result)
-    for teacher, arms in result["means"].items():
+    out = ROOT / "results/self_guided.json"
+    result = complete(out, cells(args.seeds, args.steps), run, {})
+    rows = means(result["runs"])
+    save(out, result | {"means": rows})
+    for teacher, arms in rows.items():
         for arm, errors in arms.items():
             rates = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
             print(f"{teacher:30}{arm:14}{rates}")

@@ -1,7 +1,6 @@
 """Ablation of SGConv's two principles (2210.09298): few parameters, and decay with the lag.
 
-    python benchmarks/sgconv_ablation.py               all missing runs and the table
-    python benchmarks/sgconv_ablation.py --max-runs 1  one more run
+    python benchmarks/sgconv_ablation.py    all missing runs and the table
 
     as published                 4 parameters per scale, each scale damped by another 1/2
     without decay                4 parameters per scale, no damping
@@ -13,17 +12,13 @@ chosen on validation for the published kernel with seed 0; all arms use it.  Wri
 results/sgconv_ablation.json run by run.
 """
 
-import argparse
 import math
 import time
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from byte_lm import complete, load
-from measured import ROOT, over_seeds, save
+from measured import ROOT, complete, over_seeds, save
 from torch import nn
 
 import lra_data
@@ -123,49 +118,31 @@ def best_rate(runs):
     return max(tried, key=lambda run: run["validation"])["lr"]
 
 
-def summary(runs):
-    """{arm: mean and standard deviation of its seeds' test accuracies at the best rate, in %}."""
-    lr = best_rate(runs)
-    rows = {}
-    for arm in ARMS:
-        mine = [run for run in runs if run["arm"] == arm and run["lr"] == lr]
-        if not mine:
-            continue
-        rows[arm] = {
-            **over_seeds([100 * run["test"] for run in mine]),
-            "train_loss": [run["train_loss"] for run in mine],
-            "kernel_parameters": mine[0]["kernel_parameters"],
-            "lr": lr,
-        }
-    return rows
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--max-runs", type=int, default=10**9, help="stop after this many runs")
-    add("--out", type=Path, default=ROOT / "results/sgconv_ablation.json", help="results file")
-    args = parser.parse_args()
     torch.set_num_threads(1)
     data = lra_data.load("lattice")
+    out = ROOT / "results/sgconv_ablation.json"
     settings = {"task": "lattice", "L": data.train.tokens.shape[1], "width": 64, "layers": 2}
-    before = len(load(args.out)["runs"])
 
-    def run(keys):
-        done = len(load(args.out)["runs"]) - before
-        left = max(0, args.max_runs - done)
-        return complete(args.out, keys, partial(measure, data), left, settings)["runs"]
+    def run(arm, seed, lr, steps):
+        return measure(data, arm, seed, lr, steps)
 
     def key(arm, seed, lr):
         return {"arm": arm, "seed": seed, "lr": lr, "steps": STEPS}
 
-    runs = run([key("as published", 0, lr) for lr in RATES])
-    lr = best_rate(runs)
-    runs = run([key(arm, seed, lr) for seed in range(SEEDS) for arm in ARMS])
-    rows = summary(runs)
-    save(args.out, {**load(args.out), "arms": rows})
-    for arm, row in rows.items():
-        print(f"{arm:22} {row['mean']:.2f} +- {row['spread']}   {row['test']}")
+    rates = [key("as published", 0, lr) for lr in RATES]
+    lr = best_rate(complete(out, rates, run, settings)["runs"])
+    keys = [key(arm, seed, lr) for seed in range(SEEDS) for arm in ARMS]
+    result = complete(out, keys, run, settings)
+    rows = {}
+    for arm in ARMS:
+        mine = [run for run in result["runs"] if run["arm"] == arm and run["lr"] == lr]
+        rows[arm] = over_seeds([100 * run["test"] for run in mine])
+        rows[arm]["train_loss"] = [run["train_loss"] for run in mine]
+        rows[arm]["kernel_parameters"] = mine[0]["kernel_parameters"]
+        rows[arm]["lr"] = lr
+        print(f"{arm:22} {rows[arm]['mean']:.2f} +- {rows[arm]['spread']}   {rows[arm]['test']}")
+    save(out, {**result, "arms": rows})
 
 
 if __name__ == "__main__":

@@ -7,14 +7,17 @@
 The parts are data (make_batch), forward (loss_sums), backward, optimizer (clipping and AdamW), and
 the rest of the loop (order, seeds, learning rate, metrics).  The first steps of a stage are left
 out because they allocate memory, the last one because it validates.  On a GPU the clock waits for
-the device before and after each part, so nothing overlaps.
+the device before and after each part, so nothing overlaps, and a second run gives two bounds:
+tokens/s if the GPU never waited (torch.profiler's sum of kernel times), and if it only moved bytes
+at 3 TB/s.  The bytes are an estimate: what autograd keeps for backward is written and read, and so
+are gradients of the same size; weights, gradients and AdamW's moments are passed over ten times.
 """
 
 import argparse
-import itertools
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -37,15 +40,23 @@ PARTS = {
 }
 ALL = (*PARTS, "rest", "total")
 WARM_UP = 3  # steps left out
+BANDWIDTH = 3e12  # bytes per second
 SMALL = ["settings/listops-transformer-small.json", "settings/listops-s4-small.json"]
 
 
 class Clock:
-    """Seconds of each part: one dict per step."""
+    """Seconds of each part and number of tokens: one dict per step.
 
-    def __init__(self, device):
+    profile: note kernel times and bytes of each stage too, which slows the parts down.
+    """
+
+    def __init__(self, device, profile=False):
         self.cuda = torch.device(device).type == "cuda"
+        self.profile = profile
         self.steps = []
+        self.busy = {}  # ms of kernels per step, by stage
+        self.kept = {}  # bytes kept for backward per step, by stage
+        self.bytes = 0
 
     def now(self):
         if self.cuda:
@@ -60,21 +71,37 @@ class Clock:
             result = function(*args, **options)
             if self.steps:
                 self.steps[-1][part] += self.now() - start
+                if part == "data":
+                    self.steps[-1]["tokens"] += result.x.shape[:2].numel()
             return result
 
         return call
+
+    def keep(self, tensor):
+        """Count a tensor that autograd keeps, unless it is a parameter or an input."""
+        if not tensor.is_leaf:
+            self.bytes += tensor.nbytes
+        return tensor
 
     def counted(self, steps):
         """Run.steps, which times each step from its number to the next."""
 
         def call(run, stage, first, last):
             for step in steps(run, stage, first, last):
-                self.steps.append(dict.fromkeys(PARTS, 0.0))
+                self.steps.append(dict.fromkeys((*PARTS, "tokens"), 0.0))
                 start = self.now()
                 yield step
                 self.steps[-1]["total"] = self.now() - start
 
-        return call
+        def profiled(run, stage, first, last):
+            self.bytes = 0
+            with torch.profiler.profile() as found:
+                yield from call(run, stage, first, last)
+            us = sum(event.self_device_time_total for event in found.key_averages())
+            self.busy[stage] = us / 1e3 / (last - first)
+            self.kept[stage] = self.bytes / (last - first)
+
+        return profiled if self.profile else call
 
     def attached(self):
         """A context in which the parts of pretrain.fit are timed; validation is skipped."""
@@ -86,11 +113,14 @@ class Clock:
         stack.enter_context(patch.object(Run, "steps", self.counted(Run.steps)))
         score = {"loss": 0.0, "accuracy": 0.0}
         stack.enter_context(patch.object(pretrain, "evaluate", lambda *args: score))
+        if self.profile:
+            hooks = torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor)
+            stack.enter_context(hooks)
         return stack
 
 
 def measure(config):
-    """Return {stage: {part: mean ms per step}}, and peak memory in bytes."""
+    """Return {stage: {part: mean ms per step, "tokens": tokens per step}}, and peak memory."""
     clock = Clock(config.device)
     if clock.cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -102,9 +132,22 @@ def measure(config):
     for stage, steps in stages.items():
         kept = steps[WARM_UP:-1]
         row = {part: 1e3 * sum(step[part] for step in kept) / len(kept) for part in kept[0]}
+        row["tokens"] /= 1e3
         row["rest"] = row["total"] - sum(row[part] for part in PARTS)
         rows[stage] = row
     return rows, result["speed"]["peak_memory"]
+
+
+def bounds(config):
+    """Return {stage: (ms of kernels, ms to move the bytes)}, the least that a step can take."""
+    clock = Clock(config.device, profile=True)
+    with clock.attached():
+        parameters = pretrain.train(config)["parameters"]
+    found = {}
+    for stage, busy in clock.busy.items():
+        moved = 4 * clock.kept[stage] + 10 * 4 * parameters
+        found[stage] = busy, 1e3 * moved / BANDWIDTH
+    return found
 
 
 def share(row):
@@ -129,6 +172,30 @@ def parse():
     return args
 
 
+def measure_all(given, name, compiled):
+    """Print and return the rows of one setting, one per stage."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {**given, "settings": name, "compile": compiled}
+        config, _ = resolve({**options, "out": f"{folder}/timed"})
+        found, peak = measure(config)
+        least = bounds(replace(config, out=f"{folder}/profiled")) if config.device == "cuda" else {}
+    rows = []
+    for stage, ms in found.items():
+        tokens = ms.pop("tokens")
+        row = {"settings": name, "compile": compiled, "stage": stage, "ms": ms}
+        row.update(share=share(ms), peak_memory_gib=peak / 2**30)
+        row["tokens_per_s"] = 1e3 * tokens / ms["total"]
+        if stage in least:
+            busy, memory = least[stage]
+            row["tokens_per_s_busy"] = 1e3 * tokens / busy
+            row["tokens_per_s_memory"] = 1e3 * tokens / memory
+        rows.append(row)
+        label = f"{Path(name).stem} compiled" if compiled else Path(name).stem
+        times = "".join(f"{ms[part]:10.2f}" for part in ALL)
+        print(f"{label:38}{stage:9}{times}{share(ms):8.1f} %", flush=True)
+    return rows
+
+
 def main():
     args = parse()
     origin = provenance()
@@ -138,19 +205,9 @@ def main():
     given.update(dict.fromkeys(("pretrain_steps", "finetune_steps", "eval_every"), args.steps))
     print(f"{'ms per step':47}" + "".join(f"{part:>10}" for part in ALL) + "   model and optimizer")
     rows = []
-    for name, compiled in itertools.product(args.settings, (False, True)):
-        if compiled and not args.compile:
-            continue
-        with tempfile.TemporaryDirectory() as out:
-            run = {"settings": name, "out": out, "compile": compiled}
-            config, _ = resolve({**given, **run})
-            found, peak = measure(config)
-        for stage, ms in found.items():
-            row = {"settings": name, "compile": compiled, "stage": stage, "ms": ms}
-            rows.append({**row, "share": share(ms), "peak_memory_gib": peak / 2**30})
-            label = f"{Path(name).stem} compiled" if compiled else Path(name).stem
-            times = "".join(f"{ms[part]:10.2f}" for part in ALL)
-            print(f"{label:38}{stage:9}{times}{share(ms):8.1f} %", flush=True)
+    for name in args.settings:
+        for compiled in (False, True) if args.compile else (False,):
+            rows += measure_all(given, name, compiled)
     origin["threads"] = torch.get_num_threads()
     save(args.out, {**origin, "options": options, "rows": rows})
 

@@ -12,9 +12,7 @@ convolution, `probe_attention` passes the unit matrix as values.  Then M v is co
 layer's output.
 """
 
-import argparse
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -238,10 +236,6 @@ def plot_three(shown, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    out = ROOT / "results" / "token_mixing.json"
-    parser.add_argument("--out", type=Path, default=out, help="results file")
-    args = parser.parse_args()
     torch.set_num_threads(1)
     origin = provenance()
     x = inputs(64, 16, seed=1)
@@ -255,9 +249,10 @@ def main():
         print("  ".join(f"{v:.1e}" if isinstance(v, float) else str(v) for v in rows[-1].values()))
     settings = {"L": 64, "D": 16, "N": 8, "seeds": [0, 1, 2], "kernel_dim": 4, "hidden": 8}
     settings.update(dtype="float64", rank_tolerance=1e-10)
-    save(args.out, {"settings": settings, "mixers": rows, **origin})
-    plot_all(rows, shown, args.out.with_suffix(".png"))
-    plot_three(shown, args.out.with_name("three_mixers.png"))
+    folder = ROOT / "results"
+    save(folder / "token_mixing.json", {"settings": settings, "mixers": rows, **origin})
+    plot_all(rows, shown, folder / "token_mixing.png")
+    plot_three(shown, folder / "three_mixers.png")
     return 0 if all(row["error of M v"] <= LIMIT for row in rows) else 1
 
 

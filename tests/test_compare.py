@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import compare
 import demo
+import fashion
+import gpu
 import measured
 
 
@@ -92,6 +94,88 @@ def test_nonsense_on_the_command_line_is_refused_in_one_line(monkeypatch, arms, 
     monkeypatch.setattr(compare, "compare", lambda *args: pytest.fail("it was run"))
     with pytest.raises(SystemExit, match=message):
         compare.main()
+
+
+def test_learning_rates_are_chosen_on_validation_stage_by_stage(tmp_path, monkeypatch):
+    seen = []
+
+    def side_by_side(configs, workers):
+        seen.extend(configs)
+        results = []
+        for config in configs:
+            denoising = {"loss": abs(config.pretrain_lr - 2e-3)}
+            finetuned = {"accuracy": -abs(config.finetune_lr - 3e-3), "loss": config.finetune_lr}
+            results.append({"pretrain": denoising, "finetune": finetuned})
+        return results
+
+    monkeypatch.setattr(compare, "side_by_side", side_by_side)
+    config = Config(pretrain_lr=9.0, finetune_lr=9.0, out=str(tmp_path), finetune_steps=7)
+    best, scores = compare.tuned(config, (1e-3, 2e-3, 3e-3), 1)
+    assert best == {"pretrain_lr": 2e-3, "finetune_lr": 3e-3}
+    assert scores["pretrain"] == {1e-3: 1e-3, 2e-3: 0, 3e-3: 1e-3}
+    assert [c.finetune_steps for c in seen] == [1] * 3 + [7] * 3
+    assert [c.pretrained for c in seen[3:]] == [f"{tmp_path}-pretrain-0.002/pretrained.pt"] * 3
+    assert len({c.out for c in seen}) == 6
+    scratch = Config(objective="none", finetune_lr=9.0, out=str(tmp_path))
+    assert compare.tuned(scratch, (1e-3, 3e-3), 1)[0] == {"finetune_lr": 3e-3}
+
+
+def steps_of(config):
+    first = 0 if config.objective == "none" else config.pretrain_steps
+    return first + config.finetune_steps
+
+
+def test_all_arms_of_fashion_mnist_take_the_steps_of_their_budget():
+    rates = {}
+    for model in fashion.MODELS:
+        rates[model, "from scratch"] = {"finetune_lr": 1e-3}
+        rates[model, "pretrained"] = {"pretrain_lr": 2e-3, "finetune_lr": 3e-3}
+    steps = {}
+    for arms, seeds in fashion.parts(rates):
+        for name, config in arms.items():
+            steps.setdefault((name.split(", ")[2], len(seeds)), set()).add(steps_of(config))
+            assert config.finetune_lr == (3e-3 if "pretrained" in name else 1e-3)
+            if config.labels:
+                assert config.labels == 500 and name.endswith("500 labels")
+                assert bool(config.pretrained) == ("pretrained" in name)
+    few = ("1x and 500 labels", 3)
+    assert steps == {("1x", 3): {2400}, few: {2400}, ("3x", 3): {7200}, ("10x", 1): {24000}}
+
+
+@pytest.mark.parametrize("task", gpu.TASKS)
+def test_all_arms_of_a_task_on_a_gpu_take_the_same_steps(task):
+    arms = []
+    for model in gpu.RATES:
+        for how in ("from scratch", "pretrained"):
+            arms.append(gpu.arm(task, model, how, device="cpu"))
+    assert {steps_of(config) for config in arms} == {gpu.TASKS[task][1]}
+    assert {config.batch_size for config in arms} == {128}
+    assert [config.objective for config in arms] == ["none", "masked"] * 2
+    assert steps_of(gpu.arm(task, "s4", "pretrained", share=0.1)) == gpu.TASKS[task][1] // 10
+
+
+def test_a_step_that_is_done_is_not_repeated(tmp_path, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(gpu, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "prepare", lambda args: gpu.RUNS.mkdir(exist_ok=True))
+    monkeypatch.setattr(gpu, "train", lambda task, workers, device: ran.append(task))
+
+    class Done:
+        returncode = 0
+
+    def run(words, cwd):
+        ran.append(" ".join(words[1:3]))
+        Done.returncode = len(ran) == 1
+        return Done
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "tests", "peers", "listops", "--device", "cpu"])
+    with pytest.raises(SystemExit, match="failed: tests; the same command tries them again"):
+        gpu.main()
+    gpu.main()
+    assert ran == ["benchmarks/claims.py gpu-tests", "listops", "benchmarks/claims.py gpu-tests"]
+    assert "peers: left out, it needs --s4" in capsys.readouterr().out
 
 
 def test_a_pretrained_path_follows_the_seed(trained, tmp_path):

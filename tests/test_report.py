@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import lra_data
@@ -26,43 +25,56 @@ TINY = Config(
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two seeds of a pretrained run, and one from scratch, which has no denoiser."""
+    """Two seeds of a pretrained run, and one from scratch."""
     folder = tmp_path_factory.mktemp("runs")
     small = lra_data.load("lattice", n_train=64, n_val=8, n_test=16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lra_data, "load", lambda task, data_dir: small)
+        patch.setattr(lra_data, "load", lambda *args, **options: small)
         for name, change in {"a": {}, "b": {"seed": 1}, "c": {"objective": "none"}}.items():
             pretrain.train(replace(TINY, out=str(folder / name), **change))
-        names = [str(folder / name) for name in "abc"]
-        report.main([*names, "--out", str(folder / "page.html"), "--samples", "2"])
-        yield folder
+    report.main([*[str(folder / name) for name in "abc"], "--out", str(folder / "page.html")])
+    return folder
+
+
+def cells_of(text, number):
+    """The cells of the row of the run with this number, in the first table."""
+    row = re.search(rf"<tr><td>{number}</td>.*</tr>", text)[0]
+    return re.findall(r"<td>(.*?)</td>", row)
 
 
 def test_the_page_needs_no_network_and_its_tags_are_closed(runs):
     text = (runs / "page.html").read_text("utf-8")
     assert not re.search(r"https?:|<script|<link|@import|url\(", text)
-    images = re.findall(r'<img alt="" src="data:image/png;base64,', text)
-    assert len(images) == text.count("<img") == 3  # the curves, and examples of two runs
-    assert text.count("<table") == 2 and "no pretrained.pt" in text
-    for tag in ("table", "div", "h2", "h3", "ul", "details"):
+    assert len(re.findall(r'<img alt="" src="data:image/png;base64,', text)) == 1
+    assert text.count("<table") == 4
+    for tag in ("table", "h2", "h3"):
         assert len(re.findall(rf"<{tag}[ >]", text)) == text.count(f"</{tag}>"), tag
 
 
 def test_the_table_has_the_results(runs):
     text = (runs / "page.html").read_text("utf-8")
-    scores = []
-    for name in "abc":
+    losses = []
+    for number, name in enumerate("abc", 1):
         result = json.loads((runs / name / "result.json").read_text())
-        row = re.search(rf"<tr><td>\d  {name}</td>.*</tr>", text)[0]
-        cells = re.findall(r"<td>(.*?)</td>", row)
-        assert cells[1] == f"{result['parameters']:,}"
-        assert cells[2] == ("20" if name == "c" else "20 + 20")
-        assert cells[3] == ("" if name == "c" else f"{result['pretrain']['loss']:.4f}")
-        assert cells[4] == f"{100 * result['finetune']['accuracy']:.2f}"
-        assert cells[5] == f"{100 * result['test']['accuracy']:.2f}"
-        scores.append(100 * result["test"]["accuracy"])
-    spread = abs(scores[0] - scores[1]) / 2**0.5  # sample deviation of two numbers
-    assert f"<td>1, 2</td><td>{sum(scores[:2]) / 2:.2f} ± {spread:.2f}</td>" in text
+        cells = cells_of(text, number)
+        assert cells[1] == str(runs / name)
+        assert cells[2] == f"{result['parameters']:,}"
+        assert cells[3] == ("20" if name == "c" else "20 + 20")
+        loss = result.get("pretrain", {}).get("loss")
+        assert (f"loss {loss:.5g}," in cells[4]) if name != "c" else cells[4] == ""
+        assert f"accuracy {result['finetune']['accuracy']:.5g}" in cells[5]
+        assert f"accuracy {result['test']['accuracy']:.5g}" in cells[6]
+        losses.append(result["test"]["loss"])
+    mean = round((losses[0] + losses[1]) / 2, 4)
+    spread = round(abs(losses[0] - losses[1]) / 2**0.5, 4)  # sample deviation of two numbers
+    assert f"<td>1, 2</td><td>loss {mean} ± {spread}</td>" in text
+
+
+def test_settings_that_differ_are_told_from_those_that_do_not(runs):
+    text = (runs / "page.html").read_text("utf-8")
+    differ, same = text.split("<h2>Settings</h2>")[1].split("<h3>")
+    assert "<td>seed</td><td>0</td><td>1</td><td>0</td>" in differ
+    assert "<td>d_model</td><td>16</td>" in same and "<td>d_model</td>" not in differ
 
 
 def test_curves_are_those_of_the_metrics(runs):
@@ -75,43 +87,6 @@ def test_curves_are_those_of_the_metrics(runs):
         assert report.points(run, stage, "loss").tolist() == train
         assert report.points(run, stage, "loss", "val_").tolist() == val
         assert [step for step, _ in val] == [10, 20]
-
-
-def test_denoised_examples_are_what_validation_judged(runs):
-    _, raw, keep, where, guess = report.denoise(report.read_run(runs / "a"), 8)
-    assert keep.all() and 0.2 < where.mean() < 0.4  # the mask ratio of lattice is 0.3
-    assert (guess[~where] == raw[~where]).all() and set(np.unique(guess)) <= {0, 1}
-    judged = json.loads((runs / "a/result.json").read_text())["pretrain"]["accuracy"]
-    assert (guess == raw)[where].mean() == pytest.approx(judged, abs=1e-9)  # the one batch of val
-
-
-def listops(symbols):
-    split = lra_data.Split(np.zeros((1, 4), np.uint8), np.zeros(1, np.int64), np.array([4]))
-    return lra_data.Data("listops", split, split, split, len(symbols), 2, symbols=symbols)
-
-
-def test_hidden_pixels_are_orange_and_the_others_keep_their_gray():
-    raw = np.array([[0, 1, 1, 0]])
-    where = np.array([[False, True, False, False]])
-    before, masked, after = report.pixels(listops(("0", "1")), raw, where, np.array([[0, 9, 1, 0]]))
-    assert before.shape == (1, 2, 2, 3)
-    assert before[0, :, :, 0].tolist() == [[0, 1], [1, 0]] == after[0, :, :, 2].tolist()
-    assert masked[0, 0, 1].tolist() == list(report.ORANGE)
-    assert masked[0, :, :, 2].tolist() == [[0, report.ORANGE[2]], [1, 0]]
-
-
-def test_tokens_are_marked_hidden_right_and_wrong():
-    data = listops(("0", "1", "[MIN", "]"))
-    raw = np.array([[2, 0, 1, 3]])
-    guess = np.array([[2, 0, 3, 3]])
-    where = np.array([[False, True, True, False]])
-    html = report.token_samples(data, raw, np.ones_like(where), where, guess)
-    before, masked, denoised = html.split("<p ")[1:]
-    marks = r'<b class="(\w*)">(.*?)</b>'
-    assert re.findall(marks, before) == [("", "[MIN"), ("", "0"), ("", "1"), ("", "]")]
-    assert re.findall(marks, masked) == [("", "[MIN"), ("hidden", "?"), ("hidden", "?"), ("", "]")]
-    assert re.findall(marks, denoised)[1:3] == [("right", "0"), ("wrong", "]")]
-    assert "1 of 2 hidden tokens right" in html
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -127,7 +102,7 @@ def test_a_full_disk_leaves_no_empty_page(runs, tmp_path, monkeypatch, there):
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(SystemExit, match=r"report.py: .*No space left on device"):
-        report.main([str(runs / "c"), "--out", str(page), "--samples", "0"])
+        report.main([str(runs / "c"), "--out", str(page)])
     left = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert left == ({"page.html": "the page before"} if there else {})
 

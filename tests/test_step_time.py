@@ -40,7 +40,7 @@ def test_a_nap_shows_in_its_part(part, monkeypatch, tmp_path):
         time.sleep(0.02)
         return function(*args, **options)
 
-    monkeypatch.setattr(lra_data, "load", lambda task, data_dir: small)
+    monkeypatch.setattr(lra_data, "load", lambda *args, **options: small)
     monkeypatch.setattr(owner, name, napping)
     before = [getattr(owner, name) for owner, name in SLOW.values()]
     before += [Run.steps, pretrain.evaluate]
@@ -53,3 +53,20 @@ def test_a_nap_shows_in_its_part(part, monkeypatch, tmp_path):
         assert sum(row[other] for other in SLOW) == pytest.approx(row["total"])
         inside = row["forward"] + row["backward"] + row["optimizer"]
         assert step_time.share(row) == pytest.approx(100 * inside / row["total"])
+
+
+def test_tokens_and_what_is_kept_for_backward_are_counted(monkeypatch, tmp_path):
+    small = lra_data.load("lattice", n_train=8, n_val=8, n_test=8)
+    monkeypatch.setattr(lra_data, "load", lambda *args, **options: small)
+    found, _ = step_time.measure(replace(TINY, out=str(tmp_path / "a")))
+    L = small.train.tokens.shape[1]
+    assert [row["tokens"] for row in found.values()] == [4 * L, 4 * L]
+    clock = step_time.Clock("cpu", profile=True)
+    with clock.attached():
+        x = torch.ones(3, 5, dtype=torch.float64, requires_grad=True)
+        (x * 2).sigmoid().square().sum()  # keeps the sigmoid for its own gradient and the square's
+    assert clock.bytes == 2 * 8 * 15
+    least = step_time.bounds(replace(TINY, out=str(tmp_path / "b")))
+    activations = 4 * L * 8 * 4  # bytes of one (B, L, D)
+    for _, memory in least.values():
+        assert memory > 1e3 * 4 * 10 * activations / step_time.BANDWIDTH

@@ -1,0 +1,131 @@
+"""All that needs a GPU, in one resumable job: tests, times, the Long Range Arena at full size.
+
+    python benchmarks/gpu.py --s4 CLONE    everything; the same command continues a stopped job
+    python benchmarks/gpu.py listops       one step (also: pathfinder, fashion, and those of STEPS)
+
+--s4: clone of state-spaces/s4 (see peers.py; left out without it).  --folder: the four published
+files of Fashion-MNIST.  Training: a Transformer and S4, from scratch and pretrained, all with the
+same number of steps, about 20 epochs, half of them pretraining; learning rates are chosen on
+validation with a tenth of the steps.  A step that is done is not repeated: its mark in runs/gpu
+says so.
+"""
+
+import argparse
+import itertools
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from compare import compare, job, print_rows, tuned
+from fashion import FOLDER, write_pictures
+from measured import ROOT, provenance, save
+
+from settings import published, resolve
+
+RUNS = ROOT / "runs" / "gpu"
+SGCONV = "runs/gpu/pathfinder32-sgconv-small.json"
+STEP_TIME = (
+    "benchmarks/step_time.py --device cuda --precision bfloat16 --batch-size 128 --steps 20 "
+)
+SIZES = f"pathfinder32-transformer-small pathfinder32-s4-small {SGCONV}"
+STEPS = {  # in this order
+    "tests": "benchmarks/claims.py gpu-tests --anew",
+    "peers": "benchmarks/peers.py --device cuda --s4",
+    "pathfinder-time": f"{STEP_TIME} --task pathfinder32 --settings {SIZES} "
+    "--out results/step_time_h100_pathfinder.json",
+    "listops-time": f"{STEP_TIME} --task listops --out results/step_time_h100_listops.json",
+    "generation": "benchmarks/claims.py generation-gpu --anew",
+}
+RATES = {"transformer": (3e-4, 1e-3), "s4": (1e-3, 4e-3)}
+PICTURES = "data/fashion_mnist_28.npz"
+TASKS = {  # settings, steps of 128 examples in about 20 epochs, other flags
+    "listops": ("listops", 15_000, {}),
+    "pathfinder": ("pathfinder32", 25_000, {}),
+    "fashion": ("pathfinder32", 8_600, {"task": PICTURES, "loss": "l1", "mask_ratio": 0.5}),
+}
+
+
+def arm(task, model, how, share=1.0, **own):
+    """The Config of one arm that takes a share of the steps."""
+    settings, steps, flags = TASKS[task]
+    steps = round(share * steps)
+    plan = {"objective": "masked", "pretrain_steps": steps // 2, "finetune_steps": steps // 2}
+    if how == "from scratch":
+        plan = {"objective": "none", "finetune_steps": steps}
+    plan.update(batch_size=128, pretrain_batch_size=128, eval_every=max(1, steps // 20))
+    config, _ = resolve({"settings": f"{settings}-{model}-small", **flags, **plan, **own})
+    return config
+
+
+def train(task, workers, device):
+    """Choose the learning rates of all arms, train them, write results/gpu_lra_TASK.json."""
+    origin = provenance()
+    folder = f"runs/gpu/{task}"
+    arms = {}
+    for model, how in itertools.product(RATES, ("from scratch", "pretrained")):
+        out = f"{folder}/rates-{model}-{how.replace(' ', '-')}"
+        short = arm(task, model, how, share=0.1, out=out, device=device)
+        best, _ = tuned(short, RATES[model], workers)
+        name = {"transformer": "Transformer", "s4": "S4"}[model]
+        arms[f"{name}, {how}"] = arm(task, model, how, device=device, **best)
+    rows = compare(arms, [0], folder, workers)
+    save(ROOT / f"results/gpu_lra_{task}.json", {**origin, "seeds": [0], "arms": rows})
+    print_rows(rows)
+
+
+def prepare(args):
+    """What the steps read: settings of SGConv at the size of S4, the pictures."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    values = {name: value for name, (value, _) in published("pathfinder32-s4-small")[0].items()}
+    own = {"model": "sgconv", "kernel_dim": 32}
+    (ROOT / SGCONV).write_text(json.dumps({"settings": {**values, **own}}), encoding="utf-8")
+    if "fashion" in args.names and not Path(PICTURES).exists():
+        write_pictures(args.folder, Path(PICTURES), 28, 60_000)
+
+
+def run_step(name, args):
+    """Run one step unless it is marked as done.  True if it is done."""
+    mark = RUNS / f"{name}.done"
+    if mark.exists():
+        print(f"{name}: done before; delete {mark.relative_to(ROOT)} to repeat it")
+        return True
+    if name == "peers" and not args.s4:
+        print("peers: left out, it needs --s4")
+        return True
+    print(f"== {name}", flush=True)
+    if name in TASKS:
+        job(lambda: train(name, args.workers, args.device), "gpu.py")
+    else:
+        words = [*shlex.split(STEPS[name]), *([args.s4] if name == "peers" else [])]
+        if subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
+            return False
+    mark.touch()
+    return True
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    every = [*STEPS, *TASKS]
+    add("names", nargs="*", metavar="step", help=f"all of {', '.join(every)} unless named")
+    add("--s4", help="clone of state-spaces/s4")
+    add("--folder", type=Path, default=FOLDER, help="folder of Fashion-MNIST")
+    add("--workers", type=int, default=1, help="parallel training runs (1)")
+    add("--device", choices=["cpu", "cuda"], default="cuda", help="torch device (cuda)")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(every):
+        parser.error(f"unknown step {', '.join(unknown)}; choose from {', '.join(every)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch finds no CUDA device on this machine")
+    args.names = args.names or every
+    job(lambda: prepare(args), "gpu.py")
+    failed = [name for name in args.names if not run_step(name, args)]
+    if failed:
+        sys.exit(f"gpu.py: failed: {', '.join(failed)}; the same command tries them again")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Our S4 and S4D beside the authors' code, in one run: forward + backward, time and memory.
+
+    git clone https://github.com/state-spaces/s4
+    python benchmarks/peers.py --s4 s4                  writes results/peers_cpu.json
+    python benchmarks/peers.py --s4 s4 --device cuda    writes results/peers_gpu.json
+
+Their layer is FFTConv of models/s4/s4.py, with its CUDA kernel if that is built (`setup.py build`
+in s4/extensions/kernels) and without its GELU.  Causal, width 256, d_state 64, float32, gradients
+of the input and all parameters.  "4 layers" is our S4Model with our mixers or with theirs.  On a
+GPU: medians of CUDA events, eager and captured in a CUDA graph, and the peak of allocated memory.
+"""
+
+import argparse
+import ast
+import importlib.util
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from measured import ROOT, provenance, save
+from torch import nn
+
+from s4 import S4, S4D, S4Config, S4Model
+
+WIDTH = 256
+D_STATE = 64
+BATCH = {1024: 16, 4096: 8, 16384: 4}  # by length
+
+
+def load_theirs(path):
+    """The module models/s4/s4.py of a clone.  ValueError if it or one of its imports is missing."""
+    file = path / "models" / "s4" / "s4.py"
+    if not file.is_file():
+        raise ValueError(f"--s4 {path} is no clone of state-spaces/s4: it has no models/s4/s4.py")
+    kernels = path / "extensions" / "kernels"
+    sys.path += map(str, [path, kernels, *kernels.glob("build/lib*")])
+    missing = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module]
+        for name in names:
+            package = name.split(".")[0]
+            if importlib.util.find_spec(package) is None:
+                missing.add(package)
+    if missing:
+        raise ValueError(f"{file} imports {', '.join(sorted(missing))}: install what is missing")
+    spec = importlib.util.spec_from_file_location("their_s4", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["their_s4"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Theirs(nn.Module):
+    """Their layer as a mixer of ours: (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, module, mode, L):
+        super().__init__()
+        self.conv = module.FFTConv(WIDTH, l_max=L, mode=mode, d_state=D_STATE, n_ssm=WIDTH)
+        self.conv.activation = nn.Identity()
+
+    def forward(self, x, keep=None):
+        y, _ = self.conv(x.transpose(1, 2))  # (B, D, L)
+        return y.transpose(1, 2)
+
+
+def build(layer, whose, module, L):
+    """A module (B, L, D) -> (B, L, D)."""
+    mode = "diag" if layer == "S4D" else "dplr"
+    if layer == "4 layers":
+        config = S4Config(WIDTH, 4, D_STATE, n_channels=WIDTH, causal=True)
+        if whose == "ours":
+            return S4Model(config)
+        return S4Model(config, lambda config, i: Theirs(module, mode, L))
+    if whose == "theirs":
+        return Theirs(module, mode, L)
+    return S4(WIDTH, D_STATE) if layer == "S4" else S4D(WIDTH, D_STATE)
+
+
+def median_ms(run, device, rounds):
+    """Median time of a call, after calls that load and plan."""
+    found = []
+    for i in range(rounds + 3):
+        start = time.perf_counter()
+        if device == "cuda":
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+        run()
+        ms = 1e3 * (time.perf_counter() - start)
+        if device == "cuda":
+            events[1].record()
+            torch.cuda.synchronize()
+            ms = events[0].elapsed_time(events[1])
+        if i >= 3:
+            found.append(ms)
+    return statistics.median(found)
+
+
+def captured(run):
+    """A CUDA graph of run(), as a function; None if it cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError as error:
+        print(f"cannot be captured: {str(error).splitlines()[0]}")
+        return None
+    return graph.replay
+
+
+def measure(layer, whose, module, L, device):
+    """One row of the results."""
+    torch.manual_seed(0)
+    mixer = build(layer, whose, module, L).to(device)
+    x = torch.randn(BATCH[L], L, WIDTH, device=device, requires_grad=True)
+    grad = torch.randn(BATCH[L], L, WIDTH, device=device)
+    inputs = [x, *(p for p in mixer.parameters() if p.requires_grad)]
+
+    def run():
+        torch.autograd.grad(mixer(x), inputs, grad, allow_unused=True)
+
+    row = {"layer": layer, "whose": whose, "L": L, "batch": BATCH[L]}
+    if device == "cpu":
+        return row | {"ms": median_ms(run, device, 3)}
+    torch.cuda.reset_peak_memory_stats()
+    row["ms"] = median_ms(run, device, 30)
+    row["mib"] = torch.cuda.max_memory_allocated() / 2**20
+    replay = captured(run)
+    row["captured_ms"] = median_ms(replay, device, 30) if replay else None
+    return row
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--s4", type=Path, required=True, help="clone of state-spaces/s4")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="torch device (cpu)")
+    add("--lengths", type=int, nargs="+", choices=BATCH, help="lengths (all; 1024 on a CPU)")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no CUDA device on this machine")
+    origin = provenance()
+    try:
+        module = load_theirs(args.s4)
+    except ValueError as error:
+        sys.exit(f"peers.py: {error}")
+    # on a CPU their kernel needs 20 GiB at 16,384
+    lengths = args.lengths or ([1024] if args.device == "cpu" else [*BATCH])
+    rows = []
+    for L in lengths:
+        for layer in ("S4", "S4D", "4 layers"):
+            for whose in ("ours", "theirs"):
+                row = measure(layer, whose, module, L, args.device)
+                print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+                rows.append(row)
+    git = ["git", "-C", str(args.s4), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    about = {"their_commit": commit, "cuda_kernel": getattr(module, "has_cuda_extension", None)}
+    kind = "cpu" if args.device == "cpu" else "gpu"
+    save(ROOT / f"results/peers_{kind}.json", {**origin, **about, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
