@@ -44,7 +44,7 @@ import os
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from itertools import chain
@@ -566,7 +566,7 @@ def lost(text):
         yield
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
-        signs = ("gloo", "NCCL", "monitoredBarrier", "pair closure")
+        signs = ("gloo", "NCCL", "pair closure")
         known = isinstance(error, dist.DistError) or any(sign in reason for sign in signs)
         if not known or isinstance(error, RankLost):
             raise
@@ -584,6 +584,7 @@ class Ranks:
     world: int = 1
     group: object = None
     staged: object = "cpu"  # the device that holds messages in transit
+    limit: timedelta = timedelta()  # of a wait; 0: the group's timeout
 
     def exchange(self, parts, shapes, what):
         """Start sending parts[p] to rank p and receiving one of shapes[p], of the same dtype.
@@ -614,7 +615,7 @@ class Ranks:
             for text, works in started:
                 with lost(text):
                     for work in works:
-                        work.wait()
+                        work.wait(self.limit)
             return [x.to(parts[0].device) for x in came]
 
         return wait
@@ -640,12 +641,12 @@ class Ranks:
         wait = self.exchange(parts, shapes, what)
         return lambda: wait()[self.rank - 1]
 
-    def tell(self, facts):
+    def tell(self, facts, what):
         """What all ranks say: a list over ranks.  facts: numbers and text, below 4 KB."""
         text = json.dumps(facts).encode().ljust(4096)
         message = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         shapes = [message.shape] * self.world
-        came = self.exchange([message] * self.world, shapes, "the handshake")()
+        came = self.exchange([message] * self.world, shapes, what)()
         return [json.loads(bytes(x.tolist())) for x in came]
 
 
@@ -695,8 +696,8 @@ def agree(ranks, layout, tensors, **facts):
             sizes[dim] = "n"
             # ranks that differ in this would wait for each other in backward
             gradient = x.requires_grad and torch.is_grad_enabled()
-            facts[name] = f"{x.dtype} {sizes}, gradient {gradient}"
-    stated = ranks.tell({"facts": facts, "lengths": lengths})
+            facts[name] = f"{x.dtype} ({', '.join(map(str, sizes))}), gradient {gradient}"
+    stated = ranks.tell({"facts": facts, "lengths": lengths}, "the handshake")
     for name in stated[0]["facts"]:
         values = [own["facts"].get(name) for own in stated]
         same = all(value == values[0] for value in values)
@@ -772,13 +773,14 @@ def process_group(device="cpu", timeout=60.0):
             yield rank, world, torch.device(device)
             wait_for_rank0()
     finally:
+        long_waits = None
         dist.destroy_process_group()
 
 
 def wait_for_rank0():
     """Wait until all ranks have called this, up to a day: for loading and saving on rank 0."""
-    if dist.is_initialized():
-        dist.monitored_barrier(long_waits, timeout=timedelta(days=1))
+    ranks = replace(ranks_of(long_waits, "cpu"), limit=timedelta(days=1))
+    ranks.tell("done", "a wait for all ranks")
 
 
 # ---------------------------------------------------------------- self-check, and a long run
