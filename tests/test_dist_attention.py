@@ -118,7 +118,7 @@ def test_references_are_attention(causal):
 
 
 def test_what_is_not_a_number_is_no_small_error():
-    assert da.largest([0.0, float("nan"), 1e-16]) == float("inf")
+    assert da.largest([1.0, float("nan"), 2.0], [1.0, 2.0, 2.0]) == float("inf")
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -310,7 +310,7 @@ def test_command_line():
     env = ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("   ok\n") == 17
+    assert done.stdout.count("   ok\n") == 11
     assert "5,000 tokens, 1 head of 64, causal, zigzag ring, 2 ranks of 1 threads" in done.stdout
     assert "1.3 MB sent per rank, in 1 messages" in done.stdout  # 2 x 2500 x 64 x 4 bytes
 
@@ -320,7 +320,7 @@ def test_command_line_under_a_scheduler_with_one_process(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert da.main(["--check"]) == 0
-    assert capsys.readouterr().out.count("   ok\n") == 17
+    assert capsys.readouterr().out.count("   ok\n") == 11
 
 
 def test_command_line_refuses_too_few_tokens(capsys):
