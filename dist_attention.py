@@ -64,7 +64,7 @@ def ring_ref(q, k, v, at, causal=False):
     """Ring attention as one loop over steps and ranks, one head: q, k, v (L, E) -> (L, E).
 
     at: for each rank, the positions of its tokens.  In step s rank r adds the keys of rank r - s
-    to the softmax over those that it has seen (arXiv:2310.01889v4, algorithm 1).
+    to the softmax over those that it has seen (arXiv:2310.01889v4, algorithm 1), first its own.
     """
     world = len(at)
     out = np.zeros((len(q), v.shape[1]))
@@ -76,9 +76,8 @@ def ring_ref(q, k, v, at, causal=False):
             if causal:
                 scores = np.where(cols <= rows[:, None], scores, -np.inf)
             total = np.logaddexp(lse[rows], np.logaddexp.reduce(scores, 1, keepdims=True))
-            finite = np.where(np.isinf(total), 0, total)  # -inf - -inf would be nan
-            out[rows] *= np.exp(lse[rows] - finite)
-            out[rows] += np.exp(scores - finite) @ v[cols]
+            out[rows] *= np.exp(lse[rows] - total)
+            out[rows] += np.exp(scores - total) @ v[cols]
             lse[rows] = total
     return out
 

@@ -223,39 +223,38 @@ def a_mismatch_is_named_on_every_rank(rank, world):
     """Rank 1 is odd; then all goes well."""
     if world != 3:
         return
-    odd = rank == 1
-    ring = da.ring_attention
+
+    def one(right, wrong):
+        return wrong if rank == 1 else right
+
     q = torch.zeros(1, 4, 6, 8)
-    heads = torch.zeros(1, 6 if odd else 4, 6, 8)
-    groups = torch.zeros(1, 1 if odd else 2, 6, 8)
-    dtype = q.double() if odd else q
-    short = q[:, :, :5] if odd else q
+    kv = [one(q, q[:, :2])] * 2
+    keep = torch.ones(1, one(6, 5), dtype=torch.bool)
     learned = q.clone().requires_grad_()
-    keep = torch.ones(1, 5 if odd else 6, dtype=torch.bool)
-    is_float = "torch.float32 (1, 4, n, 8), gradient"
-    differ = "ranks differ, they have ["
-    for said, heard in {
-        f"q: {differ}'{is_float} False', 'torch.f": caught(ring, heads, heads, heads),
-        f"k: {differ}": caught(ring, q, groups, groups),
-        f"q: {differ}'{is_float} False', 'torch.float64": caught(ring, dtype, dtype, dtype),
-        "q: ranks hold [6, 5, 6] tokens; layout contiguous gives them [5, 6, 6]": caught(
-            ring, short, short, short
+    plain = "torch.float32 (1, 4, n, 8), gradient False"
+    held = "ranks hold [6, 5, 6] tokens; layout contiguous gives them [5, 6, 6]"
+    contiguous = {"layout": one("contiguous", "zigzag")}
+    cases = [
+        (f"q: ranks differ, they have ['{plain}', 'torch.f", [one(q, q[:, :2])] * 3, {}),
+        ("k: ranks differ, they have [", [q, *kv], {}),
+        (f"'{plain}', 'torch.float64 (1, ", [one(q, q.double())] * 3, {}),
+        (f"q: {held}", [one(q, q[:, :, :5])] * 3, {}),
+        ("causal: ranks differ, they have [False, True, False]", [q, q, q, one(False, True)], {}),
+        ("layout: ranks differ, they have ['contiguous', 'zigzag', ", [q, q, q], contiguous),
+        (f"gradient True', '{plain}', 'torch", [one(learned, q), learned, learned], {}),
+        (
+            "keep: ranks differ, they have ['torch.bool (1, n), ",
+            [q, q, q, False, one(keep, None)],
+            {},
         ),
-        f"causal: {differ}False, True, False]": caught(ring, q, q, q, odd),
-        f"layout: {differ}'contiguous', 'zigzag', 'contiguous']": caught(
-            ring, q, q, q, layout="zigzag" if odd else "contiguous"
-        ),
-        f"call: {differ}'ring', 'ulysses', 'ring']": caught(
-            da.ulysses_attention if odd else ring, q, q, q
-        ),
-        f"q: {differ}'{is_float} True', '{is_float} False', '{is_float} True']": caught(
-            ring, q if odd else learned, learned, learned
-        ),
-        f"keep: {differ}": caught(ring, q, q, q, keep=None if odd else keep),
-        "keep: ranks hold [6, 5, 6] tokens": caught(ring, q, q, q, keep=keep),
-        "no error": caught(ring, q, q, q),
-    }.items():
+        ("keep: ranks hold [6, 5, 6] tokens", [q, q, q, False, keep], {}),
+        ("no error", [q, q, q], {}),
+    ]
+    for said, inputs, options in cases:
+        heard = caught(da.ring_attention, *inputs, **options)
         assert said in heard, (said, heard)
+    heard = caught(one(da.ring_attention, da.ulysses_attention), q, q, q)
+    assert "call: ranks differ, they have ['ring', 'ulysses', 'ring']" in heard
 
 
 PROPERTIES = [

@@ -303,6 +303,17 @@ def test_the_long_run_counts_its_operations_and_sees_wrong_values(monkeypatch, c
     assert da.run(1000, 2, 8, "cpu", 0, 1)["error"] > 0.1
 
 
+def test_the_long_run_checks_its_first_middle_and_last_row():
+    """With keys and values in several parts."""
+    q, k, v = (da.random_tokens(seed, 0, 300, 1, 8) for seed in range(3))
+    out = da.attention_slow(q, k, v, True)
+    assert da.sampled_error(q, out, torch.arange(300), part=128) < 1e-6
+    for row in (0, 150, 299):
+        wrong = out.clone()
+        wrong[:, :, row] *= 1.1
+        assert da.sampled_error(q, wrong, torch.arange(300), part=128) > 0.09
+
+
 @pytest.mark.dist
 def test_command_line():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -319,7 +330,11 @@ def test_command_line_under_a_scheduler_with_one_process(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert da.main(["--check"]) == 0
+    asked = []
+    real = da.process_group
+    monkeypatch.setattr(da, "process_group", lambda *args: asked.append(args) or real(*args))
+    assert da.main(["--check", "--timeout", "7"]) == 0
+    assert asked == [("cpu", 7.0)]
     assert capsys.readouterr().out.count("   ok\n") == 11
 
 
