@@ -23,10 +23,9 @@ Motivation: He and Kabic 2023, arXiv:2302.06218v3 (we know the abstract only).  
 bfloat16 inputs are sent as bfloat16; sums, also those that travel in the ring's backward pass, are
 float32.  Results agree across numbers of ranks up to rounding.
 
-`spread` turns a model into one that reads shards; examples/ring_training.py is a training script.
-The loss of the model is the sum of what the ranks call backward on, and so are its gradients
-(`sum_gradients`).  If all ranks compute one loss from a shared mean (`SumOverRanks`), only one of
-them may count it.
+To train: `spread` lets a model read shards, each rank calls backward on its part of the loss, and
+`sum_gradients` adds the gradients up; examples/ring_training.py is a whole script.  If all ranks
+compute the same loss, from a mean over all tokens (`SumOverRanks`), only one of them may count it.
 
 Not included: dropout, windows, additive bias, packed sequences, gradients of lse.
 
@@ -242,7 +241,7 @@ def fused_block_grad(grad, q, k, v, out, lse, causal):
     if q.is_cpu:
         kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
         return kernel(grad, q, k, v, out, lse, 0.0, causal)
-    seed = torch.zeros(2, dtype=torch.int64, device=q.device)  # for dropout, which is 0
+    seed = torch.zeros(2, dtype=torch.int64, device=q.device)  # of dropout, whose rate is 0
     if q.dtype == torch.float32:
         kernel = aten._scaled_dot_product_efficient_attention_backward
         lse = F.pad(lse, (0, -lse.shape[2] % 32))
@@ -361,7 +360,8 @@ class RingAttention(torch.autograd.Function):
                 seen = q[rows], k, v, out[rows], lse[rows]
                 dq_b, dk_b, dv_b = attention_block_grad(grad[rows], *seen, diagonal, keep)
                 dq[rows] += dq_b
-                by_group = torch.stack([dk_b, dv_b]).unflatten(2, (part.shape[2], -1))
+                dkv_b = torch.stack([dk_b, dv_b])
+                by_group = dkv_b.unflatten(2, (part.shape[2], -1))  # (2, B, G, H/G, m, E)
                 dkv[cols] += by_group.sum(3, dtype=dq.dtype)
             dkv += arriving()
             if owner == ranks.rank:
@@ -646,7 +646,7 @@ class Ranks:
         parts = [x.new_empty(0)] * self.world
         parts[(self.rank + 1) % self.world] = x
         shapes = [(0,)] * self.world
-        (shapes[self.rank - 1],) = resized(x, 3, [tokens])
+        shapes[self.rank - 1] = resized(x, 3, [tokens])[0]
         wait = self.exchange(parts, shapes, what)
         return lambda: wait()[self.rank - 1]
 
@@ -714,7 +714,8 @@ def agree(ranks, layout, tensors, **facts):
     chunks = {}
     for name in lengths:
         held = [own["lengths"][name] for own in stated]
-        every = [chunks_of(sum(held), rank, ranks.world, layout) for rank in range(ranks.world)]
+        L = sum(held)
+        every = [chunks_of(L, rank, ranks.world, layout) for rank in range(ranks.world)]
         given = lengths_of(every)
         text = f"{name}: ranks hold {held} tokens; layout {layout} gives them {given}"
         require(held == given, text)
@@ -725,7 +726,12 @@ def agree(ranks, layout, tensors, **facts):
 def agree_on_attention(schedule, q, k, v, causal, keep, group, layout):
     """Check the arguments on all ranks; return the Plan."""
     ranks = ranks_of(group, q.device)
-    tensors = {"q": (q, -2), "k": (k, -2), "v": (v, -2), "keep": (keep, -1)}
+    tensors = {
+        "q": (q, -2),
+        "k": (k, -2),
+        "v": (v, -2),
+        "keep": (keep, -1),
+    }
     chunks = agree(ranks, layout, tensors, call=schedule, causal=bool(causal))
     fits = q.ndim == k.ndim == 4 and k.shape == v.shape and q.is_floating_point()
     fits = fits and q.shape[::3] == k.shape[::3]  # B and E
