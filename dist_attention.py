@@ -1,6 +1,7 @@
 """Exact attention over several processes (ranks), each of which holds a part of the sequence.
 
-Softmax attention to all keys is merged from attention (out_b, lse_b) to the keys of each rank:
+A rank keeps its queries and meets the keys of all ranks, block after block.  What it has seen so
+far, (out, lse), begins as (0, -inf), and attention (out_b, lse_b) to one more block changes it to
 
     lse' = log(e^lse + e^lse_b),  out' = out e^(lse - lse') + out_b e^(lse_b - lse')
 
@@ -22,20 +23,15 @@ Motivation: He and Kabic 2023, arXiv:2302.06218v3 (we know the abstract only).  
 bfloat16 inputs are sent as bfloat16; sums, also those that travel in the ring's backward pass, are
 float32.  Results agree across numbers of ranks up to rounding.
 
-To train a model whose blocks have a `mixer` (attention, S4, SGConv) on shards of its sequences:
-
-    spread(model, "ring", layout)
-    at = {"positions": positions(L, rank, world, layout)}  # for a Transformer; {} for S4, SGConv
-    h = model(own_tokens(tokens, layout), **at)  # (B, n, D)
-    mean = SumOverRanks.apply(h.sum(1)) / L  # (B, D), the same on every rank
-    loss.backward()  # if all ranks compute the same loss, multiply it by 0 on all but one
-    sum_gradients(model.parameters())
+To train: `spread` lets a model read shards, each rank calls backward on its part of the loss, and
+`sum_gradients` adds the gradients up; examples/ring_training.py is a whole script.  If all ranks
+compute the same loss, from a mean over all tokens (`SumOverRanks`), only one of them may count it.
 
 Not included: dropout, windows, additive bias, packed sequences, gradients of lse.
 
     python dist_attention.py                                       one process, no communication
     torchrun --standalone --nproc-per-node 2 dist_attention.py     check table, 131,072 tokens
-    torchrun --standalone --nproc-per-node 2 dist_attention.py --tokens 1000000
+    torchrun --standalone --nproc-per-node 2 dist_attention.py --tokens 1048576
 """
 
 import argparse
@@ -47,7 +43,7 @@ import os
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from itertools import chain
@@ -67,7 +63,7 @@ def ring_ref(q, k, v, at, causal=False):
     """Ring attention as one loop over steps and ranks, one head: q, k, v (L, E) -> (L, E).
 
     at: for each rank, the positions of its tokens.  In step s rank r adds the keys of rank r - s
-    to the softmax over those that it has seen (arXiv:2310.01889v4, algorithm 1).
+    to the softmax over those that it has seen (arXiv:2310.01889v4, algorithm 1), first its own.
     """
     world = len(at)
     out = np.zeros((len(q), v.shape[1]))
@@ -79,9 +75,8 @@ def ring_ref(q, k, v, at, causal=False):
             if causal:
                 scores = np.where(cols <= rows[:, None], scores, -np.inf)
             total = np.logaddexp(lse[rows], np.logaddexp.reduce(scores, 1, keepdims=True))
-            finite = np.where(np.isinf(total), 0, total)  # -inf - -inf would be nan
-            out[rows] *= np.exp(lse[rows] - finite)
-            out[rows] += np.exp(scores - finite) @ v[cols]
+            out[rows] *= np.exp(lse[rows] - total)
+            out[rows] += np.exp(scores - total) @ v[cols]
             lse[rows] = total
     return out
 
@@ -89,25 +84,35 @@ def ring_ref(q, k, v, at, causal=False):
 # ---------------------------------------------------------------- layouts
 
 
+def require(ok, message):
+    """Raise a ValueError with this message unless ok."""
+    if not ok:
+        raise ValueError(message)
+
+
 def chunks_of(L, rank, world, layout="contiguous"):
     """The tokens of a rank: consecutive positions [(start, stop), ...].
 
     contiguous: chunk r of W.  zigzag: chunks r and 2W-1-r of 2W, which give every rank the same
-    work under a causal mask.  Any other layout is a ValueError.
+    work under a causal mask.
     """
-    if layout == "contiguous":
-        count = world
-        mine = [rank]
-    elif layout == "zigzag":
+    known = layout in ("contiguous", "zigzag")
+    require(known, f"layout {layout!r}: expected 'contiguous' or 'zigzag'")
+    count = world
+    mine = [rank]
+    if layout == "zigzag":
         count = 2 * world
         mine = [rank, 2 * world - 1 - rank]
-    else:
-        raise ValueError(f"layout {layout!r}: expected 'contiguous' or 'zigzag'")
     return [(L * c // count, L * (c + 1) // count) for c in mine]
 
 
 def length(chunks):
     return sum(stop - start for start, stop in chunks)
+
+
+def lengths_of(every):
+    """Numbers of tokens, from the chunks of all ranks."""
+    return [length(own) for own in every]
 
 
 def tokens_of(chunks):
@@ -147,12 +152,14 @@ def local_slices(chunks, longest):
 
 
 def scores_of(q, k, causal, keep):
-    """(B, H, n, E) x (B, H, E, m) -> (B, H, n, m); query i sees keys 0 .. i when causal."""
+    """(B, H, n, E) x (B, H, m, E) -> (B, H, n, m); query i sees keys 0 .. i when causal."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     if causal:
         future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)  # (n, m)
         scores = scores.masked_fill(future, -torch.inf)
-    return scores if keep is None else scores + hide(keep, scores.dtype)
+    if keep is not None:
+        scores = scores.masked_fill(~keep[:, None, None, :], -torch.inf)
+    return scores
 
 
 def per_query_head(kv, q):
@@ -172,10 +179,10 @@ def attention_block(q, k, v, causal=False, keep=None):
     q: (B, H, n, E), k, v: (B, H, m, E), none empty; causal: query i sees keys 0 .. i, n == m.
     Returns out (B, H, n, E) and lse (B, H, n) in float32 (float64 for float64).
     """
-    fused = has_kernel(q, causal, keep)
+    fused = has_kernel(q, keep)
     q, k, v = ready(fused, q, k, v)
     if fused:
-        return fused_block(q, k, v, causal, keep)
+        return fused_block(q, k, v, causal)
     scores = scores_of(q, k, causal, keep)
     lse = scores.logsumexp(-1)
     finite = lse.masked_fill(lse == -torch.inf, 0)  # -inf - -inf would be nan
@@ -187,12 +194,13 @@ def attention_block_grad(grad, q, k, v, out, lse, causal=False, keep=None):
 
     The weights exp(scores - lse) are those of the whole softmax, so gradients of blocks add up.
     """
-    fused = has_kernel(q, causal, keep)
+    fused = has_kernel(q, keep)
     grad, q, k, v, out = ready(fused, grad, q, k, v, out)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a query that saw nothing has weights 0
     if fused:
-        return fused_block_grad(grad, q, k, v, out, lse, causal, keep)
-    weights = (scores_of(q, k, causal, keep) - lse[..., None]).exp()  # P (B, H, n, m)
+        return fused_block_grad(grad, q, k, v, out, lse, causal)
+    scores = scores_of(q, k, causal, keep)
+    weights = (scores - lse[..., None]).exp()  # P (B, H, n, m)
     mean = (grad * out).sum(-1, keepdim=True)  # sum_j P_j dP_j, over the keys of all ranks
     dscores = weights * (grad @ v.mT - mean) / math.sqrt(q.shape[-1])
     return dscores @ k, dscores.mT @ q, weights.mT @ grad
@@ -205,24 +213,19 @@ def ready(fused, *tensors):
     return [x.contiguous() for x in tensors]  # the kernels silently assume stride 1
 
 
-def has_kernel(q, causal, keep):
+def has_kernel(q, keep):
     """True if PyTorch has a fused kernel for these inputs that also returns the log-sum-exp."""
-    if q.is_cpu:
-        return keep is None or not causal
+    if keep is not None or q.is_cpu:
+        return keep is None
     size = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    return q.is_cuda and q.dtype != torch.float64 and size and keep is None
+    return q.is_cuda and q.dtype != torch.float64 and size
 
 
-def fused_block(q, k, v, causal, keep):
+def fused_block(q, k, v, causal):
     """(out, lse) by the kernel of this device."""
     aten = torch.ops.aten
     if q.is_cpu:
-        bias = None if keep is None else hide(keep, q.dtype)
-        kernel = aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = kernel(q, k, v, 0.0, causal, attn_mask=bias)
-        if keep is not None:  # where a query sees no key this kernel returns lse 0
-            lse = lse.masked_fill(~keep.any(1)[:, None, None], -torch.inf)
-        return out, lse
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
     if q.dtype == torch.float32:
         kernel = aten._scaled_dot_product_efficient_attention
         out, lse = kernel(q, k, v, None, True, 0.0, causal)[:2]
@@ -232,14 +235,13 @@ def fused_block(q, k, v, causal, keep):
     return out.float(), lse[:, :, : q.shape[2]].contiguous()  # lse is padded to 32 rows
 
 
-def fused_block_grad(grad, q, k, v, out, lse, causal, keep):
+def fused_block_grad(grad, q, k, v, out, lse, causal):
     """(dq, dk, dv) by the kernel of this device."""
     aten = torch.ops.aten
     if q.is_cpu:
-        bias = None if keep is None else hide(keep, q.dtype)
         kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return kernel(grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias)
-    seed = torch.zeros(2, dtype=torch.int64, device=q.device)  # for dropout, which is 0
+        return kernel(grad, q, k, v, out, lse, 0.0, causal)
+    seed = torch.zeros(2, dtype=torch.int64, device=q.device)  # of dropout, whose rate is 0
     if q.dtype == torch.float32:
         kernel = aten._scaled_dot_product_efficient_attention_backward
         lse = F.pad(lse, (0, -lse.shape[2] % 32))
@@ -268,22 +270,14 @@ def merge(out, lse, out_block, lse_block):  # same as attention.py:merge
     return out, torch.logaddexp(lse, lse_block)
 
 
-def hide(keep, dtype):
-    """Turn a padding mask (B, L) into a bias (B, 1, 1, L): 0 at real tokens, -inf at padding."""
-    bias = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
-    return bias.masked_fill(~keep, -torch.inf)[:, None, None, :]
-
-
 # ---------------------------------------------------------------- the ring
-# Ranks, further below, passes messages: shift(x, tokens, what) starts to send x to the next rank
-# and returns wait(), which returns what the previous rank sent; `what` names the step in errors.
 
 
 @dataclass(frozen=True)
 class Plan:
     """What all ranks agreed on."""
 
-    ranks: "Ranks"
+    ranks: object  # the processes, and messages between them: see Ranks
     causal: bool
     q_chunks: list  # for each rank, its chunks
     k_chunks: list
@@ -292,25 +286,29 @@ class Plan:
     def blocks(self, q, owner):
         """Yield (rows, cols, diagonal, keep) wherever this rank's queries see keys of a rank.
 
-        rows: index of queries in (B, H, n, ...), cols: of keys in (2, B, G, m, E), keep: (B, m).
+        rows: index of queries in (B, H, n, ...), cols: of keys in (2, B, G, m, E), keep: (B, m),
+        None without padding.
         """
         mine = self.q_chunks[self.ranks.rank]
         theirs = self.k_chunks[owner]
-        keep = None
-        if self.keep is not None:
-            keep = self.keep[:, tokens_of(theirs)]
-            keep = None if keep.all() else keep  # kernels are faster without
         longest = 1024  # without a fused kernel, the scores of a block are all in memory
-        if has_kernel(q, self.causal, keep):
+        if has_kernel(q, self.keep):
             longest = 32768  # kernels add up keys one after the other, and their rounding grows
+        keep = None
         for rows, cols, diagonal in visible_blocks(mine, theirs, self.causal, longest):
+            if self.keep is not None:
+                keep = self.keep[:, tokens_of(theirs)[cols]]
+                keep = None if keep.all() else keep
             if q.numel():
-                kept = None if keep is None else keep[:, cols]
-                yield np.s_[:, :, rows], np.s_[:, :, :, cols], diagonal, kept
+                yield np.s_[:, :, rows], np.s_[:, :, :, cols], diagonal, keep
 
 
 def around_the_ring(plan, kv, what):
-    """Yield (rank, its kv) in W steps, rank - s in step s, while the next kv is on its way."""
+    """Yield (rank, its kv) in W steps, rank - s in step s, while the next kv is on its way.
+
+    `ranks.shift` starts to send to the next rank and returns a function that waits for what the
+    previous rank sent.  It sends nothing if there is None to send.
+    """
     ranks = plan.ranks
     for step in range(ranks.world):
         owner = (ranks.rank - step) % ranks.world
@@ -348,9 +346,8 @@ class RingAttention(torch.autograd.Function):
 
         Each rank keeps the gradients of its own keys, and adds the sums at the end: one hop less.
         """
-        q, kv, out, lse = (
-            ctx.saved_tensors
-        )  # read once: activation checkpointing allows no second access
+        # read once: activation checkpointing allows no second access
+        q, kv, out, lse = ctx.saved_tensors
         ranks = ctx.plan.ranks
         what = "the ring, backward"
         dq = torch.zeros_like(q, dtype=lse.dtype)
@@ -363,7 +360,8 @@ class RingAttention(torch.autograd.Function):
                 seen = q[rows], k, v, out[rows], lse[rows]
                 dq_b, dk_b, dv_b = attention_block_grad(grad[rows], *seen, diagonal, keep)
                 dq[rows] += dq_b
-                by_group = torch.stack([dk_b, dv_b]).unflatten(2, (part.shape[2], -1))
+                dkv_b = torch.stack([dk_b, dv_b])
+                by_group = dkv_b.unflatten(2, (part.shape[2], -1))  # (2, B, G, H/G, m, E)
                 dkv[cols] += by_group.sum(3, dtype=dq.dtype)
             dkv += arriving()
             if owner == ranks.rank:
@@ -377,17 +375,22 @@ class RingAttention(torch.autograd.Function):
 def ring_attention(q, k, v, causal=False, keep=None, *, group=None, layout="contiguous"):
     """Exact attention over shards, keys and values going round a ring (arXiv:2310.01889v4).
 
-    q: (B, H, n, E), k, v: (B, G, m, E): this rank's tokens as the layout gives them (`positions`),
-    of short sequences perhaps none.  keep: (B, m) bool.  causal: queries and keys are of the same
-    tokens.  Returns (B, H, n, E) in the dtype of q, with gradients.  Every rank of the group must
-    call it, forward and backward.  Raises the same ValueError on every rank if ranks disagree,
-    RankLost if one died or is silent.
+    q: (B, H, n, E), k, v: (B, G, m, E): the tokens that the layout gives to this rank (see
+    `positions`), none if the sequence is too short.  keep: (B, m) bool.  causal: queries and keys
+    are of the same tokens.  Returns (B, H, n, E) in the dtype of q, with gradients.  Every rank of
+    the group must call it, forward and backward.  Raises the same ValueError on every rank if
+    inputs do not fit together, RankLost if a rank died or is silent.
     """
     plan = agree_on_attention("ring", q, k, v, causal, keep, group, layout)
     return RingAttention.apply(plan, q, torch.stack([k, v]))
 
 
 # ---------------------------------------------------------------- all-gather and all-to-all
+
+
+def resized(x, dim, sizes):
+    """Shapes like that of x but for the sizes of one axis: what comes from each rank."""
+    return [(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in sizes]
 
 
 class Swap(torch.autograd.Function):
@@ -410,7 +413,7 @@ def allgather_attention(q, k, v, causal=False, keep=None, *, group=None, layout=
     plan = agree_on_attention("allgather", q, k, v, causal, keep, group, layout)
     ranks = plan.ranks
     kv = torch.stack([k, v])
-    shapes = [(2, *k.shape[:2], length(own), k.shape[3]) for own in plan.k_chunks]
+    shapes = resized(kv, 3, lengths_of(plan.k_chunks))
     parts = Swap.apply(ranks, "the all-gather", shapes, *[kv] * ranks.world)
     own = plan.q_chunks[ranks.rank]
     everything = list(chain(*plan.k_chunks))
@@ -423,24 +426,23 @@ def to_channels(x, ranks, chunks, shares):
 
     chunks: for each rank, the chunks that it holds.  shares: for each rank, its number of channels.
     """
-    share = shares[ranks.rank]
-    shapes = [(len(x), share, length(own), *x.shape[3:]) for own in chunks]
-    parts = Swap.apply(ranks, "the all-to-all", shapes, *x.split(shares, 1))
+    parts = x.split(shares, 1)
+    shapes = resized(parts[ranks.rank], 2, lengths_of(chunks))
+    parts = Swap.apply(ranks, "the all-to-all", shapes, *parts)
     return in_order(parts, chunks, 2)
 
 
 def to_tokens(x, ranks, chunks, shares):
     """The inverse of `to_channels`: (B, C_r, L, ...) -> (B, C, n, ...)."""
-    n = length(chunks[ranks.rank])
-    shapes = [(len(x), share, n, *x.shape[3:]) for share in shares]
     by_rank = x.index_select(2, tokens_of(chain(*chunks)).to(x.device))
-    parts = by_rank.split([length(own) for own in chunks], 2)
+    parts = by_rank.split(lengths_of(chunks), 2)
+    shapes = resized(parts[ranks.rank], 1, shares)
     return torch.cat(Swap.apply(ranks, "the all-to-all", shapes, *parts), 1)
 
 
 def even_shares(C, world):
     """How many of C channels each rank gets."""
-    return [length(chunks_of(C, rank, world)) for rank in range(world)]
+    return lengths_of([chunks_of(C, rank, world) for rank in range(world)])
 
 
 def ulysses_attention(q, k, v, causal=False, keep=None, *, group=None, layout="contiguous"):
@@ -482,13 +484,7 @@ def mix(mixer, group, layout, x, keep=None):
     """Forward of a mixer over shards."""
     D = mixer.d_model
     ranks = ranks_of(group, x.device)
-    facts = {
-        "sizes without tokens": [len(x), *x.shape[2:]],
-        "dtype": str(x.dtype),
-        "keep": keep is not None,
-        "gradient of x": x.requires_grad and torch.is_grad_enabled(),
-    }
-    (held,) = agree(ranks, layout, facts, [x.shape[1]])
+    chunks = agree(ranks, layout, {"x": (x, 1), "keep": (keep, 1)}, call="mixer")
     shares = even_shares(D, ranks.world)
     first = sum(shares[: ranks.rank])
     part = copy.copy(mixer)  # the channels of this rank
@@ -497,15 +493,15 @@ def mix(mixer, group, layout, x, keep=None):
     views = {}
     for name, tensor in chain(mixer.named_parameters(), mixer.named_buffers()):
         axis = getattr(mixer, "channel_axes", {}).get(name, 0)
-        if tensor.shape[axis] != D:
-            problem = f"axis {axis} of {name} {tuple(tensor.shape)} is not d_model {D} long"
-            raise ValueError(f"{problem}; name its axis in {type(mixer).__name__}.channel_axes")
+        shape = f"axis {axis} of {name} {tuple(tensor.shape)} is not d_model {D} long"
+        fix = f"name its axis in {type(mixer).__name__}.channel_axes"
+        require(tensor.shape[axis] == D, f"{shape}; {fix}")
         views[name] = tensor.narrow(axis, first, part.d_model)
     if keep is not None:
-        keep = unshard(keep, 1, group, layout)  # (B, L)
-    u = to_channels(x.mT, ranks, held, shares).mT  # (B, L, D_r)
+        keep = gather(ranks, keep, chunks["keep"], 1)  # (B, L)
+    u = to_channels(x.mT, ranks, chunks["x"], shares).mT  # (B, L, D_r)
     y = functional_call(part, views, (u, keep))
-    return to_tokens(y.mT, ranks, held, shares).mT  # (B, n, D)
+    return to_tokens(y.mT, ranks, chunks["x"], shares).mT  # (B, n, D)
 
 
 SCHEDULES = {
@@ -521,6 +517,7 @@ def spread(model, how, layout="contiguous"):
     how: the schedule, a key of SCHEDULES, of mixers with an attention function `attend`.  All other
     mixers are cut by channels (see `ulysses`).
     """
+    require(how in SCHEDULES, f"schedule {how!r}: expected one of {list(SCHEDULES)}")
     for block in model.blocks:
         if hasattr(block.mixer, "attend"):
             block.mixer.attend = partial(SCHEDULES[how], layout=layout)
@@ -552,21 +549,16 @@ def all_reduce(x, op=dist.ReduceOp.SUM):
     """The sum of x over the ranks of the default group, or their maximum."""
     total = x.clone(memory_format=torch.contiguous_format)
     if dist.is_initialized():
-        with lost("no answer from another rank in a sum over all ranks"):
-            dist.all_reduce(total, op)
+        dist.all_reduce(total, op)
     return total
 
 
 def sum_gradients(parameters):
     """Sum the gradients over ranks, each of which saw its own tokens or channels only."""
-    parameters = [p for p in parameters if p.requires_grad]
     for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    flat = all_reduce(torch.cat([p.grad.flatten() for p in parameters]))
-    totals = flat.split([p.numel() for p in parameters])
-    for p, total in zip(parameters, totals, strict=True):
-        p.grad.copy_(total.view_as(p))
+        if p.requires_grad:
+            own = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad = all_reduce(own)
 
 
 # ---------------------------------------------------------------- messages and handshake
@@ -583,6 +575,10 @@ def lost(text):
         yield
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
+        signs = ("gloo", "NCCL", "pair closure")
+        known = isinstance(error, dist.DistError) or any(sign in reason for sign in signs)
+        if not known or isinstance(error, RankLost):
+            raise
         raise RankLost(f"{text}: {reason}") from error
 
 
@@ -597,6 +593,7 @@ class Ranks:
     world: int = 1
     group: object = None
     staged: object = "cpu"  # the device that holds messages in transit
+    limit: timedelta = timedelta()  # of a wait; 0: the group's timeout
 
     def exchange(self, parts, shapes, what):
         """Start sending parts[p] to rank p and receiving one of shapes[p], of the same dtype.
@@ -627,7 +624,7 @@ class Ranks:
             for text, works in started:
                 with lost(text):
                     for work in works:
-                        work.wait()
+                        work.wait(self.limit)
             return [x.to(parts[0].device) for x in came]
 
         return wait
@@ -649,9 +646,17 @@ class Ranks:
         parts = [x.new_empty(0)] * self.world
         parts[(self.rank + 1) % self.world] = x
         shapes = [(0,)] * self.world
-        shapes[self.rank - 1] = (*x.shape[:3], tokens, x.shape[4])
+        shapes[self.rank - 1] = resized(x, 3, [tokens])[0]
         wait = self.exchange(parts, shapes, what)
         return lambda: wait()[self.rank - 1]
+
+    def tell(self, facts, what):
+        """What all ranks say: a list over ranks.  facts: numbers and text, below 4 KB."""
+        text = json.dumps(facts).encode().ljust(4096)
+        message = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        shapes = [message.shape] * self.world
+        came = self.exchange([message] * self.world, shapes, what)()
+        return [json.loads(bytes(x.tolist())) for x in came]
 
 
 def ranks_of(group, device):
@@ -669,79 +674,81 @@ def in_order(parts, chunks, dim):
     return whole.index_select(dim, order.to(whole.device))
 
 
+def gather(ranks, x, chunks, dim):
+    """The whole sequence on every rank, from each rank's x with its tokens along dim."""
+    shapes = resized(x, dim, lengths_of(chunks))
+    parts = ranks.exchange([x] * ranks.world, shapes, "a gather")()
+    return in_order(parts, chunks, dim)
+
+
 def unshard(x, dim=1, group=None, layout="contiguous"):
     """The whole sequence on every rank, without gradients: the inverse of `own_tokens`."""
+    x = x.detach()
     ranks = ranks_of(group, x.device)
-    x = x.detach().movedim(dim, 0)
-    sizes = list(x.shape[1:])
-    facts = {"call": "unshard", "dtype": str(x.dtype), "sizes without tokens": sizes}
-    (chunks,) = agree(ranks, layout, facts, [len(x)])
-    shapes = [(length(own), *sizes) for own in chunks]
-    parts = ranks.exchange([x] * ranks.world, shapes, "a gather")()
-    return in_order(parts, chunks, 0).movedim(0, dim)
+    chunks = agree(ranks, layout, {"x": (x, dim)}, call="unshard")
+    return gather(ranks, x, chunks["x"], dim)
 
 
-def agree(ranks, layout, facts, lengths):
-    """Raise the same ValueError on all ranks unless they state the same facts.
+def agree(ranks, layout, tensors, **facts):
+    """Raise the same ValueError on all ranks unless they state the same facts and sizes.
 
-    lengths: numbers of tokens.  Returns for each of them the chunks of all ranks.  Mismatched sizes
-    would corrupt or crash the transport, so every call starts with this.
+    tensors: {name: (tensor or None, its axis of tokens)}.  Returns {name: chunks of all ranks}.
+    Mismatched sizes would corrupt or crash the transport, so every call starts with this.
     """
-    facts = {**facts, "layout": str(layout)}
-    text = json.dumps([facts, lengths]).encode().ljust(4096)
-    message = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    shapes = [message.shape] * ranks.world
-    came = ranks.exchange([message] * ranks.world, shapes, "the handshake")()
-    came = [json.loads(bytes(x.tolist())) for x in came]
-    stated, lengths = zip(*came, strict=True)
-    for name in stated[0]:
-        values = [facts.get(name) for facts in stated]
-        if any(value != values[0] for value in values):
-            raise ValueError(f"{name}: ranks differ, they have {values}")
-    agreed = []
-    for held in zip(*lengths, strict=True):
-        every = [chunks_of(sum(held), rank, ranks.world, layout) for rank in range(ranks.world)]
-        given = [length(own) for own in every]
-        if given != list(held):
-            raise ValueError(f"ranks hold {list(held)} tokens; layout {layout} gives them {given}")
-        agreed.append(every)
-    return agreed
+    facts["layout"] = str(layout)
+    lengths = {}
+    for name, (x, dim) in tensors.items():
+        facts[name] = None
+        if x is not None:
+            lengths[name] = x.shape[dim]
+            sizes = list(x.shape)
+            sizes[dim] = "n"
+            # ranks that differ in this would wait for each other in backward
+            gradient = x.requires_grad and torch.is_grad_enabled()
+            facts[name] = f"{x.dtype} ({', '.join(map(str, sizes))}), gradient {gradient}"
+    stated = ranks.tell({"facts": facts, "lengths": lengths}, "the handshake")
+    for name in stated[0]["facts"]:
+        values = [own["facts"].get(name) for own in stated]
+        same = all(value == values[0] for value in values)
+        require(same, f"{name}: ranks differ, they have {values}")
+    chunks = {}
+    for name in lengths:
+        held = [own["lengths"][name] for own in stated]
+        L = sum(held)
+        every = [chunks_of(L, rank, ranks.world, layout) for rank in range(ranks.world)]
+        given = lengths_of(every)
+        text = f"{name}: ranks hold {held} tokens; layout {layout} gives them {given}"
+        require(held == given, text)
+        chunks[name] = every
+    return chunks
 
 
 def agree_on_attention(schedule, q, k, v, causal, keep, group, layout):
     """Check the arguments on all ranks; return the Plan."""
     ranks = ranks_of(group, q.device)
-    with_grad = torch.is_grad_enabled()
-    q_sizes = [*q.shape[:2], q.shape[-1]]
-    k_sizes = [*k.shape[:2], k.shape[-1]]
-    facts = {
-        "schedule": schedule,
-        "causal": bool(causal),
-        "keep": keep is not None,
-        "B, H, E of q": q_sizes,
-        "B, G, E of k": k_sizes,
-        "dtypes of q, k, v": [str(x.dtype) for x in (q, k, v)],
-        # ranks that differ would wait for each other in backward
-        "gradients of q, k, v": [x.requires_grad and with_grad for x in (q, k, v)],
+    tensors = {
+        "q": (q, -2),
+        "k": (k, -2),
+        "v": (v, -2),
+        "keep": (keep, -1),
     }
-    lengths = [q.shape[-2], k.shape[-2]]
-    q_chunks, k_chunks = agree(ranks, layout, facts, lengths)
-    fits = q.ndim == 4 and k.shape == v.shape and q_sizes[::2] == k_sizes[::2]
-    if not fits or q.shape[1] % k.shape[1] or not q.is_floating_point():
-        got = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} {q.dtype}"
-        raise ValueError(
-            f"expected float q (B, H, n, E), k and v (B, G, m, E), G divides H, got {got}"
-        )
-    Lq = length(chain(*q_chunks))
-    Lk = length(chain(*k_chunks))
-    if causal and Lq != Lk:
-        raise ValueError(f"a causal mask needs as many queries as keys, got {Lq} and {Lk}")
+    chunks = agree(ranks, layout, tensors, call=schedule, causal=bool(causal))
+    fits = q.ndim == k.ndim == 4 and k.shape == v.shape and q.is_floating_point()
+    fits = fits and q.shape[::3] == k.shape[::3]  # B and E
+    fits = fits and q.shape[1] % k.shape[1] == 0
+    if causal:
+        fits = fits and chunks["q"] == chunks["k"]
+    given = [q, k, v]
     if keep is not None:
-        keep = unshard(keep, 1, group, layout)
-        if keep.shape != (len(k), Lk) or keep.dtype != torch.bool:
-            got = f"{tuple(keep.shape)} {keep.dtype}"
-            raise ValueError(f"expected bool keep (B, L) = {len(k), Lk}, got {got}")
-    return Plan(ranks, causal, q_chunks, k_chunks, keep)
+        given.append(keep)
+        fits = fits and keep.dtype == torch.bool and keep.shape == (len(k), k.shape[2])
+        fits = fits and chunks["keep"] == chunks["k"]  # the same on all ranks
+    expected = "float q (B, H, n, E), k and v (B, G, m, E), G divides H, n == m if causal"
+    got = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in given)
+    require(fits, f"expected {expected}, bool keep (B, m) or None; got {got}")
+    if keep is not None:
+        keep = gather(ranks, keep, chunks["keep"], 1)
+    return Plan(ranks, causal, chunks["q"], chunks["k"], keep)
 
 
 # ---------------------------------------------------------------- processes
@@ -754,8 +761,8 @@ def process_group(device="cpu", timeout=60.0):
     """Join the ranks that torchrun or a scheduler started; without them do nothing.
 
     NCCL if every rank has a GPU of its own, else gloo (through host memory).  timeout: seconds
-    until a silent rank counts as lost.  Where ranks wait longer by design, see `wait_for_rank0`.
-    Yields (rank, world, device of this rank).
+    until a rank that does not join or keeps silent counts as lost (RankLost).  Where ranks wait
+    longer by design, see `wait_for_rank0`.  Yields (rank, world, device of this rank).
     """
     global long_waits
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -772,21 +779,23 @@ def process_group(device="cpu", timeout=60.0):
             backend = "nccl"
         device = f"cuda:{local_rank % gpus}"
         torch.cuda.set_device(device)
+    limit = timedelta(seconds=timeout)
     with lost(f"rank {rank} of {world}: could not join the others"):
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-        long_waits = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        dist.init_process_group(backend, timeout=limit)
+        long_waits = dist.new_group(backend="gloo", timeout=limit)
     try:
-        yield rank, world, torch.device(device)
-        wait_for_rank0()
+        with lost(f"rank {rank} of {world}: another rank was lost"):
+            yield rank, world, torch.device(device)
+            wait_for_rank0()
     finally:
+        long_waits = None
         dist.destroy_process_group()
 
 
 def wait_for_rank0():
     """Wait until all ranks have called this, up to a day: for loading and saving on rank 0."""
-    if dist.is_initialized():
-        with lost("another rank was lost while this one waited"):
-            dist.barrier(long_waits)
+    ranks = replace(ranks_of(long_waits, "cpu"), limit=timedelta(days=1))
+    ranks.tell("done", "a wait for all ranks")
 
 
 # ---------------------------------------------------------------- self-check, and a long run
@@ -812,36 +821,29 @@ def print_table(rows):
 
 def check_case(attend, layout, causal, dtype, device, lengths=(45, 45), heads=(4, 2), padded=False):
     """Largest error of out, dq, dk, dv of all ranks against one process, random output gradient."""
-
-    def with_gradients(attend, q_k_v, grad, keep):
-        leaves = [x.detach().requires_grad_() for x in q_k_v]
-        out = attend(*leaves, causal, keep)
-        return [out, *torch.autograd.grad(out, leaves, grad)]
-
     generator = torch.Generator().manual_seed(0)
-    whole = []
+    whole = []  # q, k, v and the gradient of the output
     for i in (0, 1, 1, 0):
-        shape = 2, heads[i], lengths[i], 16
-        x = torch.randn(shape, dtype=torch.float64, generator=generator)
+        x = torch.randn(2, heads[i], lengths[i], 16, dtype=torch.float64, generator=generator)
         whole.append(x.to(device, dtype))
-    own = [own_tokens(x, layout, 2) for x in whole]
-    exact = [x.double() for x in whole]
     keep = None
     own_keep = None
     if padded:  # half of the second example
         keep = torch.ones(2, lengths[1], dtype=torch.bool, device=device)
         keep[1, lengths[1] // 2 :] = False
         own_keep = own_tokens(keep, layout)
-    expected = with_gradients(attention_slow, exact[:3], exact[3], keep)
-    got = with_gradients(partial(attend, layout=layout), own[:3], own[3], own_keep)
-    errors = []
-    for x, y in zip(got, expected, strict=True):
-        errors.append(rel_err(unshard(x, 2, layout=layout), y))
-    return largest(errors)
+    *q_k_v, grad = [x.double().requires_grad_() for x in whole]
+    out = attention_slow(*q_k_v, causal, keep)
+    expected = [out, *torch.autograd.grad(out, q_k_v, grad)]
+    *q_k_v, grad = [own_tokens(x, layout, 2).requires_grad_() for x in whole]
+    out = attend(*q_k_v, causal, own_keep, layout=layout)
+    got = [out, *torch.autograd.grad(out, q_k_v, grad)]
+    return largest([unshard(x, 2, layout=layout) for x in got], expected)
 
 
-def largest(errors):
-    """The largest of these errors; infinite if one is nan, which max() would pass over."""
+def largest(got, expected):
+    """The largest of the errors; infinite if one is nan, which max() would pass over."""
+    errors = [rel_err(a, b) for a, b in zip(got, expected, strict=True)]
     return max(math.inf if math.isnan(error) else error for error in errors)
 
 
@@ -865,8 +867,6 @@ def self_check(dtype=torch.float64, device="cpu"):
     ]
     cases = [
         ("contiguous", "contiguous", False, {}),
-        ("contiguous, causal", "contiguous", True, {}),
-        ("zigzag, causal", "zigzag", True, {}),
         ("zigzag, causal, padded", "zigzag", True, {"padded": True}),
         ("zigzag, fewer keys than queries", "zigzag", False, {"lengths": (45, 18)}),
     ]
@@ -877,16 +877,12 @@ def self_check(dtype=torch.float64, device="cpu"):
     return rows
 
 
-def random_tokens(seed, start, stop, heads, d_head, block=4096):
+def random_tokens(seed, start, stop, heads, d_head):
     """Tokens start .. stop of a random sequence: (1, heads, n, E), the same on any rank."""
-    parts = []
-    for b in range(start // block, -(-stop // block)):
-        # numpy: torch's CPU generator keeps only 32 bits of its seed
-        key = np.random.SeedSequence(seed, spawn_key=(b,))
-        x = np.random.default_rng(key).standard_normal((heads, block, d_head), dtype=np.float32)
-        first = max(0, start - b * block)
-        parts.append(torch.from_numpy(x[:, first : stop - b * block]))
-    return torch.cat(parts, 1)[None]
+    bits = np.random.PCG64(seed).advance(start * heads * d_head)  # one step per number
+    size = (stop - start, heads, d_head)
+    x = np.random.Generator(bits).uniform(-1.732, 1.732, size)  # mean 0, variance 1
+    return torch.from_numpy(x).float().movedim(1, 0)[None]
 
 
 def sampled_error(q, out, at, part=65536):
@@ -908,8 +904,8 @@ def sampled_error(q, out, at, part=65536):
         weighted += weights @ v
         total += weights.sum(-1, keepdim=True)
     expected = (weighted / total).unbind(2)
-    out_rows = out[:, :, rows].unbind(2)
-    return largest([rel_err(x, y) for x, y in zip(out_rows, expected, strict=True)])
+    got = out[:, :, rows].unbind(2)
+    return largest(got, expected)
 
 
 def run(tokens, heads, d_head, device, rank, world):
@@ -920,20 +916,17 @@ def run(tokens, heads, d_head, device, rank, world):
         parts = [random_tokens(seed, start, stop, heads, d_head) for start, stop in own]
         q_k_v.append(torch.cat(parts, 2).to(device))
     traffic.clear()
-    wall = time.perf_counter()
-    cpu = time.process_time()
+    started = time.perf_counter()
     with torch.no_grad():
         out = ring_attention(*q_k_v, causal=True, layout="zigzag").cpu()
-    wall = time.perf_counter() - wall
-    cpu = time.process_time() - cpu
+    wall = time.perf_counter() - started
     error = sampled_error(q_k_v[0], out, tokens_of(own))
-    measured = torch.tensor([wall, cpu, error], dtype=torch.float64, device=device)
-    wall, cpu, error = all_reduce(measured, op=dist.ReduceOp.MAX).tolist()
+    worst = torch.tensor([wall, error], dtype=torch.float64, device=device)
+    wall, error = all_reduce(worst, op=dist.ReduceOp.MAX).tolist()
     what = f"{tokens:,} tokens, {heads} head of {d_head}, causal, zigzag ring, {world} ranks of"
     return {
         "setting": f"{what} {torch.get_num_threads()} threads, float32, {device}",
         "wall": wall,
-        "cpu": cpu,  # of one rank
         "flop": 2 * tokens * (tokens + 1) * heads * d_head,  # of all ranks
         "bytes": traffic["bytes"],
         "messages": traffic["messages"],
@@ -946,8 +939,8 @@ def print_run(row):
     speed = row["flop"] / row["wall"] / 1e9
     sent = row["bytes"] / 1e6
     print(row["setting"])
-    print(f"  {row['wall']:.2f} s wall, {speed:.1f} Gflop/s in all")
-    print(f"  per rank: {row['cpu']:.2f} s CPU, {sent:.1f} MB sent in {row['messages']} messages")
+    print(f"  {row['wall']:.2f} s, {speed:.1f} Gflop/s in all")
+    print(f"  {sent:.1f} MB sent per rank, in {row['messages']} messages")
     print(f"  three rows per rank against float64: {row['error']:.1e}", flush=True)
 
 
