@@ -2,7 +2,7 @@
 
     python benchmarks/fashion.py    the four published files are in --folder
 
-1x is 2,400 steps of 32 pictures: 1,600 of denoising (half of the pixels, L1) and 800 of
+1x is 2,400 steps of 16 pictures: 1,600 of denoising (half of the pixels, L1) and 800 of
 fine-tuning, or all of them on the labels.  5,000 pictures train, 6,000 validate, the published
 10,000 test.  Learning rates are chosen on validation in runs of half the length.  Finished runs
 are kept and results/fashion_mnist.json is written after each part: the same command continues.
@@ -31,7 +31,7 @@ BASE = Config(
     mask_ratio=0.5,
     d_ff=128,
     d_state=16,
-    batch_size=32,
+    batch_size=16,
     device="cpu",
 )
 
