@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import runpy
+import sys
 from pathlib import Path
 
 import make_golden
@@ -512,8 +514,11 @@ def test_bad_input(make, message):
         make()
 
 
-def test_command_line(capsys):
-    assert at.main(["--check"]) == 0
+def test_command_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["attention.py", "--check"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "attention.py"), run_name="__main__")
+    assert stop.value.code == 0
     title, *rows = capsys.readouterr().out.splitlines()
     assert title.startswith("attention.py  torch")
     assert len(rows) == 12 and all(row.endswith("ok") for row in rows)

@@ -4,6 +4,8 @@ import ast
 import copy
 import json
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import make_golden
@@ -368,8 +370,11 @@ def test_the_block_is_that_of_s4():
     assert torch.equal(ours(x, keep), theirs(x, keep))
 
 
-def test_command_line_check(capsys):
-    assert sgconv.main(["--check"]) == 0
+def test_command_line_check(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sgconv.py", "--check"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "sgconv.py"), run_name="__main__")
+    assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert printed.count("bidirectional layer == direct convolution") == 2  # float64, float32
     assert "FAILED" not in printed and "demo" not in printed
