@@ -141,6 +141,18 @@ def test_blocks_with_and_without_a_fused_kernel(kernel, padded, causal, monkeypa
         assert da.rel_err(a, b) < 1e-13
 
 
+def test_blocks_of_bfloat16_are_computed_in_float32():
+    half = torch.randn(4, 1, 2, 9, 8).bfloat16()
+    grad, q, k, v = half
+    single = da.attention_block(*half[1:].float())
+    for a, b in zip(da.attention_block(q, k, v), single, strict=True):
+        assert torch.equal(a, b)
+    grads = da.attention_block_grad(grad, q, k, v, *single)
+    expected = da.attention_block_grad(*half.float(), *single)
+    for a, b in zip(grads, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_padding_needs_no_square_of_the_length(monkeypatch):
     """Scores are written out where there is padding only, 1024 x 1024 at most."""
     sizes = []
