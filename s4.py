@@ -398,6 +398,11 @@ class StateSpace(nn.Module):
         log_A, B_bar = self.discretize(rate)
         return diagonal_kernel(log_A, B_bar, torch.view_as_complex(self.C), L)
 
+    def time_step(self, rate):
+        """Return dt (D, 1) float64."""
+        require(0 < rate < math.inf, f"rate must be positive, got {rate}")
+        return rate * self.log_dt.double().exp()[:, None]
+
     def kernel(self, L, rate=1.0):
         """Return K: (D, L), or (2, D, L) if bidirectional (see fft_conv)."""
         require(L >= 1, f"the length must be at least 1, got {L}")
@@ -437,12 +442,13 @@ class StateSpace(nn.Module):
         """x_t (B, D), State -> y_t (B, D), new State."""
         self.check_piece(x_t[:, None], state)
         x, E, B_bar, C = state
-        u = x_t.to(x.dtype)
+        x = x.transpose(0, 1)  # (D, B, N): one product per channel
+        u = x_t.to(x.dtype).T[..., None]  # (D, B, 1)
         with torch.autocast(x.device.type, enabled=False):
-            change = torch.einsum("dij,bdj->bdi", E, x)  # (A_bar - I) x
-            x = x + change + B_bar[..., 0] * u[..., None]
-            y = torch.einsum("dj,bdj->bd", C[:, 0], x) + self.D_skip * u
-        return y.to(x_t.dtype), state._replace(x=x)
+            x = torch.baddbmm(x, x, E.mT)  # A_bar x = x + E x
+            x = torch.baddbmm(x, u, B_bar.mT)
+            y = x @ C.mT + self.D_skip[:, None, None] * u  # (D, B, 1)
+        return y[..., 0].T.to(x_t.dtype), state._replace(x=x.transpose(0, 1))
 
     def prefill(self, x, state):
         """x (B, L, D), State -> y (B, L, D), new State: L % 64 steps, then chunks of 64 tokens."""
@@ -491,7 +497,7 @@ class S4(StateSpace):
         Lam = eigenvalues(self.log_decay, self.frequency)
         P = self.P.double().flatten(-2)[..., None]  # (D, N, 1)
         B = self.B.double().flatten(-2)[..., None]  # (D, N, 1)
-        dt = rate * self.log_dt.double().exp()[:, None]
+        dt = self.time_step(rate)
         E, B_bar = bilinear(Lam, P, B, dt)
         C = output_rows(torch.view_as_complex(self.C))
         return E, B_bar, C.transpose(0, 1)
@@ -517,7 +523,7 @@ class S4D(StateSpace):
     def discretize(self, rate):
         Lam = eigenvalues(self.log_decay, self.frequency)
         B = torch.view_as_complex(self.B)
-        dt = rate * self.log_dt.double().exp()[:, None]
+        dt = self.time_step(rate)
         log_A = dt * Lam
         return log_A, torch.expm1(log_A) / Lam * B  # expm1: exact for small dt Lam
 
