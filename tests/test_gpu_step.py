@@ -32,7 +32,7 @@ class Again:
 
     def record(self, function):
         self.recorded += 1
-        return function
+        return lambda: function().clone()
 
 
 def training(captured):
