@@ -91,6 +91,12 @@ class TransformerDecoder:
         return self.model.norm(h)[:, 0]
 
 
+def decoder_of(model, state, n):
+    """The decoder of a model that continues a state by n tokens."""
+    kind = S4Decoder if isinstance(model, S4Model) else TransformerDecoder
+    return kind(model, state, n)
+
+
 def pick(logits, temperature):
     """The next token (B,): the likeliest at temperature 0, else a random one."""
     if temperature > 0:
@@ -110,8 +116,7 @@ def generate(model, prompt, n, head, temperature=0.0, graphs=None):
         raise ValueError(f"expected temperature >= 0, n >= 1 and a prompt, got {found}")
     graphs = graphs or Graphs()
     features, state = model.prefill(prompt, model.initial_state(len(prompt)))
-    kind = S4Decoder if isinstance(model, S4Model) else TransformerDecoder
-    decoder = kind(model, state, n)
+    decoder = decoder_of(model, state, n)
     token = pick(head(features[:, -1]), temperature)
     tokens = [token.clone()]
     replays = {}

@@ -9,17 +9,20 @@ with the largest batch that fits into memory.  The same protocol here: the batch
 to --max-batch, whose states (a KV cache of L tokens, or the state of S4) fit into --cap-gib.  The
 token at L/2 takes the mean time of the sequence, as attention costs linear time per token.  Latency
 is the time of the L-th token at batch size 1.  Both models run in float32 without a head; S4 has
-the number of blocks that matches the Transformer's parameters.
+the number of blocks that matches the Transformer's parameters.  On a GPU a step is a CUDA graph.
 """
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from measured import ROOT, draw_curves, provenance, save
 
 from attention import Cache, Transformer, TransformerConfig
+from gpu_generate import decoder_of
+from gpu_step import Graphs
 from s4 import S4Config, S4Model
 
 CONTEXTS = [1024, 2048, 4096, 8192, 16384]
@@ -62,19 +65,44 @@ def state_at(model, batch, seen, capacity, device):
     return caches, seen
 
 
+def eager(model, token, state):
+    """Return step(i), which runs the model on the token."""
+
+    def step(i):
+        nonlocal state
+        _, state = model.step(token, state)
+
+    return step
+
+
+def captured(model, token, state, n):
+    """Return step(i), i < n, the same as CUDA graphs."""
+    graphs = Graphs()
+    decoder = decoder_of(model, state, n)
+    replays = {}
+    for graph in {decoder.graph(0), decoder.graph(1)}:
+        function = partial(decoder, token, graph)
+        graphs.rehearse(function)
+        replays[graph] = graphs.record(function)
+    return lambda i: replays[decoder.graph(i)]()
+
+
 def seconds_per_step(model, batch, seen, capacity, args):
     """Time of one step: the fastest of two or more, until --budget seconds are spent."""
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     state = state_at(model, batch, seen, capacity, args.device)
     token = torch.zeros(batch, dtype=torch.long, device=args.device)
+    step = eager(model, token, state)
+    if args.device != "cpu":
+        step = captured(model, token, state, capacity - seen)
     spent = []
     while len(spent) < 2 or sum(spent) < args.budget:
         start = clock()
-        _, state = model.step(token, state)
+        step(len(spent))
         if args.device != "cpu":
             torch.cuda.synchronize()
         spent.append(clock() - start)
-        if len(spent) == min(100, capacity - seen - 1):
+        if len(spent) == min(60, capacity - seen - 4):
             break
     return min(spent)
 
