@@ -128,7 +128,8 @@ def score(out, labels, about):
     labels = torch.from_numpy(labels)
     if about["y_mean"] is None:
         right = (out.argmax(1) == labels).double().mean().item()
-        return f"accuracy {100 * right:.2f} %, loss {F.cross_entropy(out.double(), labels).item():.4g}"
+        loss = F.cross_entropy(out.double(), labels).item()
+        return f"accuracy {100 * right:.2f} %, loss {loss:.4g}"
     error = out - labels
     r2 = 1 - error.square().sum(0) / (labels - labels.mean(0)).square().sum(0)
     return f"R2 {r2.mean().item():.4g}, mean absolute error {error.abs().mean().item():.4g}"
