@@ -47,7 +47,7 @@ class Predictor(nn.Module):
         self.about = about  # what the run knows of its data (pretrain.identity)
 
     def forward(self, x, lengths=None):
-        raw, keep = pretrain.trim(*self.documents(x, lengths))
+        raw, keep = pretrain.trim(*self.checked(x, lengths))
         x = pretrain.inputs(raw, None, self.about)
         with pretrain.autocast(self.config, x):
             out = pretrain.outputs(self.model, self.head, x, keep, None, self.config)
@@ -55,7 +55,7 @@ class Predictor(nn.Module):
             return out
         return pretrain.in_units_of_y(out, self.about)
 
-    def documents(self, x, lengths):
+    def checked(self, x, lengths):
         """x (B, L[, C]) on the device and lengths (B,) on the host, checked; a pair becomes two."""
         x = torch.as_tensor(x, device=next(self.head.parameters()).device)
         if self.about["n_channels"] == 1 and x.ndim == 2:
@@ -128,7 +128,8 @@ def score(out, labels, about):
     labels = torch.from_numpy(labels)
     if about["y_mean"] is None:
         right = (out.argmax(1) == labels).double().mean().item()
-        return f"accuracy {100 * right:.2f} %, loss {F.cross_entropy(out, labels).item():.4g}"
+        loss = F.cross_entropy(out.double(), labels).item()
+        return f"accuracy {100 * right:.2f} %, loss {loss:.4g}"
     error = out - labels
     r2 = 1 - error.square().sum(0) / (labels - labels.mean(0)).square().sum(0)
     return f"R2 {r2.mean().item():.4g}, mean absolute error {error.abs().mean().item():.4g}"
@@ -158,7 +159,7 @@ def command(args):
     for name in ("text_column", "label_column"):
         if column := getattr(args, name) or getattr(config, name):
             columns[name] = column
-    # sgconv reads no longer ones; texts are cut as in training
+    # texts are cut as in training; of other inputs, only those for sgconv have a longest length
     limited = config.model == "sgconv" or not args.data.endswith(".npz")
     limit = about["max_len"] if limited else None
     tokens, lengths, labels = own_data.examples(args.data, {**about, "max_len": limit}, **columns)

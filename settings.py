@@ -37,8 +37,8 @@ DENOISING = {
 for side in (32, 64, 128, 256):
     for level in ("", "-medium", "-easy"):
         DENOISING[f"pathfinder{side}{level}"] = (0.50, "ce")
-OWN_SYMBOLS = (0.15, "ce")  # your own data: as text
-OWN_VALUES = (0.50, "l1")  # and as pictures in real values
+OWN_SYMBOLS = (0.15, "ce")  # your own data, like Text
+OWN_VALUES = (0.50, "l1")  # like Image and sCIFAR
 
 # ------------------------------------------------------------------------------- the settings
 
@@ -455,8 +455,7 @@ def resolve(given):
         elif key in ("mask_ratio", "loss") and config.task in DENOISING:
             origin[key] = f"of task {config.task}: {SPT}, sections 2 and C.3"
         elif key in ("mask_ratio", "loss"):
-            i = ("mask_ratio", "loss").index(key)
-            origin[key] = f"{OWN_SYMBOLS[i]} for symbols, {OWN_VALUES[i]} for values"
+            origin[key] = f"your own data: {OWN_SYMBOLS} if symbols, {OWN_VALUES} if values"
         else:
             origin[key] = "default"
     if departures:

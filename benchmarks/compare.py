@@ -56,7 +56,10 @@ def finished(path, config):
         old = result["config"]
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path} is not the result of a run: {error}") from error
-    changed = differences(old, asdict(config), pretrain.FREE)
+    free = pretrain.FREE
+    if config.loss is None:  # your own data: train() chose these by their kind
+        free += ("mask_ratio", "loss")
+    changed = differences(old, asdict(config), free)
     if changed:
         raise ValueError(f"{path} has other settings: {changed}; remove it")
     return result

@@ -171,6 +171,8 @@ def test_a_finished_run_is_replaced_only_with_overwrite(tmp_path, monkeypatch):
         patch.setattr(pretrain, "load_data", lambda config: die())
         with pytest.raises(ValueError, match=r"a contains a finished run: pass --overwrite"):
             run(tmp_path, "a", seed=1)
+    with pytest.raises(ValueError, match="finished run"):  # it may finish while another one loads
+        checkpoint.Run(tmp_path / "a", {}).__enter__()
     same(before, bits(tmp_path / "a"))
     run(tmp_path, "a", objective="none", seed=1, overwrite=True)
     assert not (tmp_path / "a" / "pretrained.pt").exists()

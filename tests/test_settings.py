@@ -225,8 +225,9 @@ def test_every_task_has_its_own_mask_ratio_and_loss():
         assert Config(task=task).mask_ratio == ratio == expected
         l1 = task in ("image-real", "scifar", "speech", "speech-8k")
         assert Config(task=task).loss == ("l1" if l1 else "ce")
-    own = Config(task="pathology")
-    assert (own.mask_ratio, own.loss) == (None, None)
+    own, origin = resolve({"task": "pathology.csv"})
+    assert (own.mask_ratio, own.loss) == (None, None)  # see pretrain.fitted
+    assert origin["loss"] == "your own data: (0.15, 'ce') if symbols, (0.5, 'l1') if values"
 
 
 # ------------------------------------------------------------------------------ command line
