@@ -5,8 +5,7 @@
 
 Pathfinder: hard pictures (contour 14) in one process, including the brush.  CPU time is that of
 this process and counts even if others use the machine.  The original generators were measured on a
-CPU core like these: drewlinsley/pathfinder in ms per picture at contour 14, ListOps at 1.8 ms per
-accepted tree.
+CPU core like these: drewlinsley/pathfinder in ms per picture at contour 14.
 """
 
 import argparse
@@ -36,7 +35,7 @@ def pathfinder_row(size, n):
     """Milliseconds per picture, and statistics of the pictures."""
     rng = np.random.RandomState(1)
     drawn, wall, cpu = timed(pathfinder.draw_pictures, rng, size, CONTOUR, n)
-    pictures, labels, disks = drawn
+    _, labels, disks = drawn
     row = {
         "task": f"pathfinder{size}",
         "version": pathfinder.VERSION,
@@ -44,9 +43,6 @@ def pathfinder_row(size, n):
         "ms_wall": 1e3 * wall / n,
         "ms_cpu": 1e3 * cpu / n,
         "ms_original": ORIGINAL[size],
-        "zero_pixels": float((pictures == 0).mean()),
-        "mean": float(pictures.mean()),
-        "label_1": float(labels.mean()),
         "disks_alone": disks_alone(disks / size, labels) if n >= 2000 else None,
     }
     text = f"{row['ms_cpu']:.1f} ms CPU, {row['ms_wall']:.1f} ms wall per picture"
@@ -77,8 +73,6 @@ def listops_row(task):
     row = {"task": task, "n": n, "s_wall": wall, "s_cpu": cpu, "s_cached": again}
     row["mean_length"] = float(data.train.lengths.mean())
     row["levels"] = lra_data.trivial_levels(data)
-    if task == "listops":
-        row["s_original"] = 1.8e-3 * n
     print(f"{task:14} {n:,} trees: {cpu:.1f} s CPU, {wall:.1f} s wall, {again:.1f} s cached")
     return row
 

@@ -127,19 +127,8 @@ def table(args, rank, world):
             for name, cell in cells.items():
                 sent = cell["bytes"] / 1e6
                 print(f"{L:8} {name:14}{cell['wall']:9.3f}{cell['cpu']:9.3f}{sent:10.2f}")
-            print_factors(rows[-1])
+            print(f"{'':9}", factors(cells), flush=True)
     return rows
-
-
-def print_factors(row):
-    """The factors of ring over vanilla (without vanilla: over fused)."""
-    ranks = row["parallel"]
-    full = causal = ""
-    if "speedup" in row:
-        full = f"{row['kernel']:.2f} kernel x "
-        causal = f"{full}{row['mask']:.2f} no mask written x {row['skipping']:.2f} skipping x "
-    print(f"{'':9}full    {full}{ranks['full']:.2f} ranks")
-    print(f"{'':9}causal  {causal}{ranks['causal']:.2f} ranks", flush=True)
 
 
 # ---------------------------------------------------------------- memory

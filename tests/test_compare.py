@@ -135,9 +135,9 @@ def test_all_arms_of_fashion_mnist_take_the_steps_of_their_budget():
         for name, config in arms.items():
             steps.setdefault((name.split(", ")[2], len(seeds)), set()).add(steps_of(config))
             assert config.finetune_lr == (3e-3 if "pretrained" in name else 1e-3)
-            if config.labels:
-                assert config.labels == 500 and name.endswith("500 labels")
-                assert bool(config.pretrained) == ("pretrained" in name)
+            few = name.endswith("500 labels")
+            assert config.labels == (500 if few else None)
+            assert bool(config.pretrained) == (few and "pretrained" in name)
     few = ("1x and 500 labels", 3)
     assert steps == {("1x", 3): {2400}, few: {2400}, ("3x", 3): {7200}, ("10x", 1): {24000}}
 
