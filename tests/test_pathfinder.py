@@ -1,5 +1,7 @@
 """pathfinder.py: the distribution of the published generator, its geometry, data sets on disk."""
 
+import errno
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +77,26 @@ def test_statistics_agree_with_the_original_within_three_standard_errors(size, n
         error *= (1 + int(pictures[1 + column]) / n) ** 0.5  # ours has the same spread, n pictures
         z = (ours[name].mean() - expected) / error
         assert abs(z) < 3, f"{name}: {ours[name].mean():.5g}, original {expected}, z {z:.1f}"
+
+
+@pytest.mark.parametrize(
+    ("size", "n", "sha256"),
+    [
+        (32, 40, "d85b0ae826ea6f4d"),
+        (64, 4, "b2725084ecb40db2"),
+        (128, 4, "f1de812a4bf2a2c1"),
+        (256, 8, "e06d2e0c7a395e4e"),
+    ],
+)
+def test_the_pictures_depend_on_the_seed_alone(size, n, sha256):
+    """Results of different days and machines are about the same pictures."""
+    found = []
+    for seed in (0, 0, 1):
+        arrays = pathfinder.draw_pictures(np.random.RandomState(seed), size, 9, n)
+        content = b"".join(array.astype(np.int64).tobytes() for array in arrays)
+        found.append(hashlib.sha256(content).hexdigest()[:16])
+    assert found[0] == found[1] == sha256
+    assert found[0] != found[2]
 
 
 def test_pairs_get_stuck_as_often_as_in_the_original():
@@ -243,25 +265,55 @@ def test_two_processes_may_make_the_same_pictures_at_once(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_folder_that_is_there_already_is_kept(tmp_path):
-    for _ in range(2):  # the second one is that of a slower process
-        pathfinder.create(tmp_path / "pictures", 10, 32)
-    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+def test_after_a_full_disk_the_run_goes_on(tmp_path, monkeypatch):
+    whole = pathfinder.load(tmp_path / "a", 600, contour=6, processes=1)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathfinder.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            pathfinder.load(tmp_path / "b", 600, contour=6, processes=1)
+    again = pathfinder.load(tmp_path / "b", 600, contour=6, processes=1)
+    assert all((ours == theirs).all() for ours, theirs in zip(again, whole, strict=True))
 
 
-def test_damaged_folders_and_unknown_sizes_are_refused(tmp_path):
+def test_large_data_sets_are_memory_mapped(tmp_path):
+    n = 2**14 + 1  # sparse: a GiB that takes no space
+    np.lib.format.open_memmap(tmp_path / "images.npy", "w+", np.uint8, (n, 256, 256))
+    np.save(tmp_path / "labels.npy", np.zeros(n, np.int64))
+    images, labels = pathfinder.cached(tmp_path, n, 256, None)
+    assert isinstance(images, np.memmap) and len(labels) == n
+    assert not isinstance(pathfinder.load(tmp_path, 10, processes=1)[0], np.memmap)
+
+
+@pytest.mark.parametrize("damage", ["other", "cut", "gone", "labels"])
+def test_damaged_folders_are_named(damage, tmp_path):
     pathfinder.load(tmp_path, 10, processes=1)
-    path = next(tmp_path.glob("*/images.npy"))
-    whole = path.read_bytes()
-    np.save(path, np.zeros((9, 32, 32), np.uint8))
-    with pytest.raises(ValueError, match=r"damaged .* delete it"):
+    folder = next(tmp_path.iterdir())
+    path = folder / "images.npy"
+    if damage == "other":
+        np.save(path, np.zeros((9, 32, 32), np.uint8))
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "gone":
+        path.unlink()
+    else:
+        np.save(folder / "labels.npy", np.zeros(9, np.int64))
+    with pytest.raises(ValueError, match=f"{folder}: damaged .* delete it"):
         pathfinder.load(tmp_path, 10, processes=1)
-    path.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=r"damaged .* delete it"):
-        pathfinder.load(tmp_path, 10, processes=1)
-    for options in (dict(size=33), dict(contour=7), dict(n=0)):
-        with pytest.raises(ValueError, match="expected a size of"):
-            pathfinder.load(tmp_path, **{"n": 10, **options})
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["size 33", "contour 7", "n 0", "n 1000000000", "seed -1", "seed 4294967296", "processes 0"],
+)
+def test_options_out_of_range_are_refused(option, tmp_path):
+    name, value = option.split()
+    with pytest.raises(ValueError, match=f"{option}.*expected a size of"):
+        pathfinder.load(tmp_path, **{"n": 10, name: int(value)})
+    assert not list(tmp_path.iterdir())
 
 
 def test_processes_are_limited_to_the_cpus_one_may_use(monkeypatch):
@@ -273,9 +325,18 @@ def test_processes_are_limited_to_the_cpus_one_may_use(monkeypatch):
 
 
 def test_command_line_draws_and_checks(tmp_path, capsys):
-    assert (
-        pathfinder.main(["32", "--n", "20", "--data-dir", str(tmp_path), "--processes", "1"]) == 0
-    )
+    assert pathfinder.main(["32", "--n", "20", "--data-dir", str(tmp_path)]) == 0
     assert "(20, 32, 32)" in capsys.readouterr().out
-    assert pathfinder.main(["--check"]) == 0
-    assert capsys.readouterr().out.count(" ok\n") == 4
+    assert pathfinder.main([]) == 0
+    out = capsys.readouterr().out
+    assert out.count(" ok\n") == 4
+    assert out.count("@") >= 2 and "the ends of" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("option", ["--n 0", "--seed -1", "--processes 0", "--data-dir FILE"])
+def test_command_line_says_what_is_wrong_in_one_line(option, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        pathfinder.main(["32", *option.replace("FILE", f"{tmp_path}/file").split()])
+    assert stopped.value.code.startswith("pathfinder.py: ")
+    assert "\n" not in stopped.value.code
