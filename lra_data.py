@@ -42,7 +42,7 @@ from pathfinder import appearing, one_line_errors, print_table
 
 SPLITS = ("train", "val", "test")
 MIN_COUNT = 15  # rarer characters of text and retrieval are <unk>
-LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # as pathfinder and retrieval write them
+LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # as the files of pathfinder and retrieval have them
 RELEASE = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
 CIFAR = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 IMDB = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
@@ -113,8 +113,7 @@ def load_listops(name, data_dir, seed, *, n_train=96_000, n_val=2_000, n_test=2_
         key = fingerprint("listops-published", paths)
         make = partial(map, read_listops, paths)
     splits = cached(data_dir, key, make)
-    vocab_size = len(LISTOPS_VOCAB)
-    return Data(name, *splits, vocab_size, n_classes=10, symbols=LISTOPS_VOCAB)
+    return Data(name, *splits, len(LISTOPS_VOCAB), n_classes=10, symbols=LISTOPS_VOCAB)
 
 
 def make_listops(seed, sizes, limits):
@@ -344,8 +343,9 @@ def load_image(name, data_dir, seed, *, convert=gray_symbols, mean=None, std=Non
     tokens = []
     labels = []
     for path in [test.with_name(f"data_batch_{i}.bin") for i in range(1, 6)] + [test]:
-        with reading(path, "CIFAR-10 records of 3073 bytes"):
+        with reading(path, "CIFAR-10 records of 3073 bytes, as many in each of the six files"):
             records = np.fromfile(path, np.uint8).reshape(-1, 3073)
+            expect("bytes", records.size, test.stat().st_size)
         colors = records[:, 1:].reshape(-1, 3, 1024)
         tokens.append(convert(colors.swapaxes(1, 2)))
         labels.append(records[:, 0])
@@ -405,8 +405,8 @@ def load_retrieval(name, data_dir, seed, *, characters=False, max_len=4000, sour
         if characters and split == "train":
             symbols = vocabulary(texts)
         tokens, lengths = encode(texts, symbols, max_len)
-        shape = (len(rows), 2)
-        splits.append(Split(tokens.reshape(*shape, -1), labels, lengths.reshape(shape)))
+        tokens = tokens.reshape(len(rows), 2, -1)
+        splits.append(Split(tokens, labels, lengths.reshape(-1, 2)))
     vocab_size = len(symbols) if symbols else 256
     return Data(name, *splits, vocab_size, 2, symbols=symbols)
 
@@ -511,7 +511,6 @@ def gibbs(rng, n, side, distance, beta, sweeps):
 
 
 # ----------------------------------------------------------------------------------- tasks, summary
-
 
 Task = namedtuple("Task", "load options size url", defaults=[""])
 GRAY = dict(convert=gray_numbers, mean=(122.6,), std=(61.0,))

@@ -415,6 +415,8 @@ BROKEN = {  # task, file, content, reason
     "color": ("pathfinder32", SAMPLE, png(GRAY, head=(32, 32, 8, 2, 0, 0, 0)), "header .* 8-bit"),
     "few lines": ("pathfinder32", SAMPLE, png(GRAY, lines=bytes(33 * 31)), "size 1023"),
     "record cut": ("image", BATCH, bytes(3073 * 4 - 1), "size 12291 .*expected CIFAR-10"),
+    "record missing": ("image", BATCH, bytes(3073 * 7), "bytes 21511, not 24584"),
+    "batch empty": ("image", BATCH, b"", "bytes 0, not 24584"),
     "review not UTF-8": ("text", REVIEW, b"a \xe9 b", "expected a review in UTF-8"),
     "no pairs": ("retrieval", PAIRS, "", "no examples; expected label"),
     "four columns": ("retrieval", PAIRS, "1.0\tA\tB\ttext\n", "line 1: .*got 4.* expected label"),
