@@ -610,6 +610,8 @@ def one_line_errors(program):
         yield
         print(end="", flush=True)
     except BrokenPipeError:  # `| head` has read enough
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # for the flush at exit
         sys.exit(1)
     except ERRORS as error:
         sys.exit(f"{program}: {str(error) or 'interrupted'}")

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import os
 import re
 import statistics
 import subprocess
@@ -288,6 +289,7 @@ def test_a_pipe_that_is_closed_ends_without_a_traceback(script, tmp_path):
     command = script.replace("DIR", str(tmp_path)).split()
     process = subprocess.Popen(
         [sys.executable, *command],
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
         cwd=Path(lra_data.__file__).parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

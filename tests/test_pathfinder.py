@@ -283,7 +283,15 @@ def test_damaged_folders_are_named(name, content, tmp_path):
 
 @pytest.mark.parametrize(
     "option",
-    ["size 33", "contour 13", "n 0", "n 10000000000000", "seed -1", "seed 4294967296", "processes 0"],
+    [
+        "size 33",
+        "contour 13",
+        "n 0",
+        "n 10000000000000",
+        "seed -1",
+        "seed 4294967296",
+        "processes 0",
+    ],
 )
 def test_options_out_of_range_are_refused(option, tmp_path):
     name, value = option.split()
