@@ -12,7 +12,7 @@ Tay et al. 2020, "Long Range Arena", arXiv:2011.04006v1.  `load(task)` returns a
     labels    (n,) int64
     lengths   (n,) or (n, 2) int32; tokens beyond the length are zero
 
-lattice, listops and pathfinder are generated.  The other tasks, and listops and pathfinder with a
+listops, pathfinder and lattice are generated.  The other tasks, and listops and pathfinder with a
 `source`, are read from the published files: a directory or tar archive, by default what --download
 puts into `data_dir`.  A tenth of train is held out where no validation split was published.  Left
 out: augmentation, tokenizers, ten-word speech, TFRecords.
@@ -24,7 +24,6 @@ import statistics
 import struct
 import sys
 import tarfile
-import tempfile
 import urllib.request
 import wave
 import zlib
@@ -32,16 +31,20 @@ from collections import Counter, namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice, pairwise, product
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 import pathfinder
+from pathfinder import appearing, one_line_errors, print_table
 
+# RandomState([seed, k]) is one stream per use: 1 lattice, 2 listops, 3 pathfinder, 4 the order of
+# its published files, 5 the held-out tenth.  Legacy streams are the same in all versions of numpy.
 SPLITS = ("train", "val", "test")
 MIN_COUNT = 15  # rarer characters of text and retrieval are <unk>
+LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # as the files of pathfinder and retrieval have them
 RELEASE = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
 CIFAR = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 IMDB = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
@@ -85,43 +88,6 @@ class Data:
     y_std: tuple[float, ...] | None = None
 
 
-# ------------------------------------------------------------------------------------------ lattice
-
-
-def load_lattice(name, data_dir, seed, *, n_train=4000, n_val=1000, n_test=4000):
-    """Binary textures on an 8 x 8 torus: at which distance are the sites coupled?
-
-    An Ising model, P(s) ~ exp(0.45 sum_<ij> s_i s_j), in which a site interacts with the four sites
-    1 (class 0) or 3 (class 1) steps away in its row and column.  The map x -> 3x mod 8 turns one
-    class into the other: only the positions tell them apart.  A small task, not part of the arena.
-    """
-    sizes = [n_train, n_val, n_test]
-    rng = np.random.RandomState([seed, 1])  # its stream is the same in all versions of numpy
-    labels = rng.permutation(sum(sizes)) % 2
-    tokens = np.zeros((len(labels), 64), np.uint8)
-    for label, distance in [(0, 1), (1, 3)]:
-        n = np.count_nonzero(labels == label)
-        spins = gibbs(rng, n, 8, distance, 0.45, 12)
-        spins *= rng.choice([-1, 1], (n, 1))  # makes the mean and single sites useless
-        tokens[labels == label] = spins > 0
-    splits = cut(tokens, labels, 64, sizes)
-    return Data(name, *splits, vocab_size=2, n_classes=2)
-
-
-def gibbs(rng, n, side, distance, beta, sweeps):
-    """Sample n Ising models in lock-step, site by site.  Returns (n, side^2) int8 of +-1."""
-    site = np.arange(side * side).reshape(side, side)
-    moves = [(distance, 0), (-distance, 0), (0, distance), (0, -distance)]
-    neighbors = np.stack([np.roll(site, move, (0, 1)).ravel() for move in moves], 1)
-    p_up = 1 / (1 + np.exp(-2 * beta * np.arange(-4, 5)))  # by the sum of the four neighbors
-    spins = rng.choice([-1, 1], (side * side, n)).astype(np.int8)
-    for _ in range(sweeps):
-        for i in range(side * side):
-            field = spins[neighbors[i]].sum(0, dtype=np.int64)  # (n,)
-            spins[i] = 2 * (rng.random_sample(n) < p_up[field + 4]) - 1
-    return np.ascontiguousarray(spins.T)
-
-
 # ------------------------------------------------------------------------------------------ listops
 
 LISTOPS_VOCAB = tuple("0 1 2 3 4 5 6 7 8 9 [MIN [MAX [MED [SM ]".split())  # token i is entry i
@@ -144,14 +110,14 @@ def load_listops(name, data_dir, seed, *, n_train=96_000, n_val=2_000, n_test=2_
     published basic_{train,val,test}.tsv are read and checked.
     """
     if source is None:
-        sizes = [n_train, n_val, n_test]
         key = f"{name}-{n_train}-{n_val}-{n_test}-{seed}"
-        splits = cached(data_dir, key, lambda: make_listops(seed, sizes, LIMITS[name]))
+        make = partial(make_listops, seed, (n_train, n_val, n_test), LIMITS[name])
     else:
         train = find(source, data_dir, RELEASE, "listops-1000", "basic_train.tsv")
         paths = [train.with_name(f"basic_{split}.tsv") for split in SPLITS]
         key = fingerprint("listops-published", paths)
-        splits = cached(data_dir, key, lambda: [read_listops(path) for path in paths])
+        make = partial(map, read_listops, paths)
+    splits = cached(data_dir, key, make)
     return Data(name, *splits, len(LISTOPS_VOCAB), n_classes=10, symbols=LISTOPS_VOCAB)
 
 
@@ -173,9 +139,9 @@ def make_listops(seed, sizes, limits):
 
 def listops_split(examples):
     """Make a split of a list of (tree, answer)."""
-    tokens, lengths = pad([np.frombuffer(tree, np.uint8) for tree, _ in examples])
-    labels = np.array([answer for _, answer in examples], np.int64)
-    return Split(tokens, labels, lengths)
+    trees, answers = zip(*examples, strict=True)
+    tokens, lengths = pad([np.frombuffer(tree, np.uint8) for tree in trees])
+    return Split(tokens, np.array(answers, np.int64), lengths)
 
 
 def evaluate_ref(tokens):
@@ -258,18 +224,16 @@ def write_trees(levels):
 def read_listops(path):
     """Read a published file: a header, then a tree and its answer per line."""
     token = {word: i for i, word in enumerate(LISTOPS_VOCAB)}
-    examples = []
+
+    def parse(line):
+        tree, answer = line.split("\t")
+        words = tree.replace("(", " ").replace(")", " ").split()  # parentheses are redundant
+        tokens = bytes([token[word] for word in words])
+        expect("answer", int(answer), evaluate_ref(tokens))
+        return tokens, int(answer)
+
     expected = "a header, then a tree, a tab and its answer per line"
-    with reading(path, expected), path.open(encoding="utf-8-sig") as file:
-        next(file)
-        for line in file:
-            tree, answer = line.split("\t")
-            words = tree.replace("(", " ").replace(")", " ").split()  # parentheses are redundant
-            tokens = bytes([token[word] for word in words])
-            if evaluate_ref(tokens) != int(answer):
-                raise ValueError(f"the answer {answer} to {tree} is wrong")
-            examples.append((tokens, int(answer)))
-    return listops_split(examples)
+    return listops_split(parse_lines(path, parse, expected, skip=1))
 
 
 # --------------------------------------------------------------------------------------- pathfinder
@@ -287,12 +251,10 @@ def load_pathfinder(name, data_dir, seed, *, size=32, contour=14, n=200_000, sou
     else:
         images, labels = published_pathfinder(source, data_dir, seed, size, contour)
     n = len(labels)
-    if n < 10:
-        raise ValueError(f"{n} pictures: expected at least 10, for three splits")
     tenth = n // 10
     sizes = [n - 2 * tenth, tenth, tenth]
-    splits = cut(images.reshape(n, -1, 1), labels, size * size, sizes)
-    return Data(name, *splits, 256, 2, (127.5,), (127.5,))
+    splits = cut(images.reshape(n, size * size, 1), labels, size * size, sizes)
+    return Data(name, *splits, vocab_size=256, n_classes=2, mean=(127.5,), std=(127.5,))
 
 
 def published_pathfinder(source, data_dir, seed, size, contour):
@@ -300,12 +262,16 @@ def published_pathfinder(source, data_dir, seed, size, contour):
     name = "curv_baseline" if contour == 6 else f"curv_contour_length_{contour}"
     metadata = find(source, data_dir, RELEASE, f"pathfinder{size}", f"{name}/metadata")
     root = metadata.parent
-    tables = sorted(metadata.glob("*.npy"), key=lambda path: int(path.stem))
+    # text files, in spite of their names; 2.npy comes before 10.npy
+    tables = sorted(metadata.glob("[0-9]*.npy"), key=lambda path: (len(path.name), path.name))
+
+    def parse(line):
+        folder, picture, _, label = line.split()[:4]
+        return f"{folder}/{picture}", LABELS[label]
+
     rows = []  # (PNG file, label)
-    for table in tables:  # a text file, in spite of its name
-        for line in table.read_text(encoding="utf-8").splitlines():
-            folder, picture, _, label = line.split()[:4]
-            rows.append((f"{folder}/{picture}", int(label)))
+    for table in tables:
+        rows += parse_lines(table, parse, "folder, PNG file, number, label 0 or 1 per line")
     empty = "imgs/0/sample_172.png"  # one file of pathfinder32/curv_baseline was published empty
     rows = [row for row in rows if row[0] != empty or (root / empty).stat().st_size > 0]
     order = np.random.RandomState([seed, 4]).permutation(len(rows))
@@ -316,9 +282,10 @@ def published_pathfinder(source, data_dir, seed, size, contour):
 
 def read_shard(root, rows, size, i):
     """Pictures (n, size, size) and labels (n,) of shard i of the rows (PNG file, label)."""
-    shard = rows[i * pathfinder.SHARD : (i + 1) * pathfinder.SHARD]
-    pictures = unfilter(np.stack([read_png(root / file, size) for file, _ in shard]))
-    return pictures, np.array([label for _, label in shard])
+    start = i * pathfinder.SHARD
+    files, labels = zip(*rows[start : start + pathfinder.SHARD], strict=True)
+    lines = np.stack([read_png(root / file, size) for file in files])
+    return unfilter(lines), np.array(labels)
 
 
 def read_png(path, size):
@@ -331,9 +298,7 @@ def read_png(path, size):
             n, kind = struct.unpack_from(">I4s", content, at)
             chunks[kind] = chunks.get(kind, b"") + content[at + 8 : at + 8 + n]
             at += 12 + n  # a checksum ends a chunk; zlib has another one
-        header = struct.pack(">IIBBBBB", size, size, 8, 0, 0, 0, 0)
-        if chunks[b"IHDR"] != header:
-            raise ValueError(f"header {chunks[b'IHDR']}")
+        expect("header", chunks[b"IHDR"], struct.pack(">IIBBBBB", size, size, 8, 0, 0, 0, 0))
         lines = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8)
         return lines.reshape(size, 1 + size)
 
@@ -361,7 +326,7 @@ def unfilter(lines):
 
 
 def gray_symbols(rgb):
-    """(n, 1024, 3) uint8 -> (n, 1024), as tf.image.rgb_to_grayscale, times 255.5 / 255, cut."""
+    """(n, 1024, 3) uint8 -> (n, 1024), as tf.image.rgb_to_grayscale: float, times 255.5, cut."""
     weights = np.array([0.2989, 0.5870, 0.1140]) * 255.5 / 255
     return np.floor(rgb @ weights).astype(np.uint8)
 
@@ -383,8 +348,9 @@ def load_image(name, data_dir, seed, *, convert=gray_symbols, mean=None, std=Non
     tokens = []
     labels = []
     for path in [test.with_name(f"data_batch_{i}.bin") for i in range(1, 6)] + [test]:
-        with reading(path, "CIFAR-10 records of 3073 bytes"):
+        with reading(path, "CIFAR-10 records of 3073 bytes, as many in each of the six files"):
             records = np.fromfile(path, np.uint8).reshape(-1, 3073)
+            expect("bytes", records.size, test.stat().st_size)
         colors = records[:, 1:].reshape(-1, 3, 1024)
         tokens.append(convert(colors.swapaxes(1, 2)))
         labels.append(records[:, 0])
@@ -405,7 +371,7 @@ def load_text(name, data_dir, seed, *, characters=False, max_len=4096, source=No
     texts = []
     labels = []
     for folder in ("train/neg", "train/pos", "test/neg", "test/pos"):
-        paths = sorted((root / folder).glob("*.txt"))
+        paths = sorted((root / folder).glob("[!.]*.txt"))
         if not paths:
             raise ValueError(f"{root / folder}: expected .txt files with reviews")
         for path in paths:
@@ -429,23 +395,23 @@ def load_retrieval(name, data_dir, seed, *, characters=False, max_len=4000, sour
     Two documents per example, as in `load_text`, in the published splits (for any seed).
     """
     train = find(source, data_dir, RELEASE, "tsv_data", "new_aan_pairs.train.tsv")
+
+    def parse(line):  # not csv: quotes and carriage returns are text
+        label, _, _, first, second = line.split("\t")
+        return LABELS[label], first[:max_len], second[:max_len]
+
     symbols = None
     splits = []
     for split in ("train", "eval", "test"):
         path = train.with_name(f"new_aan_pairs.{split}.tsv")
-        texts = []  # two per label
-        labels = []
-        expected = "label, id, id, text, text per line"
-        with reading(path, expected), path.open(encoding="utf-8-sig", newline="\n") as file:
-            for line in file:  # not csv: quotes and carriage returns are text
-                label, _, _, first, second = line.rstrip("\r\n").split("\t")
-                texts += [first[:max_len], second[:max_len]]
-                labels.append(float(label))
+        rows = parse_lines(path, parse, "label 0 or 1, id, id, text, text per line")
+        labels = np.array([label for label, _, _ in rows], np.int64)
+        texts = [text for _, *pair in rows for text in pair]
         if characters and split == "train":
             symbols = vocabulary(texts)
         tokens, lengths = encode(texts, symbols, max_len)
-        tokens = tokens.reshape(len(labels), 2, -1)
-        splits.append(Split(tokens, np.array(labels, np.int64), lengths.reshape(-1, 2)))
+        tokens = tokens.reshape(len(rows), 2, -1)
+        splits.append(Split(tokens, labels, lengths.reshape(-1, 2)))
     vocab_size = len(symbols) if symbols else 256
     return Data(name, *splits, vocab_size, 2, symbols=symbols)
 
@@ -477,12 +443,12 @@ def load_speech(name, data_dir, seed, *, stride=1, source=None):
     seed).  Every stride-th sample is kept; mean and std are those of the training samples.
     """
     root = find(source, data_dir, SPEECH, "speech_commands_v0.02", "validation_list.txt").parent
-    clips = sorted(f"{path.parent.name}/{path.name}" for path in root.glob("[!._]*/*.wav"))
+    clips = sorted(f"{path.parent.name}/{path.name}" for path in root.glob("[!._]*/[!.]*.wav"))
     words = sorted({clip.split("/")[0] for clip in clips})
     lists = [root / "validation_list.txt", root / "testing_list.txt"]
 
     def make():
-        val, test = [path.read_text(encoding="utf-8-sig").split() for path in lists]
+        val, test = [parse_lines(path, str.strip, "a clip per line") for path in lists]
         train = sorted(set(clips).difference(val, test))
         for part in (train, val, test):
             waves = [read_wav(root / clip)[::stride] for clip in tqdm(part, "wav", disable=None)]
@@ -493,10 +459,10 @@ def load_speech(name, data_dir, seed, *, stride=1, source=None):
     key = fingerprint(f"speech-{stride}", lists + [root / word for word in words])
     train, val, test = cached(data_dir, key, make)
     total = train.lengths.sum()
-    mean = train.tokens.sum(dtype=np.float64) / total  # the padding is zero
+    mean = float(train.tokens.sum(dtype=np.float64) / total)  # the padding is zero
     power = sum(np.square(clip, dtype=np.float64).sum() for clip in train.tokens) / total
-    std = np.sqrt(power - mean**2)
-    return Data(name, train, val, test, None, len(words), (float(mean),), (float(std),))
+    std = float(np.sqrt(power - mean**2))
+    return Data(name, train, val, test, None, len(words), (mean,), (std,))
 
 
 def read_wav(path):
@@ -504,14 +470,52 @@ def read_wav(path):
     with reading(path, "a wav file of one channel, 16 bits, 16 kHz, at most 16000 samples"):
         with wave.open(str(path)) as file:
             form = file.getparams()
-            data = file.readframes(16_000)
-        if form[:3] != (1, 2, 16_000) or len(data) != 2 * form.nframes:
-            raise ValueError(f"{len(data)} bytes of {form}")
-    return np.frombuffer(data, "<i2").astype(np.int16)
+            samples = np.frombuffer(file.readframes(16_000), "<i2")
+        expect("channels, bytes, rate", form[:3], (1, 2, 16_000))
+        expect("samples", len(samples), form.nframes)
+    return samples.astype(np.int16)
+
+
+# ------------------------------------------------------------------------------------------ lattice
+
+
+def load_lattice(name, data_dir, seed, *, n_train=4000, n_val=1000, n_test=4000):
+    """Binary textures on an 8 x 8 torus: at which distance are the sites coupled?
+
+    An Ising model, P(s) ~ exp(0.45 sum_<ij> s_i s_j), in which a site interacts with the four sites
+    1 (class 0) or 3 (class 1) steps away in its row and column.  The map x -> 3x mod 8 turns one
+    class into the other: only the positions tell them apart.  A small task, not part of the arena.
+    """
+    sizes = [n_train, n_val, n_test]
+    rng = np.random.RandomState([seed, 1])
+    labels = rng.permutation(sum(sizes)) % 2
+    tokens = np.zeros((len(labels), 64), np.uint8)
+    for label, distance in [(0, 1), (1, 3)]:
+        n = np.count_nonzero(labels == label)
+        spins = gibbs(rng, n, 8, distance, 0.45, 12)
+        spins *= rng.choice([-1, 1], (n, 1))  # makes the mean and single sites useless
+        tokens[labels == label] = spins > 0
+    splits = cut(tokens, labels, 64, sizes)
+    return Data(name, *splits, vocab_size=2, n_classes=2)
+
+
+def gibbs(rng, n, side, distance, beta, sweeps):
+    """Sample n Ising models in lock-step, site by site.  Returns (n, side^2) int8 of +-1."""
+    site = np.arange(side * side).reshape(side, side)
+    moves = [(distance, 0), (-distance, 0), (0, distance), (0, -distance)]
+    neighbors = np.stack([np.roll(site, move, (0, 1)).ravel() for move in moves], 1)
+    fields = np.arange(-4, 5)  # sums of the four neighbors
+    p_up = 1 / (1 + np.exp(-2 * beta * fields))
+    spins = rng.choice([-1, 1], (side * side, n)).astype(np.int8)
+    for _ in range(sweeps):
+        for i in range(side * side):
+            field = spins[neighbors[i]].sum(0)  # (n,)
+            up = rng.random_sample(n) < p_up[field + 4]
+            spins[i] = 2 * up - 1
+    return np.ascontiguousarray(spins.T)
 
 
 # ----------------------------------------------------------------------------------- tasks, summary
-
 
 Task = namedtuple("Task", "load options size url", defaults=[""])
 GRAY = dict(convert=gray_numbers, mean=(122.6,), std=(61.0,))
@@ -531,11 +535,10 @@ TASKS = {
     "speech": Task(load_speech, {}, "84,843 clips to train, L 16000", SPEECH),
     "speech-8k": Task(load_speech, dict(stride=2), "as speech, L 8000", SPEECH),
 }
-for size in (32, 64, 128, 256):
-    for suffix, contour in [("", 14), ("-medium", 9), ("-easy", 6)]:
-        options = dict(size=size, contour=contour)
-        task = Task(load_pathfinder, options, f"160,000/20,000/20,000, L {size**2}")
-        TASKS[f"pathfinder{size}{suffix}"] = task
+for side, level in product(pathfinder.SHEETS, ("", "-medium", "-easy")):
+    options = dict(size=side, contour={"": 14, "-medium": 9, "-easy": 6}[level])
+    about = f"160,000/20,000/20,000, L {side**2}"
+    TASKS[f"pathfinder{side}{level}"] = Task(load_pathfinder, options, about)
 TASKS["pathx"] = TASKS["pathfinder128"]
 TASKS["pathx256"] = TASKS["pathfinder256"]
 
@@ -553,7 +556,19 @@ def load(task, data_dir="data", seed=0, **options):
         own = "a .npz, .csv or .tsv file, or file.py:function"
         raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}, {own}")
     options = TASKS[task].options | options
-    return TASKS[task].load(task, data_dir, seed, **options)
+    data = TASKS[task].load(task, data_dir, seed, **options)
+    check(data)
+    return data
+
+
+def check(data):
+    """Raise ValueError if a split is empty or has labels out of range."""
+    for name in SPLITS:
+        labels = getattr(data, name).labels
+        if len(labels) == 0 or labels.min() < 0 or labels.max() >= data.n_classes:
+            found = f"{len(labels)} examples with labels {np.unique(labels).tolist()}"
+            expected = f"at least one, labels 0 .. {data.n_classes - 1}"
+            raise ValueError(f"{data.name}: {name} has {found}; expected {expected}")
 
 
 def summary(data):
@@ -576,20 +591,20 @@ def trivial_levels(data):
     """Test accuracy of the most frequent training label: overall, by first token, by length."""
     if data.n_classes is None:
         return {}
-
-    def level(feature):  # in each of twenty bins of the feature
-        edges = np.quantile(feature(data.train), np.arange(0.05, 1, 0.05))
-        counts = np.zeros((20, data.n_classes), np.int64)
-        bins = np.searchsorted(edges, feature(data.train))
-        np.add.at(counts, (bins, data.train.labels), 1)
-        guess = counts.argmax(1)[np.searchsorted(edges, feature(data.test))]
-        return float((guess == data.test.labels).mean())
-
-    return {
-        "most frequent label": level(lambda split: 0 * split.labels),
-        "by first token": level(lambda split: split.tokens.reshape(len(split), -1)[:, 0]),
-        "by length": level(lambda split: split.lengths.reshape(len(split), -1).sum(1)),
+    features = {
+        "most frequent label": lambda split: np.zeros(len(split)),
+        "by first token": lambda split: split.tokens.reshape(len(split), -1)[:, 0],
+        "by length": lambda split: split.lengths.reshape(len(split), -1).sum(1),
     }
+    levels = {}
+    for name, feature in features.items():
+        train = feature(data.train)
+        edges = np.quantile(train, np.arange(0.05, 1, 0.05))  # of twenty bins
+        counts = np.zeros((20, data.n_classes), np.int64)
+        np.add.at(counts, (np.searchsorted(edges, train), data.train.labels), 1)
+        guess = counts.argmax(1)[np.searchsorted(edges, feature(data.test))]
+        levels[name] = float((guess == data.test.labels).mean())
+    return levels
 
 
 def checksum(data):
@@ -633,16 +648,14 @@ def cached(data_dir, key, make):
     """Return three splits from a file in data_dir; make() and write them first if there is none."""
     path = Path(data_dir) / f"{key}.npz"
     if not path.exists():
-        arrays = []
-        for split in make():
-            arrays += [split.tokens, split.labels, split.lengths]
-        with appearing(path) as part:
+        with appearing(path) as part:  # a folder that is not writable fails before make()
+            arrays = []
+            for split in make():
+                arrays += [split.tokens, split.labels, split.lengths]
             np.savez(part, *arrays)
-    with (
-        reading(path, "an undamaged cache (delete it to generate it again)"),
-        np.load(path) as file,
-    ):
-        arrays = list(file.values())
+    with reading(path, "an undamaged cache (delete it to generate it again)"):
+        with np.load(path) as file:
+            arrays = list(file.values())
         return [Split(*arrays[i : i + 3]) for i in (0, 3, 6)]
 
 
@@ -656,24 +669,33 @@ def fingerprint(name, paths):
 
 
 @contextmanager
-def appearing(path):
-    """Give a temporary path that is renamed to `path` at the end: what is there is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        part = Path(folder) / path.name
-        yield part
-        if not path.exists():  # else another process was faster
-            part.replace(path)
-
-
-@contextmanager
 def reading(path, expected):
     """Turn any error inside into a ValueError that names the file and what to expect."""
     try:
         yield
     except Exception as error:  # numpy, zlib, wave and tarfile raise a dozen kinds
-        reason = str(error) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: {reason}; expected {expected}") from error
+
+
+def expect(name, found, wanted):
+    """Raise ValueError if what a file says is not what it should say."""
+    if found != wanted:
+        raise ValueError(f"{name} {found}, not {wanted}")
+
+
+def parse_lines(path, parse, expected, skip=0):
+    """Return parse(line) for all lines but the first `skip`; errors name the file and the line."""
+    rows = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            with reading(f"{path}, line {number}", expected):
+                text = line.decode("utf-8-sig").rstrip("\r\n")
+                if number > skip:
+                    rows.append(parse(text))
+    if not rows:
+        raise ValueError(f"{path}: no examples; expected {expected}")
+    return rows
 
 
 def find(source, data_dir, url, folder, name):
@@ -715,8 +737,7 @@ def download(url, data_dir):
         with tqdm(desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
             urllib.request.urlretrieve(url, part, lambda i, size, total: bar.update(size))
         digest = hashlib.sha256(np.memmap(part, mode="r")).hexdigest()
-        if url in SHA256 and digest != SHA256[url]:
-            raise ValueError(f"sha256 is {digest}, not {SHA256[url]}")
+        expect("sha256", digest, SHA256.get(url, digest))
     return path
 
 
@@ -731,16 +752,7 @@ def self_check():
     return [("ListOps: values by level == by stack", wrong, 0)]
 
 
-def print_table(rows):
-    """Print (name, error, limit) rows; return True if every error is within its limit."""
-    ok = True
-    for name, error, limit in rows:
-        passed = error <= limit  # False for nan
-        print(f"  {name:<50}{error:9.1e}{limit:9.0e}   {'ok' if passed else 'FAILED'}")
-        ok = ok and passed
-    return ok
-
-
+@one_line_errors("lra_data.py")
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     own = "a task, a .npz, .csv or .tsv file, or file.py:function (default: list all tasks)"
@@ -766,12 +778,9 @@ def main(argv=None):
     names = ("source", "n", "text_column", "label_column", "characters", "max_len")
     options = {name: getattr(args, name) for name in names}
     options = {name: value for name, value in options.items() if value is not None}
-    try:
-        if args.download and args.task in TASKS and TASKS[args.task].url:
-            print(f"archive: {download(TASKS[args.task].url, args.data_dir)}")
-        print(summary(load(args.task, args.data_dir, args.seed, **options)))
-    except (ValueError, TypeError, OSError) as error:
-        parser.exit(1, f"lra_data.py: {error}\n")
+    if args.download and args.task in TASKS and TASKS[args.task].url:
+        print(f"archive: {download(TASKS[args.task].url, args.data_dir)}")
+    print(summary(load(args.task, args.data_dir, args.seed, **options)))
     return 0
 
 

@@ -27,9 +27,12 @@ Not included: single-segment distractors, which the Long Range Arena does not us
 import argparse
 import multiprocessing
 import os
-import shutil
+import signal
 import sys
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -112,17 +115,17 @@ def bar(side, end, width):
     # the corners are whole pixels; with an even width, one side of the middle gets more
     across = np.array([end[1], -end[0]]) / np.hypot(*end)
     a = round_away(across * [width // 2, (width - 1) // 2])
-    b = a + end
     d = round_away(-across * [(width - 1) // 2, width // 2])
-    c = d + end
+    corners = [a, a + end, d + end, d]
     y, x = np.mgrid[:side, :side] - middle
     crossings = []  # of each row with each edge
-    for (y0, x0), (y1, x1) in ((a, b), (b, c), (c, d), (d, a)):
+    for i in range(4):
+        y0, x0 = corners[i - 1]
+        y1, x1 = corners[i]
         if y0 != y1:  # the ends of a level edge belong to its neighbors too
             crossing = x0 + (y - y0) * (x1 - x0) / (y1 - y0)
             outside = (y - y0) * (y - y1) > 0
-            crossing[outside] = np.nan
-            crossings.append(crossing)
+            crossings.append(np.where(outside, np.nan, crossing))
     first = np.fmin.reduce(crossings) - 0.5 + 1e-6
     last = np.fmax.reduce(crossings) + 0.5 - 1e-6
     return (first < x) & (x < last)
@@ -139,9 +142,10 @@ def dilate(image, radius):
 
 def shrink(image, side):
     """Resample a square bool image to 0 .. 255 (Lanczos, rounded after each axis)."""
-    scale = len(image) / side
-    x = (np.arange(len(image)) + 0.5) / scale - (np.arange(side)[:, None] + 0.5)
-    weight = np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0)
+    old = (np.arange(len(image)) + 0.5) * (side / len(image))
+    new = np.arange(side) + 0.5
+    x = old - new[:, None]
+    weight = np.sinc(x) * np.sinc(x / 3) * (np.abs(x) < 3)
     weight /= weight.sum(1, keepdims=True)
     across = np.clip(np.round(255 * image @ weight.T), 0, 255)
     return np.clip(np.round(weight @ across), 0, 255).astype(np.uint8)
@@ -207,12 +211,13 @@ class Brush:
         ring_angle = np.arctan2(ring[:, 0], ring[:, 1])
         angle = np.concatenate([FREE_ANGLES, ring_angle])
         self.step = (self.reach + self.margin) * unit(angle)  # from a pivot to the next
-        bend = np.abs((angle[:, None] - ring_angle + np.pi) % (2 * np.pi) - np.pi)
+        turn = angle[:, None] - ring_angle
+        bend = np.abs((turn + np.pi) % (2 * np.pi) - np.pi)
         weight = np.cos(np.minimum(self.sheet.stiffness * bend, np.pi / 2)) ** 2
         # for each direction, keep the possible places only, in order
-        possible = weight > 1e-9
-        most = possible.sum(1).max()
-        kept = np.argsort(~possible, axis=1, kind="stable")[:, :most]
+        impossible = weight <= 1e-9
+        most = len(ring) - impossible.sum(1).min()
+        kept = np.argsort(impossible, axis=1, kind="stable")[:, :most]
         self.tips = self.offset(ring)[kept]
         self.turns = len(FREE_ANGLES) + kept
         self.weight = np.take_along_axis(weight, kept, 1)
@@ -273,12 +278,14 @@ class Brush:
         seed = self.where(self.window[0] + self.seed)  # (360, pixels, 2) rows and columns
         self.usable = np.ones(len(seed), bool)
         for corner in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
-            self.usable &= (seed * corner >= 0).all(2).any(1)
+            inside = (seed * corner >= 0).all(2)
+            self.usable &= inside.any(1)
         # the first snake starts at least 2 seed_distance away from all edges
         border = 2 * self.sheet.seed_distance
         self.home = border - seed.min(1)  # first row and column
         self.home_size = self.size - 2 * border - np.ptp(seed, 1)
-        self.home_angles = np.flatnonzero(self.usable & (self.home_size > 0).all(1))
+        has_home = (self.home_size > 0).all(1)
+        self.home_angles = np.flatnonzero(self.usable & has_home)
 
 
 make_brush = cache(Brush)
@@ -324,10 +331,11 @@ def first_segments(rng, brush, n):
     """Draw the first segments of n pairs: starts (row, column) (n, 2, 2), directions (n, 2)."""
     way = rng.randint(0, 360, (n, 2))
     way[:, 0] = rng.choice(brush.home_angles, n)
+    home = brush.home[way[:, 0]]
     size = brush.home_size[way[:, 0]]
-    first = brush.home[way[:, 0]] + np.floor(size * rng.random_sample((n, 2)))
-    around = unit(rng.choice(FREE_ANGLES, n))
-    second = np.round(first + brush.sheet.seed_distance * around)
+    first = home + np.floor(size * rng.random_sample((n, 2)))
+    around = rng.choice(FREE_ANGLES, n)
+    second = np.round(first + brush.sheet.seed_distance * unit(around))
     return np.stack([first, second], 1), way
 
 
@@ -377,7 +385,7 @@ def extend(rng, brush, taken, row, pivot, way):
     weight = np.cumsum(brush.weight[way] * (255 - near), 1)
     tip = np.zeros(len(row), np.int64)
     turn = np.full(len(row), -1)
-    todo = np.flatnonzero(weight[:, -1] > 255e-4)
+    todo = np.flatnonzero(weight[:, -1] > 1e-4 * 255)  # else there is no free place
     for _ in range(TRIES):
         drawn = rng.random_sample(len(todo)) * weight[todo, -1]
         choice = (weight[todo] <= drawn[:, None]).sum(1)
@@ -446,7 +454,7 @@ def scenes(rng, size, contour, n):
         brush = make_brush(size, margin)
         for taken, at, way in snake_pairs(rng, brush, contour, count):
             more_at, more_way = distract(rng, brush, taken, contour // 3)
-            yield brush, np.concatenate([at, more_at], 1), np.concatenate([way, more_way], 1)
+            yield brush, np.hstack([at, more_at]), np.hstack([way, more_way])
 
 
 def paint(rng, brush, contour, at, way):
@@ -488,12 +496,15 @@ def load(data_dir, n, size=32, contour=14, seed=0, processes=None):
 
     They are kept in a folder in data_dir, see `cached`.  The result does not depend on the number
     of processes (default: one per usable CPU).  Processes are spawned, so a script that calls
-    this needs `if __name__ == "__main__":`.  Raises ValueError for unknown sizes or contours.
+    this needs `if __name__ == "__main__":`.  Raises ValueError for options out of range.
     """
-    if size not in SHEETS or contour not in CONTOURS or n < 1:
+    known = size in SHEETS and contour in CONTOURS
+    in_range = 1 <= n <= 10**8 and 0 <= seed < 2**32 and (processes is None or processes >= 1)
+    if not (known and in_range):
         raise ValueError(
-            f"size {size}, contour {contour}, n {n}: expected a size of {list(SHEETS)}, "
-            f"a contour of {list(CONTOURS)}, n >= 1"
+            f"size {size}, contour {contour}, n {n}, seed {seed}, processes {processes}: expected "
+            f"a size of {list(SHEETS)}, a contour of {list(CONTOURS)}, n from 1 to 10^8, a seed "
+            "from 0 to 2^32 - 1, at least 1 process"
         )
     folder = Path(data_dir) / f"pathfinder{size}-{contour}-{n}-seed{seed}-{VERSION}"
     return cached(folder, n, size, partial(draw_shard, n, size, contour, seed), processes)
@@ -514,36 +525,24 @@ def cached(folder, n, size, make, processes=None):
     """
     folder = Path(folder)
     if not folder.exists():
-        create(folder, n, size)
-    _, labels = read(folder, n, size)
-    n_shards = -(-n // SHARD)
-    missing = [i for i in range(n_shards) if labels[i * SHARD : (i + 1) * SHARD].min() < 0]
-    run_all(partial(fill, folder, make), missing, processes, folder.name)
+        with appearing(folder) as part:
+            part.mkdir()
+            open_memmap(part / "images.npy", "w+", np.uint8, (n, size, size))  # zeros
+            np.save(part / "labels.npy", np.full(n, -1, np.int64))  # -1: not drawn yet
     images, labels = read(folder, n, size)
-    if images.nbytes <= 2**30:
-        images = np.array(images)
-    return images, np.array(labels)
-
-
-def create(folder, n, size):
-    """Make an empty data set; label -1 means not drawn yet."""
-    part = folder.with_name(f"{folder.name}.part{os.getpid()}")
-    part.mkdir(parents=True, exist_ok=True)
-    open_memmap(part / "images.npy", "w+", np.uint8, (n, size, size)).flush()
-    open_memmap(part / "labels.npy", "w+", np.int64, (n,))[:] = -1
-    try:
-        part.rename(folder)
-    except OSError:  # another process was faster: use its folder
-        shutil.rmtree(part)
-        if not folder.exists():
-            raise
+    missing = np.unique(np.flatnonzero(labels < 0) // SHARD).tolist()
+    if missing:
+        run_all(partial(fill, folder, n, make), missing, processes, folder.name)
+        images, labels = read(folder, n, size)
+    return images, labels
 
 
 def read(folder, n, size):
-    """Open the images and labels of a folder, memory-mapped; ValueError if damaged."""
+    """Return the images and labels of a folder; ValueError if damaged."""
+    mode = "r" if n * size * size > 2**30 else None
     try:
-        images = open_memmap(folder / "images.npy", "r")
-        labels = open_memmap(folder / "labels.npy", "r")
+        images = np.load(folder / "images.npy", mode)
+        labels = np.load(folder / "labels.npy")
         if images.shape != (n, size, size) or labels.shape != (n,):
             raise ValueError(f"images {images.shape}, labels {labels.shape}")
     except (OSError, ValueError) as error:
@@ -551,17 +550,32 @@ def read(folder, n, size):
     return images, labels
 
 
-def fill(folder, make, i):
+def fill(folder, n, make, i):
     """Make shard i and write it to its place; the labels go last and mark it as done.
 
     No lock is needed: two processes that make the same shard write the same bytes.
     """
     pictures, labels = make(i)
-    shard = slice(i * SHARD, i * SHARD + len(labels))
-    images = open_memmap(folder / "images.npy", "r+")
-    images[shard] = pictures
-    images.flush()
-    open_memmap(folder / "labels.npy", "r+")[shard] = labels
+    for name, rows in (("images", pictures), ("labels", labels.astype(np.int64))):
+        with open(folder / f"{name}.npy", "r+b") as file:  # a memory map dies on a full disk
+            file.seek((i * SHARD - n) * rows[0].nbytes, os.SEEK_END)
+            file.write(rows.tobytes())
+            file.flush()
+            os.fsync(file)
+
+
+@contextmanager
+def appearing(path):
+    """Give a temporary path that is renamed to `path` at the end: what is there is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        part = Path(folder) / path.name
+        yield part
+        try:
+            part.rename(path)
+        except OSError:
+            if not path.exists():  # else another process was faster: what it made is the same
+                raise
 
 
 def usable_cpus():
@@ -573,12 +587,34 @@ def usable_cpus():
 
 def run_all(function, jobs, processes, name):
     """Call function(job) for all jobs on several processes, with a progress bar."""
+    progress = partial(tqdm, desc=name, total=len(jobs), unit=" shards", disable=None)
     processes = min(processes or usable_cpus(), len(jobs), 61)  # 61: the limit of Windows
+    if processes < 2:
+        for job in progress(jobs):
+            function(job)
+        return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(processes, 1), spawn) as pool:  # starts processes when used
-        done = map(function, jobs) if processes < 2 else pool.map(function, jobs)
-        for _ in tqdm(done, name, len(jobs), unit=" shards", disable=None):
+    silent = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the processes without a traceback
+    with ProcessPoolExecutor(processes, spawn, signal.signal, silent) as pool:
+        for _ in progress(pool.map(function, jobs)):
             pass
+
+
+ERRORS = (ValueError, TypeError, OSError, MemoryError, BrokenProcessPool, KeyboardInterrupt)
+
+
+@contextmanager
+def one_line_errors(program):
+    """End in one line instead of a traceback: bad input, a full disk, Ctrl-C, a closed pipe."""
+    try:
+        yield
+        print(end="", flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # for the flush at exit
+        sys.exit(1)
+    except ERRORS as error:
+        sys.exit(f"{program}: {str(error) or 'interrupted'}")
 
 
 # -------------------------------------------------------------------------------- check and command
@@ -615,6 +651,7 @@ def demo():
     print(f"label {labels[0]}: the two disks are the ends of {2 - labels[0]} snake(s)")
 
 
+@one_line_errors("pathfinder.py")
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("size", nargs="?", type=int, choices=SHEETS, help="pixels per side")
@@ -630,8 +667,6 @@ def main(argv=None):
         if not args.check:
             demo()
         return 0 if ok else 1
-    if args.n < 1:
-        parser.error(f"--n {args.n}: expected 1 or more")
     options = (args.size, args.contour, args.seed, args.processes)
     images, labels = load(args.data_dir, args.n, *options)
     print(f"images {images.shape}, mean {images.mean():.2f}; share of label 1 {labels.mean():.3f}")

@@ -224,6 +224,11 @@ def test_the_one_png_that_was_published_empty_is_left_out(copy, tmp_path):
     assert sum(len(split) for split in (data.train, data.val, data.test)) == 30
 
 
+def test_symbols_are_characters_that_occur_fifteen_times():
+    symbols = lra_data.vocabulary(["a" * 14, "b" * 8, "c" * 99 + "b" * 7])
+    assert symbols == ("<unk>", "c", "b")
+
+
 def test_the_inner_tree_of_the_release_is_preferred(tmp_path):
     release = tmp_path / "lra_release"
     for place, answer in [(tmp_path, 1), (release, 2), (release / "lra_release", 3)]:
@@ -348,6 +353,7 @@ def test_a_removed_clip_is_noticed(copy, tmp_path):
 
 TEXTS = {
     "listops": "listops-1000/*.tsv",
+    "pathfinder32": "*/*/metadata/*.npy",
     "text": "aclImdb/*/*/*.txt",
     "retrieval": "tsv_data/*.tsv",
     "speech": "*/*_list.txt",
@@ -381,23 +387,32 @@ def test_quotes_and_carriage_returns_inside_a_document_are_text(copy, tmp_path):
 
 TREE = "listops-1000/basic_train.tsv"
 PAIRS = "tsv_data/new_aan_pairs.train.tsv"
+PAIR = "1.0\tA\tB\ta\tb\n"
 BATCH = "cifar-10-batches-bin/data_batch_3.bin"
 REVIEW = "aclImdb/train/pos/1_7.txt"
+LIST = "speech_commands_v0.02/testing_list.txt"
 CLIP = "speech_commands_v0.02/yes/1_nohash_0.wav"
+TABLE = "pathfinder32/curv_contour_length_14/metadata/1.npy"
+ROW = "imgs/1 sample_1.png 1 1\n"
 SAMPLE = "pathfinder32/curv_contour_length_14/imgs/2/sample_5.png"
 HEAD = "Source\tTarget\n"
 GRAY = np.arange(1024).reshape(32, 32) % 251
 
 BROKEN = {  # task, file, content, reason
-    "no header": ("listops", TREE, b"", "expected a header"),
-    "missing column": ("listops", TREE, HEAD + "5\n", "not enough values"),
-    "unknown token": ("listops", TREE, HEAD + "[AVG 1 ]\t1\n", "AVG"),
+    "no header": ("listops", TREE, b"", "no examples; expected a header"),
+    "header alone": ("listops", TREE, HEAD, "no examples; expected a header"),
+    "missing column": ("listops", TREE, HEAD + "5\n", "line 2: not enough values"),
+    "unknown token": ("listops", TREE, HEAD + "[AVG 1 ]\t1\n", "line 2: .*AVG"),
     "unclosed": ("listops", TREE, HEAD + "[MIN 1 2\t1\n", "expected a header, then a tree"),
     "closed twice": ("listops", TREE, HEAD + "[MIN 1 ] ]\t1\n", "expected a header, then a tree"),
     "no arguments": ("listops", TREE, HEAD + "[MIN ]\t0\n", "expected a header, then a tree"),
     "two roots": ("listops", TREE, HEAD + "1 2\t1\n", "expected a header, then a tree"),
-    "wrong answer": ("listops", TREE, HEAD + "[MIN 1 2 ]\t2\n", r"answer 2.*\[MIN 1 2 \] is wrong"),
-    "tree not UTF-8": ("listops", TREE, HEAD.encode() + b"\xff\t5\n", "utf-8"),
+    "wrong answer": ("listops", TREE, HEAD + "1\t1\n[MIN 1 2 ]\t2\n", "line 3: answer 2, not 1"),
+    "tree not UTF-8": ("listops", TREE, HEAD.encode() + b"\xff\t5\n", "line 2: .*utf-8"),
+    "no table": ("pathfinder32", TABLE, "", "no examples; expected folder, PNG file"),
+    "three columns": ("pathfinder32", TABLE, ROW + "imgs/0 sample_1.png 1\n", "line 2: not enough"),
+    "label 2": ("pathfinder32", TABLE, ROW + "imgs/0 sample_1.png 1 2\n", "line 2: '2'.* 0 or 1"),
+    "no text": ("pathfinder32", TABLE, b"\x93NUMPY\x01\x00v", "line 1: .*utf-8.* expected folder"),
     "png cut": ("pathfinder32", SAMPLE, png(GRAY)[:200], "unpack_from requires"),
     "png empty": ("pathfinder32", SAMPLE, b"", "expected an 8-bit grayscale PNG file"),
     "png damaged": ("pathfinder32", SAMPLE, png(GRAY).replace(b"\x78", b"\x79"), "decompressing"),
@@ -406,15 +421,21 @@ BROKEN = {  # task, file, content, reason
     "color": ("pathfinder32", SAMPLE, png(GRAY, head=(32, 32, 8, 2, 0, 0, 0)), "header .* 8-bit"),
     "few lines": ("pathfinder32", SAMPLE, png(GRAY, lines=bytes(33 * 31)), "size 1023"),
     "record cut": ("image", BATCH, bytes(3073 * 4 - 1), "size 12291 .*expected CIFAR-10"),
+    "record missing": ("image", BATCH, bytes(3073 * 7), "bytes 21511, not 24584"),
+    "batch empty": ("image", BATCH, b"", "bytes 0, not 24584"),
     "review not UTF-8": ("text", REVIEW, b"a \xe9 b", "expected a review in UTF-8"),
-    "four columns": ("retrieval", PAIRS, "1.0\tA\tB\ttext\n", "got 4.* expected label"),
-    "no label": ("retrieval", PAIRS, "yes\tA\tB\ta\tb\n", "'yes'; expected label"),
+    "no pairs": ("retrieval", PAIRS, "", "no examples; expected label"),
+    "four columns": ("retrieval", PAIRS, "1.0\tA\tB\ttext\n", "line 1: .*got 4.* expected label"),
+    "no label": ("retrieval", PAIRS, "yes\tA\tB\ta\tb\n", "line 1: 'yes'; expected label"),
+    "label 0.5": ("retrieval", PAIRS, PAIR + PAIR.replace("1.0", "0.5"), "line 2: '0.5'; expected"),
     "wav empty": ("speech", CLIP, b"", "EOFError; expected a wav file"),
-    "wav cut": ("speech", CLIP, wav()[:-1000], "31000 bytes of .*nframes=16000"),
-    "stereo": ("speech", CLIP, wav(100, channels=2), "nchannels=2"),
-    "32 bit": ("speech", CLIP, wav(100, width=4), "sampwidth=4"),
-    "44 kHz": ("speech", CLIP, wav(100, rate=44_100), "framerate=44100"),
-    "too long": ("speech", CLIP, wav(16_001), "nframes=16001"),
+    "wav cut": ("speech", CLIP, wav()[:-1000], "samples 15500, not 16000"),
+    "stereo": ("speech", CLIP, wav(100, channels=2), r"rate \(2, 2, 16000\), not \(1, 2, 16000\)"),
+    "32 bit": ("speech", CLIP, wav(100, width=4), r"rate \(1, 4, 16000\), not"),
+    "44 kHz": ("speech", CLIP, wav(100, rate=44_100), r"rate \(1, 2, 44100\), not"),
+    "too long": ("speech", CLIP, wav(16_001), "samples 16000, not 16001"),
+    "no clips": ("speech", LIST, "", "no examples; expected a clip per line"),
+    "list of bytes": ("speech", LIST, b"yes/\xff.wav\n", "line 1: .*utf-8"),
 }
 
 
@@ -423,9 +444,10 @@ def test_a_broken_file_is_named_with_its_fault(case, copy, tmp_path):
     task, name, content, reason = BROKEN[case]
     root = copy(task)
     write(root / name, content)
-    with pytest.raises(ValueError, match=f"(?s){reason}") as caught:
+    with pytest.raises(ValueError, match=reason) as caught:
         lra_data.load(task, tmp_path / "data", source=root)
     assert str(caught.value).startswith(str(root / name))
+    assert "\n" not in str(caught.value)
     assert not list((tmp_path / "data").glob("*.npz")), "a part of the cache is left behind"
 
 
@@ -488,8 +510,6 @@ def tar_of(**member):
 ARCHIVES = {
     "above": tar_of(name="../evil.txt"),
     "link": tar_of(name="link", type=tarfile.SYMTYPE, linkname="/etc"),
-    "hard link": tar_of(name="link", type=tarfile.LNKTYPE, linkname="../evil.txt"),
-    "device": tar_of(name="device", type=tarfile.CHRTYPE),
     "cut": tar_of(name="other")[:60],
     "wrong checksum": tar_of(name="other")[:-8] + b"12345678",
     "empty": b"",
@@ -506,14 +526,6 @@ def test_archives_stay_inside_their_folder(case, tmp_path):
         lra_data.load("image", tmp_path / "data", source=archive)
     left = [path for path in tmp_path.rglob("*") if path not in before and path.is_file()]
     assert not left and not (tmp_path / "evil.txt").exists()
-
-
-def test_an_absolute_path_in_an_archive_lands_inside(tmp_path):
-    name = f"{tmp_path}/evil.txt"
-    write(tmp_path / "archive.tar.gz", tar_of(name=name))
-    folder = lra_data.unpack(tmp_path / "archive.tar.gz", tmp_path / "data")
-    assert not (tmp_path / "evil.txt").exists()
-    assert (folder / name.lstrip("/")).exists()
 
 
 def test_another_process_may_be_faster(tmp_path):
@@ -536,7 +548,9 @@ def test_a_download_arrives_once(tmp_path, monkeypatch):
     assert [each.name for each in path.parent.iterdir()] == ["a.tar.gz"]
 
 
-@pytest.mark.parametrize(("name", "reason"), [("gone", "No such file"), ("other", "sha256 is .*")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("gone", "No such file"), ("other", "sha256 .*, not 0000")]
+)
 def test_a_failed_download_leaves_nothing(name, reason, tmp_path, monkeypatch):
     write(tmp_path / "other", "something else")
     url = (tmp_path / name).as_uri()
