@@ -769,6 +769,9 @@ def process_group(device="cpu", timeout=60.0):
     if world == 1:
         yield 0, 1, torch.device(device)
         return
+    missing = {"RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
+    how = "start with torchrun, or unset WORLD_SIZE"
+    require(not missing, f"WORLD_SIZE is {world} without {', '.join(sorted(missing))}: {how}")
     rank = int(os.environ["RANK"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank))  # without it: all on one machine
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))

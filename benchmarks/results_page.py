@@ -119,7 +119,7 @@ def pictures():
                 gain = arms[key]["mean"] - scratch["mean"]
                 rows.append([model, budget, arm(scratch), arm(arms[key]), f"{gain:+.1f}"])
         yield from table(["", "steps", "from scratch", "pretrained", "points gained"], rows)
-        yield from prose("""Test accuracy in %; 1x is 2,400 steps of 32 pictures in all, of which
+        yield from prose("""Test accuracy in %; 1x is 2,400 steps of 16 pictures in all, of which
             pretraining takes two thirds; 5,000 training pictures, all with labels unless noted.
             Learning rates were chosen on validation in runs of half that length.""")
 
@@ -141,8 +141,9 @@ def step_time():
     for name in names:
         for row in load(name)["rows"]:
             model = row["settings"].split("/")[-1].removesuffix(".json")
-            cells = [name, f"{model}, {row['stage']}", f"{row['ms']['total']:.0f}"]
-            cells.append(f"{row['share']:.1f} %")
+            steps = {True: ", eager", False: ", CUDA graphs", None: ""}[row.get("eager")]
+            cells = [name, f"{model}, {row['stage']}{steps}", f"{row['ms']['total']:.0f}"]
+            cells.append("–" if row.get("eager") is False else f"{row['share']:.1f} %")
             peak = row.get("peak_memory_gib")
             cells.append(f"{peak:.1f}" if peak else "–")
             for key in ("tokens_per_s", "tokens_per_s_busy", "tokens_per_s_memory"):

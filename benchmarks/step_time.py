@@ -11,6 +11,7 @@ the device before and after each part, so nothing overlaps, and a second run giv
 tokens/s if the GPU never waited (torch.profiler's sum of kernel times), and if it only moved bytes
 at 3 TB/s.  The bytes are an estimate: what autograd keeps for backward is written and read, and so
 are gradients of the same size; weights, gradients and AdamW's moments are passed over ten times.
+Parts and bounds are those of eager steps; a step as a CUDA graph has only data and rest.
 """
 
 import argparse
@@ -50,9 +51,11 @@ class Clock:
     profile: note kernel times and bytes of each stage too, which slows the parts down.
     """
 
-    def __init__(self, device, profile=False):
-        self.cuda = torch.device(device).type == "cuda"
+    def __init__(self, config, profile=False):
+        self.cuda = torch.device(config.device).type == "cuda"
         self.profile = profile
+        # what a graph contains cannot be timed, and its parts run once only
+        self.parts = ("data",) if pretrain.uses_graphs(config) else tuple(PARTS)
         self.steps = []
         self.busy = {}  # ms of kernels per step, by stage
         self.kept = {}  # bytes kept for backward per step, by stage
@@ -106,8 +109,8 @@ class Clock:
     def attached(self):
         """A context in which the parts of pretrain.fit are timed; validation is skipped."""
         stack = ExitStack()
-        for part, places in PARTS.items():
-            for owner, name in places:
+        for part in self.parts:
+            for owner, name in PARTS[part]:
                 timed = self.timed(getattr(owner, name), part)
                 stack.enter_context(patch.object(owner, name, timed))
         stack.enter_context(patch.object(Run, "steps", self.counted(Run.steps)))
@@ -121,7 +124,7 @@ class Clock:
 
 def measure(config):
     """Return {stage: {part: mean ms per step, "tokens": tokens per step}}, and peak memory."""
-    clock = Clock(config.device)
+    clock = Clock(config)
     if clock.cuda:
         torch.cuda.reset_peak_memory_stats()
     with clock.attached():
@@ -140,7 +143,7 @@ def measure(config):
 
 def bounds(config):
     """Return {stage: (ms of kernels, ms to move the bytes)}, the least that a step can take."""
-    clock = Clock(config.device, profile=True)
+    clock = Clock(config, profile=True)
     with clock.attached():
         parameters = pretrain.train(config)["parameters"]
     found = {}
@@ -172,13 +175,13 @@ def parse():
     return args
 
 
-def measure_all(given, name, compiled):
+def measure_all(given, name, compiled, eager=False):
     """Print and return the rows of one setting, one per stage."""
     with tempfile.TemporaryDirectory() as folder:
-        options = {**given, "settings": name, "compile": compiled}
+        options = {**given, "settings": name, "compile": compiled, "eager": eager}
         config, _ = resolve({**options, "out": f"{folder}/timed"})
         found, peak = measure(config)
-        least = bounds(replace(config, out=f"{folder}/profiled")) if config.device == "cuda" else {}
+        least = bounds(replace(config, out=f"{folder}/profiled")) if eager else {}
     rows = []
     for stage, ms in found.items():
         tokens = ms.pop("tokens")
@@ -190,7 +193,9 @@ def measure_all(given, name, compiled):
             row["tokens_per_s_busy"] = 1e3 * tokens / busy
             row["tokens_per_s_memory"] = 1e3 * tokens / memory
         rows.append(row)
-        label = f"{Path(name).stem} compiled" if compiled else Path(name).stem
+        if config.device == "cuda":
+            row["eager"] = eager
+        label = f"{Path(name).stem}{' compiled' * compiled}{' eager' * eager}"
         times = "".join(f"{ms[part]:10.2f}" for part in ALL)
         print(f"{label:38}{stage:9}{times}{share(ms):8.1f} %", flush=True)
     return rows
@@ -207,6 +212,8 @@ def main():
     rows = []
     for name in args.settings:
         for compiled in (False, True) if args.compile else (False,):
+            if args.device == "cuda":
+                rows += measure_all(given, name, compiled, eager=True)
             rows += measure_all(given, name, compiled)
     origin["threads"] = torch.get_num_threads()
     save(args.out, {**origin, "options": options, "rows": rows})

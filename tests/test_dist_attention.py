@@ -356,3 +356,13 @@ def test_command_line_refuses_too_few_tokens(capsys):
     assert stop.value.code == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "--tokens -3: expected at least 2 per rank" in said
+
+
+def test_a_scheduler_that_says_half_is_named(monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2 without MASTER_ADDR, MASTER_PORT: start"):
+        with da.process_group():
+            pass

@@ -61,7 +61,7 @@ def test_tokens_and_what_is_kept_for_backward_are_counted(monkeypatch, tmp_path)
     found, _ = step_time.measure(replace(TINY, out=str(tmp_path / "a")))
     L = small.train.tokens.shape[1]
     assert [row["tokens"] for row in found.values()] == [4 * L, 4 * L]
-    clock = step_time.Clock("cpu", profile=True)
+    clock = step_time.Clock(TINY, profile=True)
     with clock.attached():
         x = torch.ones(3, 5, dtype=torch.float64, requires_grad=True)
         (x * x).sigmoid().square().sum()  # keeps x, a leaf, and the sigmoid for two gradients
@@ -70,3 +70,9 @@ def test_tokens_and_what_is_kept_for_backward_are_counted(monkeypatch, tmp_path)
     activations = 4 * L * 8 * 4  # bytes of one (B, L, D)
     for _, memory in least.values():
         assert memory > 1e3 * 4 * 10 * activations / step_time.BANDWIDTH
+
+
+def test_of_steps_as_graphs_only_data_are_timed():
+    assert step_time.Clock(TINY).parts == tuple(step_time.PARTS)
+    assert step_time.Clock(replace(TINY, device="cuda", eager=True)).parts == tuple(step_time.PARTS)
+    assert step_time.Clock(replace(TINY, device="cuda")).parts == ("data",)
