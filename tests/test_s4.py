@@ -663,12 +663,11 @@ def test_bad_input(call, words):
 # ---------------------------------------------------------------- the convolution
 
 
-def test_a_second_derivative_is_refused_not_wrong():
-    layer = S4(2)
-    x = torch.randn(1, 6, 2, requires_grad=True)
-    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.square().sum().backward()
+@pytest.mark.parametrize("directions", [(), (2,)])
+def test_second_derivatives_of_the_convolution_are_right(directions):
+    u = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
+    K = torch.randn(*directions, 3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(s4.fft_conv, (u, K))
 
 
 @KINDS
