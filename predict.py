@@ -149,7 +149,8 @@ def appearing(path):
 
 def command(args):
     out = Path(args.out)
-    if not out.parent.is_dir() or (out.exists() and not out.is_file()):
+    special = out.is_symlink() or (out.exists() and not out.is_file())  # such as /dev/stdout
+    if special or not out.parent.is_dir():
         raise ValueError(f"--out {out}: expected a file in a folder that exists")
     if out.exists() and (out.samefile(args.data) or not args.overwrite):
         raise ValueError(f"{out} exists: choose another --out, or pass --overwrite")
