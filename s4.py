@@ -267,32 +267,26 @@ class CircularConv(torch.autograd.Function):
     """Circular convolution with period n of real u (B, D, L) and k (D, m).  Returns (B, D, L).
 
     Its backward stays with real FFTs; autograd's own takes complex ones, twice the time and memory.
-    Higher derivatives are autograd's own.
+    First derivatives only.
     """
 
     @staticmethod
     def forward(ctx, u, k, n):
         U = torch.fft.rfft(u, n)  # (B, D, n/2 + 1)
         K_f = torch.fft.rfft(k, n)  # (D, n/2 + 1)
-        ctx.save_for_backward(u, k, U, K_f)
-        ctx.n = n
+        ctx.save_for_backward(U, K_f)
+        ctx.lengths = (n, u.shape[-1], k.shape[-1])
         return torch.fft.irfft(U * K_f, n)[..., : u.shape[-1]]
 
     @staticmethod
     def backward(ctx, grad):
-        u, k, U, K_f = ctx.saved_tensors
-        n = ctx.n
+        if torch.is_grad_enabled():  # once_differentiable is silent where u has another path
+            raise ValueError("the convolution has no second derivatives (create_graph=True)")
+        U, K_f = ctx.saved_tensors
+        n, u_length, k_length = ctx.lengths
         G = torch.fft.rfft(grad, n)  # (B, D, n/2 + 1)
-        again = torch.is_grad_enabled()  # create_graph=True: U and K_f as functions of u and k
-        if again:
-            U = torch.fft.rfft(u, n)
-            K_f = torch.fft.rfft(k, n)
-        grad_k = torch.fft.irfft((G * U.conj()).sum(0), n)[..., : k.shape[-1]]
-        if again:
-            G = G * K_f.conj()
-        else:
-            G.mul_(K_f.conj())  # in place: G is large
-        grad_u = torch.fft.irfft(G, n)[..., : u.shape[-1]]
+        grad_k = torch.fft.irfft((G * U.conj()).sum(0), n)[..., :k_length]
+        grad_u = torch.fft.irfft(G.mul_(K_f.conj()), n)[..., :u_length]  # in place: G is large
         return grad_u, grad_k, None
 
 
