@@ -314,9 +314,8 @@ class Attention(nn.Module):
         if not self.causal:
             raise ValueError("recurrent mode needs causal=True, or new tokens change old outputs")
         shape = (batch, self.n_kv_heads, capacity, self.d_head)
-        k = self.qkv.weight.new_zeros(shape)
-        v = self.qkv.weight.new_zeros(shape)
-        return Cache(k, v)
+        like = next(self.parameters())  # not qkv.weight: an adapter may wrap the projection
+        return Cache(like.new_zeros(shape), like.new_zeros(shape))
 
     @torch.no_grad()
     def prefill(self, x, state):

@@ -27,7 +27,8 @@ To train: `spread` lets a model read shards, each rank calls backward on its par
 `sum_gradients` adds the gradients up; examples/ring_training.py is a whole script.  If all ranks
 compute the same loss, from a mean over all tokens (`SumOverRanks`), only one of them may count it.
 
-Not included: dropout, windows, additive bias, packed sequences, gradients of lse.
+Not included: dropout, windows, additive bias, packed sequences, gradients of lse; second
+derivatives of the ring (ValueError).
 
     python dist_attention.py                                       one process, no communication
     torchrun --standalone --nproc-per-node 2 dist_attention.py     check table, 131,072 tokens
@@ -53,7 +54,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 # ---------------------------------------------------------------- reference: numpy, float64
@@ -340,12 +340,13 @@ class RingAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         """Keys and values go round again; the sums of their gradients follow one step behind.
 
         Each rank keeps the gradients of its own keys, and adds the sums at the end: one hop less.
         """
+        first = not torch.is_grad_enabled()
+        require(first, "ring attention has no second derivatives (create_graph=True)")
         # read once: activation checkpointing allows no second access
         q, kv, out, lse = ctx.saved_tensors
         ranks = ctx.plan.ranks
@@ -402,10 +403,8 @@ class Swap(torch.autograd.Function):
         return tuple(ranks.exchange(parts, shapes, what)())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
-        ranks, what, shapes = ctx.arguments
-        return None, None, None, *ranks.exchange(grads, shapes, what)()
+        return None, None, None, *Swap.apply(*ctx.arguments, *grads)
 
 
 def allgather_attention(q, k, v, causal=False, keep=None, *, group=None, layout="contiguous"):
@@ -542,7 +541,7 @@ class SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return all_reduce(grad)
+        return SumOverRanks.apply(grad)
 
 
 def all_reduce(x, op=dist.ReduceOp.SUM):

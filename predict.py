@@ -27,6 +27,7 @@ from tqdm import trange
 import checkpoint
 import own_data
 import pretrain
+from lra_data import print_any_text
 from settings import Config
 
 
@@ -149,6 +150,9 @@ def appearing(path):
 
 def command(args):
     out = Path(args.out)
+    special = out.is_symlink() or (out.exists() and not out.is_file())  # such as /dev/stdout
+    if special or not out.parent.is_dir():
+        raise ValueError(f"--out {out}: expected a file in a folder that exists")
     if out.exists() and (out.samefile(args.data) or not args.overwrite):
         raise ValueError(f"{out} exists: choose another --out, or pass --overwrite")
     predictor = load(args.run, args.device)
@@ -172,6 +176,7 @@ def command(args):
 
 
 def main(argv=None):
+    print_any_text()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("run", help="folder of a finished run")

@@ -815,6 +815,7 @@ def command(argv):
 
 
 def main(argv=None):
+    lra_data.print_any_text()
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv:

@@ -161,8 +161,9 @@ class CircularConv(torch.autograd.Function):  # same as s4.py:CircularConv
         return torch.fft.irfft(U * K_f, n)[..., : u.shape[-1]]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():  # once_differentiable is silent where u has another path
+            raise ValueError("the convolution has no second derivatives (create_graph=True)")
         U, K_f = ctx.saved_tensors
         n, u_length, k_length = ctx.lengths
         G = torch.fft.rfft(grad, n)  # (B, D, n/2 + 1)
@@ -247,6 +248,11 @@ class SGConv(nn.Module):
         k = self.unscaled_kernel(self.w.detach().double(), first_len * 2 ** (n_scales - 1))
         norm = k.norm(dim=-1, keepdim=True)
         self.register_buffer("norm", norm.to(self.w.dtype))
+
+    def _load_from_state_dict(self, *args):
+        """Load, and fill `channel`, which is in no file: it is lost by a detour over "meta"."""
+        super()._load_from_state_dict(*args)
+        self.channel = torch.arange(self.d_model, device=self.w.device)[:, None]
 
     def unscaled_kernel(self, w, L):
         """The kernel before the division by Z: w (S, ..., D, d) -> (..., D, L)."""

@@ -532,3 +532,22 @@ def test_a_failed_check_is_exit_status_1(monkeypatch):
 def test_demo_reaches_its_target(capsys):
     assert at.demo("cpu", L=16, steps=80)
     assert "after 80 steps" in capsys.readouterr().out
+
+
+def test_generation_works_with_an_adapter_around_each_projection():
+    class Adapted(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+            self.low = torch.nn.Linear(base.in_features, base.out_features)
+
+        def forward(self, x):
+            return self.base(x) + self.low(x)
+
+    layer = Attention(8, 2, causal=True).double()
+    layer.qkv = Adapted(layer.qkv).double()
+    layer.out = Adapted(layer.out).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    _, state = layer.prefill(x[:, :4], layer.initial_state(2))
+    y, _ = layer.step(x[:, 4], state)
+    assert rel_err(y, layer(x)[:, -1]) < 1e-12

@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,15 @@ def test_text_is_read_and_written_as_utf8_whatever_the_locale(path):
         named = [k for k in call.keywords if k.arg == "encoding"]
         given = [a for a in call.args if isinstance(a, ast.Constant) and "utf" in str(a.value)]
         assert named or given, f"{path.name}:{call.lineno} has no encoding"
+
+
+@pytest.mark.parametrize("name", ["lra_data", "pretrain", "predict"])
+def test_a_console_that_lacks_a_letter_does_not_stop_a_command(name, monkeypatch):
+    script = importlib.import_module(name)
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    print("データ é")
+    console.flush()
+    assert console.buffer.getvalue().decode("cp1252").endswith("\\u30c7\\u30fc\\u30bf é\n")

@@ -366,3 +366,19 @@ def test_a_scheduler_that_says_half_is_named(monkeypatch):
     with pytest.raises(ValueError, match="WORLD_SIZE is 2 without MASTER_ADDR, MASTER_PORT: start"):
         with da.process_group():
             pass
+
+
+def test_ring_attention_refuses_second_derivatives():
+    q = torch.randn(1, 2, 5, 4, requires_grad=True)
+    y = da.ring_attention(q, q, q, causal=True)
+    with pytest.raises(ValueError, match="no second derivatives"):
+        torch.autograd.grad(y.square().sum(), q, create_graph=True)
+
+
+def test_second_derivatives_pass_through_messages():
+    def swapped(x):
+        return da.Swap.apply(da.Ranks(), "a test", [x.shape], x)[0]
+
+    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: swapped(x).pow(3), x)
+    assert torch.autograd.gradgradcheck(lambda x: da.SumOverRanks.apply(x).pow(3), x)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
@@ -231,3 +232,16 @@ def test_sgconv_refuses_inputs_longer_than_its_kernel(runs, tmp_path, capsys):
     assert "length 13, but the run reads at most 12" in failure(capsys, *command)
     arrays = [str(runs / "arrays"), *map(str, command[1:])]
     predict.main(arrays)  # attention has no longest input
+
+
+@pytest.mark.parametrize("out", ["missing/p.csv", "pipe", "folder", "link"])
+def test_out_must_be_a_file_in_a_folder_that_exists(out, tmp_path, monkeypatch):
+    """A pipe or a device, such as /dev/stdout, is not replaced by a file."""
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    os.mkdir("folder")
+    os.symlink(__file__, "link")  # as /dev/stdout is, if the output goes to a file
+    with pytest.raises(SystemExit, match="expected a file in a folder that exists"):
+        predict.main(["run", "new.csv", "--out", out, "--overwrite"])
+    assert sorted(os.listdir()) == ["folder", "link", "pipe"]
+    assert os.path.islink("link")

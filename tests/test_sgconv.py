@@ -391,3 +391,19 @@ def test_command_line_demo_learns(capsys):
     assert sgconv.main([]) == 0
     last_row = capsys.readouterr().out.splitlines()[-1]
     assert last_row.split() == ["demo:", "1", "-", "accuracy", "0.0e+00", "5e-02", "ok"]
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_layer_built_on_the_meta_device_and_loaded_equals_the_saved_one(assign):
+    def build():
+        return SGConv(4, 32, 8, decay=sgconv.ramp_decay, init=sgconv.cosine_init)
+
+    saved = build()
+    with torch.device("meta"):
+        layer = build()
+    if not assign:
+        layer.to_empty(device="cpu")
+        layer.channel.fill_(7)  # memory as it happens to be
+    layer.load_state_dict(saved.state_dict(), assign=assign)
+    x = torch.randn(2, 20, 4)
+    assert torch.equal(layer(x), saved(x))
