@@ -14,6 +14,7 @@ import torch
 import attention
 import checkpoint
 import dist_attention
+import gpu_generate
 import lra_data
 import pretrain
 import s4
@@ -226,6 +227,37 @@ def test_an_interrupted_run_ends_in_the_same_bits(small, tmp_path, monkeypatch, 
     }
     a, b = (checkpoint.load(tmp_path / n / "checkpoint.pt")["model"] for n in ("whole", "cut"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("pad_to", [64, 8])  # one length; several
+@pytest.mark.parametrize("model", ["transformer", "s4", "s4d", "diagonal", "sgconv"])
+def test_ten_captured_steps_are_ten_eager_ones(small, tmp_path, model, pad_to, dropout):
+    options = {"model": model, "pad_to": pad_to, "dropout": dropout, "precision": "float64"}
+    options |= {"pretrain_steps": 10, "finetune_steps": 10, "eval_every": 10}
+    weights = []
+    for eager in (True, False):
+        folder = tmp_path / str(eager)
+        run(folder, task="listops", eager=eager, **options)
+        state = checkpoint.load(folder / "checkpoint.pt")
+        weights.append({**state["model"], **state["head"]})
+    for name in weights[0]:
+        assert rel_err(weights[1][name], weights[0][name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("kind", ["S4", "Transformer"])
+def test_generation_by_graphs_gives_the_tokens_of_the_model(kind):
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "n_layers": 2, "vocab_size": 50, "causal": True}
+    if kind == "S4":
+        model = s4.S4Model(s4.S4Config(**sizes))
+    else:
+        model = attention.Transformer(attention.TransformerConfig(**sizes))
+    model = model.cuda().double()
+    head = torch.nn.Linear(32, 50).cuda().double()
+    prompt = torch.randint(0, 50, (3, 40), device="cuda")
+    want = model.generate(prompt, 60, head)
+    assert torch.equal(gpu_generate.generate(model, prompt, 60, head), want)
 
 
 @pytest.mark.parametrize(("model", "parts"), [("s4", 1), ("diagonal", 2)])
