@@ -502,6 +502,9 @@ def evaluate(model, head, split, stage, config):
         sums += objective(batch)[1]
     objective.train()
     sums = dist_attention.SumOverRanks.apply(sums)
+    if sums[1] == 0:
+        few = f"none of {len(split)} examples has a masked position to be judged by"
+        raise ValueError(f"{few}: use more of them or a larger --mask-ratio")
     score = means(sums)
     if y_std:
         score.update(regression_score(sums, y_std))

@@ -682,3 +682,9 @@ def test_weights_of_another_length_are_refused_in_one_line(tmp_path):
     model.blocks[0].mixer = sgconv.SGConv(config.d_model, 128, 32, bidirectional=True)
     with pytest.raises(ValueError, match=r"pretrained.pt does not fit this model: .*mixer.w"):
         pretrain.load_pretrained(model, config, identity(data))
+
+
+def test_a_validation_that_judges_nothing_is_refused(tmp_path, monkeypatch):
+    runs.load_small(monkeypatch, runs.symbols([5] * 8))
+    with pytest.raises(ValueError, match=r"none of 8 examples has a masked position.*--mask-ratio"):
+        runs.run(tmp_path, "a", mask_ratio=1e-6)
