@@ -484,7 +484,8 @@ class Transformer(nn.Module):
         lengths = torch.as_tensor(lengths, device=prompt.device)
         shortest = int(lengths.min())
         longest = int(lengths.max())
-        if lengths.shape != (B,) or shortest < 1 or longest > L or not temperature >= 0:
+        fits = lengths.shape == (B,) and 1 <= shortest and longest <= L
+        if not fits or not temperature >= 0:
             expected = f"{B} lengths of 1 to L = {L} tokens, temperature of at least 0"
             raise ValueError(f"expected {expected}; got {lengths.tolist()}, {temperature}")
         h, state = self.prefill(prompt[:, :shortest], self.initial_state(B))

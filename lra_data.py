@@ -562,13 +562,18 @@ def load(task, data_dir="data", seed=0, **options):
 
 
 def check(data):
-    """Raise ValueError if a split is empty or has labels out of range."""
+    """Raise ValueError if a split is empty or has labels that its task cannot have."""
     for name in SPLITS:
         labels = getattr(data, name).labels
-        if len(labels) == 0 or labels.min() < 0 or labels.max() >= data.n_classes:
-            found = f"{len(labels)} examples with labels {np.unique(labels).tolist()}"
-            expected = f"at least one, labels 0 .. {data.n_classes - 1}"
-            raise ValueError(f"{data.name}: {name} has {found}; expected {expected}")
+        if data.n_classes is None:
+            expected = "finite targets"
+            fits = np.isfinite(labels).all()
+        else:
+            expected = f"labels 0 .. {data.n_classes - 1}"
+            fits = np.isin(labels, range(data.n_classes)).all()
+        if len(labels) == 0 or not fits:
+            found = f"{len(labels)} examples with labels {np.unique(labels)[:20].tolist()}"
+            raise ValueError(f"{data.name}: {name} has {found}; expected at least one, {expected}")
 
 
 def summary(data):

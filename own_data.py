@@ -25,11 +25,12 @@ import os
 import sys
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from lra_data import SPLITS, Data, Split, pad
+from lra_data import SPLITS, Data, Split, check, pad
 
 TABLES = (".csv", ".tsv")
 MAX_VOCAB = 2**20
@@ -406,6 +407,7 @@ def call(task):
         split = getattr(data, part)
         tokens, _ = check_inputs(f"{task}, {part}", split.tokens, split.lengths)
         check_kind(f"{task}, {part}", tokens, vars(data))
+    check(replace(data, name=task))
     return data
 
 

@@ -670,7 +670,8 @@ class S4Model(nn.Module):
         """
         B, L = prompt.shape
         if lengths is None:
-            lengths = torch.full((B,), L, device=prompt.device)
+            lengths = [L] * B
+        lengths = torch.as_tensor(lengths, device=prompt.device)
         fits = lengths.shape == (B,) and torch.all((lengths >= 1) & (lengths <= L))
         wanted = f"expected {B} lengths from 1 to L = {L} (no empty prompt)"
         require(fits, f"{wanted}, got {lengths.tolist()}")

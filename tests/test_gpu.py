@@ -72,6 +72,19 @@ def test_blocks_of_attention_are_those_of_float64(dtype, limit, shape, causal):
     assert max(map(rel_err, grads, wanted)) < 2 * limit
 
 
+def capture(run):
+    """A CUDA graph of run(), and what it writes: FFT plans and workspaces must be there before."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return graph, results
+
+
 @pytest.mark.parametrize("kind", [s4.S4, s4.S4D, s4.DLR])
 def test_a_mixer_in_a_cuda_graph_is_the_eager_one(kind):
     """Forward and backward, captured once and replayed with another input."""
@@ -84,14 +97,7 @@ def test_a_mixer_in_a_cuda_graph_is_the_eager_one(kind):
         y = layer(x)
         return [y, *torch.autograd.grad(y.square().sum(), inputs)]
 
-    side = torch.cuda.Stream()  # a first run elsewhere, as CUDA graphs require
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, captured = capture(run)
     with torch.no_grad():
         x.copy_(torch.randn_like(x))
     graph.replay()
@@ -129,16 +135,7 @@ def test_attention_and_sgconv_run_in_a_cuda_graph(kind, causal):
         grads = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
         return [y, *grads]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # FFT plans and workspaces are made before the capture
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-
+    graph, captured = capture(run)
     with torch.no_grad():
         x.normal_()
         keep[1, 40:] = False

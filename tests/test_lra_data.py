@@ -7,6 +7,7 @@ import re
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -232,6 +233,14 @@ def test_trivial_levels_sort_into_twenty_bins_of_train():
 def test_labels_out_of_range_are_named_with_their_task(label):
     data = tiny_data(([1, 2], [1, 2]), ([2, 2], [2, 2]), ([0, 1], [0, label]))
     with pytest.raises(ValueError, match=rf"hand: test has 2 .*{label}.*labels 0 \.\. 2"):
+        lra_data.check(data)
+
+
+@pytest.mark.parametrize("target", [np.nan, np.inf])
+def test_targets_that_are_no_numbers_are_named_with_their_task(target):
+    data = tiny_data(([1, 2], [1, 2]), ([2, 2], [2, 2]), ([0.5, 1.5], [2.5, target]))
+    data = replace(data, n_classes=None)
+    with pytest.raises(ValueError, match=r"hand: test has 2 .*finite targets"):
         lra_data.check(data)
 
 

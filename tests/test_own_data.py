@@ -293,6 +293,9 @@ def beyond():
 def long():
     split = Split(x, np.arange(20) % 2, np.full(20, 7))
     return Data("mine", split, split, split, 7, 2)
+def labels():
+    split = Split(x, np.arange(20), np.full(20, 6))
+    return Data("mine", split, split, split, 7, 2)
 """
 
 
@@ -608,6 +611,7 @@ def test_a_file_that_is_not_there_ends_in_one_line(name, tmp_path, capsys):
         ("floats", "train: these are values, but .* tokens"),
         ("beyond", "train, row 1: a token is not in .* 0 .. 5"),
         ("long", "train, row 0: its length is not in 1 .. 6"),
+        ("labels", "train has 20 examples with labels .*expected at least one, labels 0 .. 1"),
     ],
 )
 def test_a_function_that_fails_ends_in_one_line(function, reason, tmp_path, capsys):

@@ -524,6 +524,7 @@ def test_each_prompt_is_continued_as_if_alone(mixer):
     prompts = torch.randint(0, 7, (5, 150), dtype=torch.uint8)
     lengths = torch.tensor([150, 1, 64, 149, 87], dtype=torch.int32)
     got = model.generate(prompts, 20, head, lengths=lengths)
+    assert torch.equal(got, model.generate(prompts, 20, head, lengths=lengths.tolist()))
     for prompt, length, tokens in zip(prompts, lengths, got, strict=True):
         assert torch.equal(model.generate(prompt[None, :length], 20, head)[0], tokens)
     assert model.generate(prompts, 0, head).dtype == torch.int64
