@@ -4,7 +4,8 @@
     python pretrain.py --task my.csv --model s4     the same for my.tsv, my.npz and my.py:load
 
     my.npz      x        (n, L) integers: tokens 0, 1, 2, ...
-                         (n, L) floats or (n, L, C) numbers: values, C channels, kept as float32
+                         (n, L) floats or (n, L, C) numbers: values, C channels, kept as float32;
+                         pictures as rows of pixels: reshape(n, -1, C)
                 y        (n,) integers or text: classes; (n,) or (n, k) floats: regression
                 lengths  (n,), optional: what comes after them in a row is padding
                 split    (n,), optional: "train", "val" or "test"; otherwise 80/10/10 at random
@@ -14,69 +15,57 @@
 
 Texts become UTF-8 bytes, or characters, and are cut after 4,096. Labels of a table are classes if
 all of them are whole numbers (3, not 3.0) or one is not a number; otherwise they are regression
-targets. Whatever is wrong ends in a ValueError of one line: the file, the row of its arrays (from
-0) or the line of its text (from 1), and the reason.
+targets. Whatever is wrong ends in an error of one line: the file, the row of its arrays (from 0)
+or the line of its text (from 1), the reason, and what to do.
 """
 
 import csv
 import importlib.util
-import io
 import os
+import re
 import sys
 import zipfile
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 
-from lra_data import SPLITS, Data, Split, check, pad
+from lra_data import SPLITS, Data, Split, check, pad, reading
 
-TABLES = (".csv", ".tsv")
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
 MAX_VOCAB = 2**20
+BROKEN = re.compile("[\0\ud800-\udfff]")  # NUL bytes, and what is not UTF-8
 
 
-def load(task, seed=0, text_column="text", label_column="label", characters=False, max_len=None):
+def load(task, seed=0, text_column="text", label_column="label", characters=False, max_len=4096):
     """Return a .npz, .csv or .tsv file, or what `file.py:function` returns, as `Data`.
 
     seed: of the random split.  Of tables alone: characters, one token per character instead of
-    per byte; max_len, the number of tokens after which a text is cut (default: 4,096).
+    per byte; max_len, the number of tokens after which a text is cut.
     """
     path = Path(task)
-    if path.suffix.lower() in TABLES:
-        data = load_table(path, seed, text_column, label_column, characters, max_len)
+    suffix = path.suffix.lower()
+    if suffix in SEPARATORS:
+        texts, labels, split = read_table(path, text_column, label_column)
+        if split is None:
+            split = random_split(path.name, len(texts), seed)
+        symbols = vocabulary(texts, split, max_len) if characters else None
+        size = len(symbols) if characters else 256
+        tokens, lengths = encode(path.name, texts, symbols, max_len)
+        own = dict(name=path.name, vocab_size=size, symbols=symbols)
+        data = from_arrays(tokens, labels, lengths, split, **own)
     else:
-        only_tables = not characters and max_len is None
+        only_tables = not characters and max_len == 4096
         need(only_tables, f"{task}: characters and max_len are options of .csv and .tsv files")
-        if path.suffix.lower() == ".npz":
-            arrays = read_arrays(path)
-            need("y" in arrays, f"{path}: no array y, found {', '.join(arrays)}")
-            data = from_arrays(**arrays, seed=seed, name=path.name)
+        if suffix == ".npz":
+            data = from_arrays(**read_arrays(path), seed=seed, name=path.name)
         else:
             data = call(str(task))
     say(describe(data))
     return data
-
-
-def load_table(path, seed, text_column, label_column, characters, max_len):
-    """Return a .csv or .tsv file as `Data`."""
-    max_len = 4096 if max_len is None else max_len
-    need(max_len > 0, f"max_len is {max_len}, expected 1 or more")
-    texts, labels, split = read_table(path, text_column, label_column)
-    if split is None:
-        split = random_split(path.name, len(texts), seed)
-    symbols = None
-    if characters:
-        counts = Counter()
-        for text, part in zip(texts, split, strict=True):
-            if part == "train":
-                counts.update(text[:max_len])
-        often = sorted(symbol for symbol in counts if counts[symbol] > 1)
-        symbols = ("<unk>", *often)  # characters that occur once train <unk>
-    tokens, lengths = encode(path.name, texts, symbols, max_len)
-    size = len(symbols) if characters else 256
-    own = dict(vocab_size=size, symbols=symbols)
-    return from_arrays(tokens, labels, lengths, split, name=path.name, **own)
 
 
 def from_arrays(
@@ -88,36 +77,36 @@ def from_arrays(
     each token.  Means and standard deviations are those of the training split without padding.
     """
     tokens, lengths = check_inputs(name, x, lengths)
-    labels = check_labels(name, y, len(tokens))
+    n = len(tokens)
+    labels = check_labels(name, y, n)
     facts = dict(vocab_size=None, n_classes=None, symbols=symbols)
     if labels.ndim == 1:
         classes, labels = np.unique(labels, return_inverse=True)
         need(len(classes) > 1, f"{name}: only one class, {classes[0]}")
-        labels = labels.astype(np.int64)
         facts["classes"] = tuple(str(label) for label in classes.tolist())
         facts["n_classes"] = len(classes)
-    split = random_split(name, len(tokens), seed) if split is None else np.asarray(split)
-    fits = split.shape == labels.shape[:1]
-    need(fits, f"{name}: split has shape {split.shape}, but x has {len(tokens)} rows")
-    no_row(~np.isin(split, SPLITS), name, "its split is none of train, val, test")
+    split = random_split(name, n, seed) if split is None else np.asarray(split)
+    need(split.shape == (n,), f"{name}: split has shape {split.shape}, but x has {n} rows")
+    unknown = ~np.isin(split, SPLITS)
+    found = split[unknown][:1].tolist()
+    no_row(unknown, name, f"split is {found}, expected 'train', 'val' or 'test'")
     parts = []
     for part in SPLITS:
         rows = np.flatnonzero(split == part)
-        need(len(rows) > 0, f"{name}: no row of split {part}")
+        need(len(rows) > 0, f"{name}: no row of split {part}; without split, 80/10/10 at random")
         parts.append(Split(tokens[rows], labels[rows], lengths[rows]))
     train = parts[0]
     if tokens.ndim == 2:
         facts["vocab_size"] = vocab_size or int(tokens.max()) + 1
     else:
         real = np.arange(tokens.shape[1]) < train.lengths[:, None]
-        facts["mean"], facts["std"] = moments(name, "channel", train.tokens[real])
+        facts["mean"], facts["std"] = moments(name, "x", "channel", train.tokens[real])
     if labels.ndim == 2:
-        facts["y_mean"], facts["y_std"] = moments(name, "target", train.labels)
+        facts["y_mean"], facts["y_std"] = moments(name, "y", "target", train.labels)
     else:
         unseen = [facts["classes"][i] for i in np.setdiff1d(labels, train.labels)]
-        found = ", ".join(unseen)[:60]
-        hint = "to predict numbers, write them with decimals"
-        need(not unseen, f"{name}: class {found} is not in the training split ({hint})")
+        reason = f"class {', '.join(unseen)[:60]} is not in the training split"
+        need(not unseen, f"{name}: {reason} (for regression, write floats: 3.0, not 3)")
     return Data(name, *parts, **facts)
 
 
@@ -132,11 +121,12 @@ def random_split(name, n, seed):
     return split
 
 
-def moments(name, what, values):
+def moments(name, array, what, values):
     """Mean and standard deviation of each column of (n, C), as tuples."""
-    constant = np.flatnonzero(values.min(0) == values.max(0))
-    where = ", ".join(map(str, constant))
-    need(not where, f"{name}: {what} {where} is constant in the training split")
+    constant = np.flatnonzero(values.min(0) == values.max(0)).tolist()
+    drop = f"drop it, np.delete({array}, {constant[:20]}, -1)"
+    reason = f"{what} {constant[:20]} (from 0) is constant in the training split: {drop}"
+    need(not constant, f"{name}: {reason}")
     mean = values.mean(0, dtype=np.float64)
     std = values.std(0, dtype=np.float64)
     return tuple(mean.tolist()), tuple(std.tolist())
@@ -146,20 +136,17 @@ def describe(data):
     """One line: examples, classes or targets, inputs."""
     parts = [getattr(data, part) for part in SPLITS]
     sizes = ", ".join(f"{len(part):,} {name}" for part, name in zip(parts, SPLITS, strict=True))
-    goal = f"{data.n_classes} classes"
     if data.n_classes is None:
         goal = f"regression, targets per example: {len(data.y_mean)}"
-    elif data.classes:
-        goal += ": " + ", ".join(data.classes[:8])
-        if data.n_classes > 8:
-            goal += ", ..."
-    kind = f"{data.vocab_size} symbols"
-    if data.mean is not None:
-        kind = f"{len(data.mean)}-channel values"
+        if (data.train.labels == data.train.labels.round()).all():
+            goal += " (whole numbers; classes would be integers or text)"
+    else:
+        names = ", ".join(data.classes or map(str, range(data.n_classes)))
+        goal = f"{data.n_classes} classes: {shorten(names, 60, placeholder=' ...')}"
+    kind = f"{data.vocab_size} symbols" if data.mean is None else kind_of(data.train.tokens)
     lengths = np.concatenate([part.lengths for part in parts])
-    length = f"{lengths.max():,}"
-    if lengths.min() < lengths.max():
-        length = f"{lengths.min():,} to {length}"
+    ends = sorted({lengths.min(), lengths.max()})
+    length = " to ".join(f"{end:,}" for end in ends)
     return f"{data.name}: {sizes}; {goal}; {kind}, length {length}"
 
 
@@ -175,57 +162,60 @@ def examples(path, about, text_column="text", label_column="label"):
     """
     path = Path(path)
     symbols = about["symbols"]
-    max_len = about["max_len"]
-    if path.suffix.lower() in TABLES:
-        if symbols is None:
-            reads_text = about["vocab_size"] == 256
-        else:
-            reads_text = all(len(symbol) == 1 for symbol in symbols[1:])
-        need(reads_text and about["mean"] is None, f"{path}: text, but the run reads no text")
+    max_len = about["max_len"] or sys.maxsize
+    if path.suffix.lower() in SEPARATORS:
+        reads_text = symbols[0] == "<unk>" if symbols else about["vocab_size"] == 256
+        need(reads_text and not about["mean"], f"{path}: text, but the run reads no text")
         texts, labels, _ = read_table(path, text_column, label_column, labeled=False)
         tokens, lengths = encode(path.name, texts, symbols, max_len)
     else:
-        arrays = read_arrays(path)
+        arrays = read_arrays(path, labeled=False)
         tokens, lengths = check_inputs(path.name, arrays["x"], arrays.get("lengths"))
         labels = arrays.get("y")
     check_kind(path.name, tokens, about)
     L = tokens.shape[1]
-    fits = max_len is None or L <= max_len
-    need(fits, f"{path}: length {L}, but the run reads at most {max_len}")
+    need(L <= max_len, f"{path}: length {L}, but the run reads at most {max_len}")
     if labels is not None:
         labels = known_labels(path.name, labels, len(tokens), about)
     return tokens, lengths, labels
 
 
+def kind_of(tokens):
+    return "tokens" if tokens.ndim == 2 else f"{tokens.shape[2]}-channel values"
+
+
 def check_kind(name, tokens, about):
     """Refuse tokens (n, L) or values (n, L, C) that a run cannot read."""
-    if about["mean"] is None:
-        need(tokens.ndim == 2, f"{name}: these are values, but the run reads tokens (integers)")
+    kind = f"{len(about['mean'])}-channel values" if about["mean"] else "tokens"
+    found = kind_of(tokens)
+    need(found == kind, f"{name}: x are {found}, but the run reads {kind} (integers are tokens)")
+    if kind == "tokens":
         size = about["vocab_size"]
         no_row(tokens >= size, name, f"a token is not in the run's vocabulary, 0 .. {size - 1}")
-    else:
-        need(tokens.ndim == 3, f"{name}: these are tokens, but the run reads values (floats)")
-        found, channels = tokens.shape[2], len(about["mean"])
-        need(found == channels, f"{name}: {found} channels, but the run reads {channels}")
 
 
 def known_labels(name, labels, n, about):
     """Labels as numbers of the classes of a run, (n,) int64, or as its targets (n, k) float32."""
     labels = np.asarray(labels)
     if about["n_classes"] is None:
-        need(labels.dtype.kind in "iuf", f"{name}: the run predicts numbers, but labels are text")
-        labels = check_labels(name, labels.astype(np.float64), n)
-        found, k = labels.shape[1], len(about["y_mean"])
-        need(found == k, f"{name}: {found} targets per example, but the run predicts {k}")
-        return labels
+        shape = (n, len(about["y_mean"]))
+        goal = f"{shape[1]} numbers per example"
+        if labels.dtype.kind in "iu":
+            labels = labels.astype(np.float64)
+    else:
+        shape = (n,)
+        goal = "classes (integers or text)"
     labels = check_labels(name, labels, n)
-    need(labels.ndim == 1, f"{name}: the run predicts classes, but labels are decimal numbers")
+    found = f"{labels.dtype} {labels.shape}"
+    need(labels.shape == shape, f"{name}: labels are {found}, but the run predicts {goal}")
+    if labels.ndim == 2:
+        return labels
     classes = about["classes"] or range(about["n_classes"])
     place = {str(label): i for i, label in enumerate(classes)}
     labels = [str(label) for label in labels.tolist()]
     unknown = sorted(set(labels) - set(place))
     need(not unknown, f"{name}: the run does not know class {', '.join(unknown)[:60]}")
-    return np.array([place[label] for label in labels], np.int64)
+    return np.array([place[label] for label in labels])
 
 
 # ---------------------------------------------------------------------------------------- checks
@@ -244,6 +234,14 @@ def no_row(bad, name, reason):
         raise ValueError(f"{name}, row {rows[0]}: {reason}")
 
 
+def as_float32(name, array, values):
+    """Values as float32, finite."""
+    with np.errstate(over="ignore"):  # it becomes infinite
+        values = values.astype(np.float32)
+    no_row(~np.isfinite(values), name, f"{array} is NaN, infinite or too large for float32")
+    return values
+
+
 def check_inputs(name, x, lengths):
     """Tokens (n, L) uint8 or int32, or values (n, L, C) float32, 0 at padding; lengths (n,).
 
@@ -251,7 +249,8 @@ def check_inputs(name, x, lengths):
     """
     x = np.array(x)  # a copy
     need(x.dtype.kind in "iuf", f"{name}: x is {x.dtype}, expected integers or floats")
-    need(x.ndim in (2, 3) and x.size > 0, f"{name}: x has shape {x.shape}, expected (n, L[, C])")
+    shape = "(n, L) or (n, L, C); a picture is a row of pixels: reshape(n, -1, C)"
+    need(x.ndim in (2, 3) and x.size > 0, f"{name}: x has shape {x.shape}, expected {shape}")
     n, L = x.shape[:2]
     lengths = np.full(n, L) if lengths is None else np.asarray(lengths)
     found = f"{lengths.dtype} {lengths.shape}"
@@ -265,22 +264,20 @@ def check_inputs(name, x, lengths):
         no_row(x < 0, name, "a negative token (integers are tokens; turn values into floats)")
         no_row(x >= MAX_VOCAB, name, f"a token above {MAX_VOCAB - 1:,}: number them from 0")
         return x.astype(np.uint8 if x.max() < 256 else np.int32), lengths
-    x = x.astype(np.float32).reshape(*x.shape[:2], -1)
-    no_row(~np.isfinite(x), name, "NaN or infinity in x")
-    return x, lengths
+    return as_float32(name, "x", x.reshape(*x.shape[:2], -1)), lengths
 
 
 def check_labels(name, y, n):
     """Targets (n, k) float32, or the classes as they are, integers or text (n,)."""
     y = np.asarray(y)
-    need(y.dtype.kind in "iufU", f"{name}: y is {y.dtype}, expected integers, floats or text")
+    kinds = "integers, floats or text; for classes, save y.astype(str)"
+    need(y.dtype.kind in "iufU", f"{name}: y is {y.dtype}, expected {kinds}")
     need(y.shape[:1] == (n,), f"{name}: y has shape {y.shape}, but x has {n} rows")
     if y.dtype.kind == "f":
         need(y.ndim < 3, f"{name}: y has shape {y.shape}, expected (n,) or (n, k)")
-        y = y.astype(np.float32).reshape(n, -1)
-        no_row(~np.isfinite(y), name, "NaN or infinity in y")
-        return y
-    need(y.ndim == 1, f"{name}: y has shape {y.shape}, expected (n,); regression needs floats")
+        return as_float32(name, "y", y.reshape(n, -1))
+    shapes = "(n,), such as y[:, 0], or y.argmax(1) if one-hot; regression needs floats"
+    need(y.ndim == 1, f"{name}: y has shape {y.shape}, expected {shapes}")
     no_row(np.char.str_len(np.char.strip(y.astype(str))) == 0, name, "its label is missing")
     return y
 
@@ -294,85 +291,79 @@ def say(message):
         print(message)
 
 
-def read_arrays(path):
+def read_arrays(path, labeled=True):
     """Return the arrays of a .npz file by name."""
-    need(path.is_file(), f"{path}: no such file")
-    need(zipfile.is_zipfile(path), f"{path}: not a .npz file, make it with numpy.savez")
-    try:
-        with np.load(path) as file:
-            arrays = dict(file)
-    except Exception as error:  # numpy, zipfile and zlib raise many kinds
-        raise ValueError(f"{path}: {one_line(error)}; expected numbers or text") from error
-    known = "x" in arrays and set(arrays) <= {"x", "y", "lengths", "split"}
-    found = ", ".join(arrays)
-    need(known, f"{path}: arrays {found}, expected x, y and optionally lengths and split")
+    is_npz = zipfile.is_zipfile(path)
+    need(is_npz, f"{path}: no such file, or not a .npz file: make it with numpy.savez")
+    expected = "numbers or text, not objects: pad rows to one length, save y.astype(str)"
+    with reading(path, expected), np.load(path) as file:
+        arrays = dict(file)
+    complete = "x" in arrays and ("y" in arrays or not labeled)
+    known = complete and set(arrays) <= {"x", "y", "lengths", "split"}
+    expected = "x, y and optionally lengths and split, as in numpy.savez(path, x=x, y=y)"
+    need(known, f"{path}: arrays {', '.join(arrays)}, expected {expected}")
     return arrays
 
 
 def read_table(path, text_column, label_column, labeled=True):
     """Return texts, labels and names of splits of a .csv or .tsv file, None if it has none."""
-    csv.field_size_limit(2**31 - 1)  # texts may be long
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    file = io.StringIO(decode(path), newline="")
-    reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-    rows = []
-    try:
-        header = [name.strip() for name in reader.fieldnames or []]
-        reader.fieldnames = header
-        check_header(path, header, text_column, label_column, labeled)
-        wanted = [name for name in (text_column, label_column, "split") if name in header]
-        for row in reader:
-            line = f"{path}, line {reader.line_num}"
-            ragged = None in row or None in row.values()
-            need(not ragged, f"{line}: expected {len(header)} fields, as in the first line")
-            for name in wanted:
-                field = row[name].strip()
-                missing = field.lower() in ("", "nan", "inf", "-inf")
-                need(not missing, f"{line}: {name} is {field or 'empty'}")
-            rows.append(row)
-    except csv.Error as error:
-        line = reader.line_num + 1  # after the last good row
-        raise ValueError(f"{path}, line {line}: {error}, check the quotes") from error
-    need(rows, f"{path}: no examples after the first line")
-    columns = {name: [row[name] for row in rows] for name in wanted}
-    labels = None
-    if label_column in columns:
-        labels = parse(columns[label_column])
-    return columns[text_column], labels, columns.get("split")
-
-
-def decode(path):
-    """Return the text of a UTF-8 file."""
-    need(path.is_file(), f"{path}: no such file")
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason})") from error
-    line = text.partition("\0")[0].count("\n") + 1
-    need("\0" not in text, f"{path}, line {line}: a NUL byte, is this a text file?")
-    return text
-
-
-def check_header(path, header, text_column, label_column, labeled):
-    """Refuse a table without the columns that are needed."""
-    found = ", ".join(header)
-    need(header, f"{path}: an empty file")
+    rows = rows_of(path)
+    _, header = next(rows, (path, []))
+    header = [name.strip() for name in header]
+    found = ", ".join(header) or "an empty file"
     need(len(set(header)) == len(header), f"{path}: two columns have one name: {found}")
-    need(text_column in header, f"{path}: no column {text_column} (--text-column) in {found}")
-    has_label = label_column in header or not labeled
-    need(has_label, f"{path}: no column {label_column} (--label-column) in {found}")
+    separator = SEPARATORS[path.suffix.lower()]
+    hint = f"--text-column and --label-column name yours, {separator!r} separates them"
+    needed = [text_column, label_column] if labeled else [text_column]
+    for name in needed:
+        need(name in header, f"{path}: no column {name} in {found} ({hint})")
+    columns = {name: [] for name in (text_column, label_column, "split") if name in header}
+    for place, row in rows:
+        fits = len(row) == len(header)
+        need(fits, f"{place}: {len(row)} fields, but the first line has {len(header)}: quote texts")
+        for name, values in columns.items():
+            value = row[header.index(name)]
+            word = value.strip()
+            missing = word.lower() in ("", "nan", "inf", "-inf")
+            need(not missing, f"{place}: {name} is {word or 'empty'}")
+            values.append(value if name == text_column else word)
+    texts = columns[text_column]
+    need(texts, f"{path}: no examples after the first line")
+    labels = columns.get(label_column)
+    return texts, labels and parse(labels), columns.get("split")
+
+
+def rows_of(path):
+    """Yield the place of each row of a .csv or .tsv file, as text, and its fields."""
+    csv.field_size_limit(2**31 - 1)  # texts may be long
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file, delimiter=SEPARATORS[path.suffix.lower()], strict=True)
+        place = f"{path}, line 1"
+        try:
+            for row in reader:
+                good = not BROKEN.search("".join(row))
+                need(good, f"{place}: not UTF-8 text, save the file as UTF-8")
+                if row:
+                    yield place, row
+                place = f"{path}, line {reader.line_num + 1}"
+        except csv.Error as error:
+            raise ValueError(f"{place}: {error}, check the quotes") from error
 
 
 def parse(labels):
     """(n,) labels as whole numbers, else as numbers, else as text."""
-    for kind in (int, float):
-        try:
+    for kind in (int, float, str):
+        with suppress(ValueError):
             return np.array([kind(label) for label in labels])
-        except ValueError:
-            pass
-    return np.array([label.strip() for label in labels])
+
+
+def vocabulary(texts, split, max_len):
+    """<unk>, then the characters that occur more than once in the training split."""
+    counts = Counter()
+    for text, part in zip(texts, split, strict=True):
+        if part == "train":
+            counts.update(text[:max_len])
+    return ("<unk>", *sorted(symbol for symbol in counts if counts[symbol] > 1))
 
 
 def encode(name, texts, symbols, max_len):
@@ -382,8 +373,6 @@ def encode(name, texts, symbols, max_len):
     else:
         place = {symbol: i for i, symbol in enumerate(symbols)}
         rows = [np.array([place.get(symbol, 0) for symbol in text]) for text in texts]
-    longest = max(len(row) for row in rows)
-    max_len = longest if max_len is None else max_len
     n_cut = sum(len(row) > max_len for row in rows)
     if n_cut > 0:
         say(f"{name}: {n_cut:,} of {len(rows):,} texts were cut after {max_len:,} tokens")
@@ -393,7 +382,6 @@ def encode(name, texts, symbols, max_len):
 def call(task):
     """Return the `Data` that `file.py:function` returns."""
     path, _, function = task.rpartition(":")
-    need(Path(path).is_file(), f"{path}: no such file")
     sys.path.append(str(Path(path).parent))  # its neighbors can be imported
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     try:
@@ -401,7 +389,8 @@ def call(task):
         spec.loader.exec_module(module)
         data = getattr(module, function)()
     except Exception as error:
-        raise ValueError(f"{task}: {one_line(error)}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{task}: {type(error).__name__}: {reason}") from error
     need(isinstance(data, Data), f"{task} returned {type(data).__name__}, expected lra_data.Data")
     for part in SPLITS:
         split = getattr(data, part)
@@ -409,7 +398,3 @@ def call(task):
         check_kind(f"{task}, {part}", tokens, vars(data))
     check(replace(data, name=task))
     return data
-
-
-def one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -14,8 +14,6 @@ classes or channels than those of the run are refused.
 import argparse
 import csv
 import os
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +26,8 @@ import checkpoint
 import own_data
 import pretrain
 from lra_data import print_any_text
+from own_data import need
+from pathfinder import one_line_errors
 from settings import Config
 
 
@@ -63,17 +63,17 @@ class Predictor(nn.Module):
             x = x[..., None]
         like = self.about["train"]  # (n, L), (n, L, C) or (n, 2, L)
         axis = 1 if self.about["pairs"] else 2  # of pairs or channels
-        if x.ndim != len(like) or list(x.shape[axis : axis + 1]) != like[axis : axis + 1]:
-            raise ValueError(f"x has shape {tuple(x.shape)}, but the run was trained on {like}")
+        fits = x.ndim == len(like) and list(x.shape[axis : axis + 1]) == like[axis : axis + 1]
+        need(fits, f"x has shape {tuple(x.shape)}, but the run was trained on {like}")
         if self.about["mean"] is None:
             x = x.flatten(0, -2)
             size = self.about["vocab_size"]
-            if x.is_floating_point() or int(x.min()) < 0 or int(x.max()) >= size:
-                raise ValueError(f"x ({x.dtype}) must be integers from 0 to {size - 1}")
+            fits = not x.is_floating_point() and 0 <= int(x.min()) and int(x.max()) < size
+            need(fits, f"x ({x.dtype}) must be integers from 0 to {size - 1}")
         B, L = x.shape[:2]
         lengths = torch.full((B,), L) if lengths is None else torch.as_tensor(lengths).flatten()
-        if len(lengths) != B or lengths.min() < 1 or lengths.max() > L:
-            raise ValueError(f"{len(lengths)} lengths for {B} inputs: expected 1 to {L} for each")
+        fits = len(lengths) == B and lengths.min() >= 1 and lengths.max() <= L
+        need(fits, f"{len(lengths)} lengths for {B} inputs: expected 1 to {L} for each")
         return x, lengths.cpu().numpy()
 
 
@@ -81,10 +81,8 @@ def load(folder, device="cpu"):
     """The fine-tuned model of a finished run, as a Predictor in eval mode, without gradients."""
     folder = checkpoint.find_run(folder)
     path = folder / "model.pt"
-    if not path.exists():
-        unfinished = (folder / "config.json").exists()
-        reason = "continue the run with --resume" if unfinished else "it is no run of pretrain.py"
-        raise ValueError(f"{folder} has no model.pt: {reason}")
+    reason = "no run of pretrain.py, or unfinished: continue it with --resume"
+    need(path.exists(), f"{folder} has no model.pt ({reason})")
     state = checkpoint.load(path)
     try:
         about = state["data"]
@@ -136,13 +134,12 @@ def score(out, labels, about):
     return f"R2 {r2.mean().item():.4g}, mean absolute error {error.abs().mean().item():.4g}"
 
 
-@contextmanager
-def appearing(path):
-    """Give an open text file that is renamed to `path` at the end, or removed after an error."""
+def write(path, rows):
+    """Write a .csv file that appears when it is complete."""
     temporary = path.with_name(path.name + ".new")
     try:
         with open(temporary, "w", encoding="utf-8", newline="") as file:
-            yield file
+            csv.writer(file, lineterminator="\n").writerows(rows)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -150,31 +147,30 @@ def appearing(path):
 
 def command(args):
     out = Path(args.out)
-    special = out.is_symlink() or (out.exists() and not out.is_file())  # such as /dev/stdout
-    if special or not out.parent.is_dir():
-        raise ValueError(f"--out {out}: expected a file in a folder that exists")
-    if out.exists() and (out.samefile(args.data) or not args.overwrite):
-        raise ValueError(f"{out} exists: choose another --out, or pass --overwrite")
+    regular = not out.is_symlink() and (out.is_file() or not out.exists())  # no /dev/stdout
+    writable = os.access(out.parent, os.W_OK)
+    need(regular and writable, f"--out {out}: expected a file in an existing, writable folder")
+    free = not out.exists() or (args.overwrite and not out.samefile(args.data))
+    need(free, f"{out} exists: choose another --out, or pass --overwrite")
     predictor = load(args.run, args.device)
-    about, config = predictor.about, predictor.config
-    if about["pairs"]:
-        raise ValueError(f"{args.run} reads pairs of documents: use predict.load in Python")
-    columns = {}
-    for name in ("text_column", "label_column"):
-        if column := getattr(args, name) or getattr(config, name):
-            columns[name] = column
+    about = predictor.about
+    config = predictor.config
+    need(not about["pairs"], f"{args.run} reads pairs of documents: use predict.load in Python")
     # texts are cut as in training; of other inputs, only those for sgconv have a longest length
     limited = config.model == "sgconv" or not args.data.endswith(".npz")
     limit = about["max_len"] if limited else None
-    tokens, lengths, labels = own_data.examples(args.data, {**about, "max_len": limit}, **columns)
-    with appearing(out) as file:
-        found = predict(predictor, tokens, lengths, config.batch_size)
-        csv.writer(file, lineterminator="\n").writerows(table(found, about))
+    text = args.text_column or config.text_column or "text"
+    label = args.label_column or config.label_column or "label"
+    kind = {**about, "max_len": limit}
+    tokens, lengths, labels = own_data.examples(args.data, kind, text, label)
+    found = predict(predictor, tokens, lengths, config.batch_size)
+    write(out, table(found, about))
     print(f"{len(found):,} predictions in {out}")
     if labels is not None:
         print(score(found, labels, about))
 
 
+@one_line_errors("predict.py")
 def main(argv=None):
     print_any_text()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -190,10 +186,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.device == "cuda" and device == "cpu":
         parser.error("--device cuda: PyTorch finds no CUDA device on this machine")
-    try:
-        command(args)
-    except (KeyboardInterrupt, ValueError, OSError) as error:
-        sys.exit(f"predict.py: {str(error) or 'interrupted'}")
+    command(args)
 
 
 if __name__ == "__main__":
