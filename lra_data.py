@@ -553,8 +553,8 @@ def load(task, data_dir="data", seed=0, **options):
 
         return own_data.load(task, seed, **options)
     if task not in TASKS:
-        own = "a .npz, .csv or .tsv file, or file.py:function"
-        raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}, {own}")
+        own = "a .npz, .csv or .tsv file, file.py:function"
+        raise ValueError(f"unknown task {task!r}: expected one of {own}, {', '.join(TASKS)}")
     options = TASKS[task].options | options
     data = TASKS[task].load(task, data_dir, seed, **options)
     check(data)

@@ -79,7 +79,7 @@ def test_tokens_and_classes_come_back_in_their_splits(tmp_path):
 
 @pytest.mark.parametrize(("largest", "kind"), [(255, np.uint8), (256, np.int32)])
 def test_tokens_take_a_byte_where_they_fit(largest, kind):
-    data = own_data.from_arrays(changed(TOKENS, (3, 3), largest), CLASSES)
+    data = own_data.from_arrays(changed(TOKENS, (3, 3), largest)[:10], CLASSES[:10])
     assert data.train.tokens.dtype == kind and data.vocab_size == largest + 1
     assert max(split.tokens.max() for split in (data.train, data.val, data.test)) == largest
 
@@ -317,7 +317,8 @@ def test_values_and_targets_are_read_for_prediction_as_they_are(tmp_path):
     ],
 )
 def test_new_labels_are_those_of_the_run_and_may_be_missing(content, run, expected, tmp_path):
-    tokens, lengths, labels = own_data.examples(write(tmp_path, content), run)
+    path = write(tmp_path, content, "MY.CSV")
+    tokens, lengths, labels = own_data.examples(path, run)
     assert len(tokens) == len(lengths) > 0
     assert labels is expected or labels.tolist() == expected
 
@@ -374,7 +375,8 @@ def test_two_lines_say_what_was_read(tmp_path, capsys, monkeypatch):
         "my.npz: 16 train, 2 val, 2 test; 2 classes: no, yes; 2-channel values, length 1 to 6",
     ]
     goal = "10 train, 4 val, 6 test; regression, targets per example: 3"
-    lra_data.load(write(tmp_path, dict(x=TOKENS, y=TARGETS, split=SPLIT)))
+    y = changed(TARGETS, (0, 0), 1)
+    lra_data.load(write(tmp_path, dict(x=TOKENS, y=y, split=SPLIT)))
     assert capsys.readouterr().out == f"my.npz: {goal}; 7 symbols, length 6\n"
     lra_data.load(write(tmp_path, dict(x=TOKENS, y=TARGETS.round(), split=SPLIT)))
     hint = "(whole numbers; classes would be integers or text)"
@@ -459,6 +461,7 @@ def test_broken_files_end_in_one_line_that_names_file_place_and_reason(kind, tmp
     ("name", "content", "reason"),
     [
         ("none.csv", None, "(?i)no such file"),
+        ("my.xlsx", "PK", "expected one of a .npz, .csv or .tsv file, file.py:function, lattice"),
         ("none.npz", None, "no such file, or not a .npz file: make it with numpy.savez"),
         ("a.npz", pickle.dumps({"x": 1}), "not a .npz file: make it with numpy.savez"),
         ("none.py:load", None, "FileNotFoundError: "),
@@ -476,7 +479,7 @@ def test_a_damaged_npz_file_ends_in_one_line(tmp_path, capsys):
     content = bytearray(Path(path).read_bytes())
     content[200:300] = bytes(100)
     write(tmp_path, bytes(content), "my.npz")
-    ends_in_one_line(path, "Bad CRC-32", capsys)
+    ends_in_one_line(path, "my.npz: Bad CRC-32", capsys)
 
 
 @pytest.mark.parametrize(
