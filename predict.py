@@ -157,7 +157,7 @@ def command(args):
     config = predictor.config
     need(not about["pairs"], f"{args.run} reads pairs of documents: use predict.load in Python")
     # texts are cut as in training; of other inputs, only those for sgconv have a longest length
-    limited = config.model == "sgconv" or not args.data.endswith(".npz")
+    limited = config.model == "sgconv" or not args.data.lower().endswith(".npz")
     limit = about["max_len"] if limited else None
     text = args.text_column or config.text_column or "text"
     label = args.label_column or config.label_column or "label"

@@ -15,7 +15,7 @@ import predict
 import pretrain
 from lra_data import SPLITS
 
-SHORT = {"objective": "none", "finetune_steps": 2, "eval_every": 2, "task": "own"}
+SHORT = {"objective": "none", "finetune_steps": 2, "eval_every": 2, "task": "own", "dropout": 0.1}
 LENGTHS = [5, 30, 12, 30, 7, 9, 1, 30, 22, 30, 30]
 DATA = {
     "symbols": symbols(LENGTHS),
@@ -62,6 +62,9 @@ def test_predictions_are_those_of_the_evaluation(model, objective, kind, monkeyp
     alone = torch.cat([predictor(x[i : i + 1], lengths[i : i + 1]) for i in order])
     assert ((alone - expected).abs() / scale).max() < 1e-6
     assert (expected.std(0) / scale).min() > 1e-3  # else a constant would do
+    if kind == "pairs":
+        with pytest.raises(ValueError, match=r"x has shape \(2, 3, 30\)"):
+            predictor(np.zeros((2, 3, 30), int))
 
 
 # -------------------------------------------------------------------------------- files in and out
@@ -205,8 +208,8 @@ def test_inputs_that_cannot_be_right_are_refused(runs):
     arrays = predict.load(runs / "arrays")
     for model, x, lengths, message in [
         (table, np.zeros((2, 5, 1), int), None, r"x has shape \(2, 5, 1\)"),
-        (table, np.full((2, 5), 256), None, "must be integers from 0 to 255"),
-        (table, np.full((2, 5), -1), None, "must be integers from 0 to 255"),
+        (table, np.array([[0, 256]]), None, "must be integers from 0 to 255"),
+        (table, np.array([[0, -1]]), None, "must be integers from 0 to 255"),
         (table, np.zeros((2, 5)), None, "must be integers"),
         (table, np.zeros((2, 5), int), [5], "1 lengths for 2 inputs"),
         (table, np.zeros((2, 5), int), [5, 6], "expected 1 to 5 for each"),
