@@ -21,7 +21,7 @@ DATA = {
     "symbols": symbols(LENGTHS),
     "pairs": pairs([*LENGTHS, 8]),
     "values": numbers(n=11, L=30),
-    "regression": regression(symbols(LENGTHS)),
+    "regression": regression(numbers(n=11, L=30, C=1)),
 }
 
 
@@ -62,9 +62,15 @@ def test_predictions_are_those_of_the_evaluation(model, objective, kind, monkeyp
     alone = torch.cat([predictor(x[i : i + 1], lengths[i : i + 1]) for i in order])
     assert ((alone - expected).abs() / scale).max() < 1e-6
     assert (expected.std(0) / scale).min() > 1e-3  # else a constant would do
+    if kind == "regression":
+        assert torch.equal(predictor(x[order[:8], :, 0]), expected[:8])  # one channel
+    else:
+        assert next(predict.table(expected, predictor.about)) == ["prediction", "p(0)", "p(1)"]
     if kind == "pairs":
         with pytest.raises(ValueError, match=r"x has shape \(2, 3, 30\)"):
             predictor(np.zeros((2, 3, 30), int))
+        with pytest.raises(SystemExit, match="reads pairs of documents"):
+            predict.main([str(tmp_path / "a"), "new.npz", "--out", str(tmp_path / "out.csv")])
 
 
 # -------------------------------------------------------------------------------- files in and out
@@ -226,7 +232,8 @@ def test_only_sgconv_refuses_inputs_longer_than_those_of_training(runs, tmp_path
     options = {"objective": "none", "finetune_steps": 1}
     run(tmp_path, "a", task=str(runs / "train.npz"), model="sgconv", **options)
     np.savez(tmp_path / "new.npz", x=np.zeros((2, 13, 2), np.float32))
-    command = [tmp_path / "new.npz", "--out", tmp_path / "o"]
+    os.rename(tmp_path / "new.npz", tmp_path / "new.NPZ")
+    command = [tmp_path / "new.NPZ", "--out", tmp_path / "o"]
     assert "length 13, but the run reads at most 12" in failure(capsys, tmp_path / "a", *command)
     predict.main([str(arg) for arg in [runs / "arrays", *command]])
 
