@@ -133,7 +133,7 @@ def fashion(folder, suffix=""):
     """Write tiny IDX files; returns pictures and labels, training first."""
     images = np.random.RandomState(0).randint(0, 256, (40, 28, 28), np.uint8)
     labels = (np.arange(40) % 10).astype(np.uint8)
-    for part, rows in [("train", slice(29)), ("t10k", slice(29, 40))]:
+    for part, rows in [("train", slice(30)), ("t10k", slice(30, 40))]:
         for kind, array in [("images-idx3", images[rows]), ("labels-idx1", labels[rows])]:
             content = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
             content += array.tobytes()
@@ -156,7 +156,7 @@ def test_fashion_mnist_makes_a_file_that_loads(suffix, flags, side, n_train, tmp
     step = 28 // side
     pixels = images.reshape(40, side, step, side, step).astype(float).mean((2, 4)) / 255
     assert len(data.classes) == 10
-    for split, first, n in [(data.train, 0, n_train), (data.val, 27, 2), (data.test, 29, 11)]:
+    for split, first, n in [(data.train, 0, n_train), (data.val, 27, 3), (data.test, 30, 10)]:
         rows = slice(first, first + n)
         expected = pixels[rows].reshape(n, side * side, 1)
         np.testing.assert_allclose(split.tokens, expected, rtol=1e-6)
@@ -164,7 +164,7 @@ def test_fashion_mnist_makes_a_file_that_loads(suffix, flags, side, n_train, tmp
         assert [data.classes[label] for label in split.labels] == names
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\0\0\x08\x01\0\0\0\x0b0123456789"])
+@pytest.mark.parametrize("content", [None, b"", b"\0\0\x08\x01\0\0\0\n012345678"])
 def test_fashion_mnist_names_the_folder_of_a_missing_or_cut_file(content, tmp_path, capsys):
     fashion(tmp_path)
     path = tmp_path / "t10k-labels-idx1-ubyte"
