@@ -49,6 +49,7 @@ def load(task, seed=0, text_column="text", label_column="label", characters=Fals
     path = Path(task)
     suffix = path.suffix.lower()
     if suffix in SEPARATORS:
+        need(max_len > 0, f"{task}: max_len is {max_len}, expected 1 or more")
         texts, labels, split = read_table(path, text_column, label_column)
         if split is None:
             split = random_split(path.name, len(texts), seed)

@@ -499,10 +499,16 @@ def test_a_function_that_fails_ends_in_one_line(function, reason, mine, capsys):
     ends_in_one_line(f"{mine}:{function}", reason, capsys)
 
 
-@pytest.mark.parametrize("flags", [["--characters"], ["--max-len", "3"]])
-def test_options_of_tables_do_not_fit_arrays(flags, tmp_path, capsys):
-    path = write(tmp_path, xy())
-    ends_in_one_line(path, "characters and max_len are options of .csv", capsys, flags)
+@pytest.mark.parametrize(
+    ("content", "flags", "reason"),
+    [
+        (xy(), ["--characters"], "characters and max_len are options of .csv"),
+        (xy(), ["--max-len", "3"], "characters and max_len are options of .csv"),
+        (labeled(["0", "1"] * 10), ["--max-len", "0"], "max_len is 0, expected 1 or more"),
+    ],
+)
+def test_options_that_do_not_fit_end_in_one_line(content, flags, reason, tmp_path, capsys):
+    ends_in_one_line(write(tmp_path, content), reason, capsys, flags)
 
 
 def ends_in_one_line(task, reason, capsys, flags=()):
