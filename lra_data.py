@@ -21,12 +21,10 @@ out: augmentation, tokenizers, ten-word speech, TFRecords.
 import argparse
 import hashlib
 import statistics
-import struct
 import sys
 import tarfile
 import urllib.request
 import wave
-import zlib
 from collections import Counter, namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -284,42 +282,19 @@ def read_shard(root, rows, size, i):
     """Pictures (n, size, size) and labels (n,) of shard i of the rows (PNG file, label)."""
     start = i * pathfinder.SHARD
     files, labels = zip(*rows[start : start + pathfinder.SHARD], strict=True)
-    lines = np.stack([read_png(root / file, size) for file in files])
-    return unfilter(lines), np.array(labels)
+    return np.stack([read_png(root / file, size) for file in files]), np.array(labels)
 
 
 def read_png(path, size):
-    """Return the lines (size, 1 + size) uint8 of a PNG file: the filter first, then the pixels."""
+    """Return the pixels (size, size) uint8 of a PNG file."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ValueError(f"reading {path.name} needs Pillow: pip install pillow") from error
     with reading(path, f"an 8-bit grayscale PNG file of {size} x {size} pixels"):
-        content = path.read_bytes()
-        chunks = {b"IDAT": b""}
-        at = 8  # after the signature
-        while b"IEND" not in chunks:
-            n, kind = struct.unpack_from(">I4s", content, at)
-            chunks[kind] = chunks.get(kind, b"") + content[at + 8 : at + 8 + n]
-            at += 12 + n  # a checksum ends a chunk; zlib has another one
-        expect("header", chunks[b"IHDR"], struct.pack(">IIBBBBB", size, size, 8, 0, 0, 0, 0))
-        lines = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8)
-        return lines.reshape(size, 1 + size)
-
-
-def unfilter(lines):
-    """Undo the filters of many pictures at once: (n, side, 1 + side) -> (n, side, side)."""
-    n, side, _ = lines.shape
-    lines = lines.transpose(1, 2, 0)  # every step below decodes one pixel of all pictures
-    out = np.zeros((side + 1, side + 1, n), np.int16)  # a row and a column of zeros come first
-    for y, x in np.ndindex(side, side):
-        left = out[y + 1, x]
-        above = out[y, x + 1]
-        corner = out[y, x]
-        to_left = abs(above - corner)  # distances from left + above - corner
-        to_above = abs(left - corner)
-        to_corner = abs(left + above - 2 * corner)
-        paeth = np.where(to_above <= to_corner, above, corner)
-        paeth = np.where(to_left <= np.minimum(to_above, to_corner), left, paeth)
-        guess = np.choose(lines[y, 0], [0, left, above, (left + above) // 2, paeth])
-        out[y + 1, x + 1] = (lines[y, x + 1] + guess) & 255
-    return out[1:, 1:].transpose(2, 0, 1).astype(np.uint8)
+        with Image.open(path, formats=["PNG"]) as picture:
+            expect("mode and size", (picture.mode, picture.size), ("L", (size, size)))
+            return np.array(picture)
 
 
 # ------------------------------------------------------------------- image, text, retrieval, speech
