@@ -36,7 +36,7 @@ import numpy as np
 from tqdm import tqdm
 
 import pathfinder
-from pathfinder import appearing, one_line_errors, print_table
+from pathfinder import appearing, naming, one_line_errors, print_table
 
 # RandomState([seed, k]) is one stream per use: 1 lattice, 2 listops, 3 pathfinder, 4 the order of
 # its published files, 5 the held-out tenth.  Legacy streams are the same in all versions of numpy.
@@ -610,7 +610,7 @@ def cached(data_dir, key, make):
     """Return three splits from a file in data_dir; make() and write them first if there is none."""
     path = Path(data_dir) / f"{key}.npz"
     if not path.exists():
-        with appearing(path) as part:  # a folder that is not writable fails before make()
+        with naming(path), appearing(path) as part:  # not writable: fails before make()
             arrays = []
             for split in make():
                 arrays += [split.tokens, split.labels, split.lengths]
@@ -680,7 +680,8 @@ def unpack(archive, data_dir):
     target = Path(data_dir) / fingerprint(f"unpacked-{archive.name}", [archive])
     if target.exists():
         return target
-    with reading(archive, "a whole tar archive"), appearing(target) as part:
+    expected = f"a whole tar archive, and space for its files in {data_dir}"
+    with reading(archive, expected), appearing(target) as part:
         with tarfile.open(archive) as tar:
             members = tqdm(tar, desc=archive.name, unit=" files", disable=None)
             tar.extractall(part, members, filter="data")  # refuses what would land outside

@@ -161,7 +161,10 @@ def test_the_cache_gives_back_what_was_made(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("error", "line"),
-    [(OSError(errno.ENOSPC, "disk full"), "disk full"), (KeyboardInterrupt(), "interrupted")],
+    [
+        (OSError(errno.ENOSPC, "disk full"), r"listops.*\.npz: .*disk full"),
+        (KeyboardInterrupt(), "interrupted"),
+    ],
 )
 def test_a_full_disk_or_ctrl_c_leaves_nothing_behind(error, line, tmp_path, monkeypatch):
     def fail(*_):
@@ -172,15 +175,6 @@ def test_a_full_disk_or_ctrl_c_leaves_nothing_behind(error, line, tmp_path, monk
     with pytest.raises(SystemExit, match=f"^lra_data.py: .*{line}$"):
         lra_data.main(["listops", "--data-dir", str(tmp_path)])
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("task", ["listops-tiny", "pathfinder32"])
-def test_a_folder_that_is_not_writable_is_noticed_before_the_work(task, tmp_path, monkeypatch):
-    monkeypatch.setattr(lra_data, "make_listops", lambda *_: pytest.fail("too late"))
-    monkeypatch.setattr("pathfinder.draw_pictures", lambda *_: pytest.fail("too late"))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        lra_data.load(task, tmp_path / "file")
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other"])

@@ -315,6 +315,18 @@ def test_every_task_is_read_from_a_tar_archive_too(task, trees, tmp_path, monkey
     assert lra_data.checksum(lra_data.load(task, tmp_path / "data", source=archive)) == expected
 
 
+@pytest.mark.parametrize("task", ["listops-tiny", "pathfinder32", "speech"])
+def test_a_folder_that_is_not_writable_is_noticed_before_the_work(
+    task, trees, tmp_path, monkeypatch
+):
+    for work in ("lra_data.make_listops", "pathfinder.draw_pictures", "lra_data.read_wav"):
+        monkeypatch.setattr(work, lambda *_: pytest.fail("too late"))
+    source = trees["speech"] if task == "speech" else None
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        lra_data.load(task, tmp_path / "file", source=source)
+
+
 def test_changed_files_are_read_again(copy, tmp_path):
     root = copy("listops")
     lra_data.load("listops", tmp_path / "data", source=root)
@@ -378,7 +390,7 @@ TABLE = "pathfinder32/curv_contour_length_14/metadata/1.npy"
 ROW = "imgs/1 sample_1.png 1 1\n"
 SAMPLE = "pathfinder32/curv_contour_length_14/imgs/2/sample_5.png"
 HEAD = "Source\tTarget\n"
-GRAY = np.arange(1024).reshape(32, 32) % 251
+GRAY = np.arange(1024, dtype=np.uint8).reshape(32, 32)
 
 BROKEN = {  # task, file, content, reason
     "no header": ("listops", TREE, b"", "no examples; expected a header"),
