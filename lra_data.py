@@ -21,12 +21,10 @@ out: augmentation, tokenizers, ten-word speech, TFRecords.
 import argparse
 import hashlib
 import statistics
-import struct
 import sys
 import tarfile
 import urllib.request
 import wave
-import zlib
 from collections import Counter, namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +36,7 @@ import numpy as np
 from tqdm import tqdm
 
 import pathfinder
-from pathfinder import appearing, one_line_errors, print_table
+from pathfinder import appearing, naming, one_line_errors, print_table
 
 # RandomState([seed, k]) is one stream per use: 1 lattice, 2 listops, 3 pathfinder, 4 the order of
 # its published files, 5 the held-out tenth.  Legacy streams are the same in all versions of numpy.
@@ -284,42 +282,19 @@ def read_shard(root, rows, size, i):
     """Pictures (n, size, size) and labels (n,) of shard i of the rows (PNG file, label)."""
     start = i * pathfinder.SHARD
     files, labels = zip(*rows[start : start + pathfinder.SHARD], strict=True)
-    lines = np.stack([read_png(root / file, size) for file in files])
-    return unfilter(lines), np.array(labels)
+    return np.stack([read_png(root / file, size) for file in files]), np.array(labels)
 
 
 def read_png(path, size):
-    """Return the lines (size, 1 + size) uint8 of a PNG file: the filter first, then the pixels."""
+    """Return the pixels (size, size) uint8 of a PNG file."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ValueError(f"reading {path.name} needs Pillow: pip install pillow") from error
     with reading(path, f"an 8-bit grayscale PNG file of {size} x {size} pixels"):
-        content = path.read_bytes()
-        chunks = {b"IDAT": b""}
-        at = 8  # after the signature
-        while b"IEND" not in chunks:
-            n, kind = struct.unpack_from(">I4s", content, at)
-            chunks[kind] = chunks.get(kind, b"") + content[at + 8 : at + 8 + n]
-            at += 12 + n  # a checksum ends a chunk; zlib has another one
-        expect("header", chunks[b"IHDR"], struct.pack(">IIBBBBB", size, size, 8, 0, 0, 0, 0))
-        lines = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8)
-        return lines.reshape(size, 1 + size)
-
-
-def unfilter(lines):
-    """Undo the filters of many pictures at once: (n, side, 1 + side) -> (n, side, side)."""
-    n, side, _ = lines.shape
-    lines = lines.transpose(1, 2, 0)  # every step below decodes one pixel of all pictures
-    out = np.zeros((side + 1, side + 1, n), np.int16)  # a row and a column of zeros come first
-    for y, x in np.ndindex(side, side):
-        left = out[y + 1, x]
-        above = out[y, x + 1]
-        corner = out[y, x]
-        to_left = abs(above - corner)  # distances from left + above - corner
-        to_above = abs(left - corner)
-        to_corner = abs(left + above - 2 * corner)
-        paeth = np.where(to_above <= to_corner, above, corner)
-        paeth = np.where(to_left <= np.minimum(to_above, to_corner), left, paeth)
-        guess = np.choose(lines[y, 0], [0, left, above, (left + above) // 2, paeth])
-        out[y + 1, x + 1] = (lines[y, x + 1] + guess) & 255
-    return out[1:, 1:].transpose(2, 0, 1).astype(np.uint8)
+        with Image.open(path, formats=["PNG"]) as picture:
+            expect("mode and size", (picture.mode, picture.size), ("L", (size, size)))
+            return np.array(picture)
 
 
 # ------------------------------------------------------------------- image, text, retrieval, speech
@@ -586,30 +561,12 @@ def summary(data):
         split = getattr(data, name)
         low, median, high = np.quantile(split.lengths, [0, 0.5, 1]).astype(int)
         lines.append(f"  {name:5} {len(split):7,} examples, length {low} .. {median} .. {high}")
-    for name, level in trivial_levels(data).items():
-        lines.append(f"  trivial baseline, {name}: {100 * level:.1f} %")
+    if data.n_classes is not None:
+        guess = np.bincount(data.train.labels).argmax()
+        level = (data.test.labels == guess).mean()
+        lines.append(f"  trivial baseline, most frequent label: {100 * level:.1f} %")
     lines.append(f"  sha256 {checksum(data)}")
     return "\n".join(lines)
-
-
-def trivial_levels(data):
-    """Test accuracy of the most frequent training label: overall, by first token, by length."""
-    if data.n_classes is None:
-        return {}
-    features = {
-        "most frequent label": lambda split: np.zeros(len(split)),
-        "by first token": lambda split: split.tokens.reshape(len(split), -1)[:, 0],
-        "by length": lambda split: split.lengths.reshape(len(split), -1).sum(1),
-    }
-    levels = {}
-    for name, feature in features.items():
-        train = feature(data.train)
-        edges = np.quantile(train, np.arange(0.05, 1, 0.05))  # of twenty bins
-        counts = np.zeros((20, data.n_classes), np.int64)
-        np.add.at(counts, (np.searchsorted(edges, train), data.train.labels), 1)
-        guess = counts.argmax(1)[np.searchsorted(edges, feature(data.test))]
-        levels[name] = float((guess == data.test.labels).mean())
-    return levels
 
 
 def checksum(data):
@@ -653,7 +610,7 @@ def cached(data_dir, key, make):
     """Return three splits from a file in data_dir; make() and write them first if there is none."""
     path = Path(data_dir) / f"{key}.npz"
     if not path.exists():
-        with appearing(path) as part:  # a folder that is not writable fails before make()
+        with naming(path), appearing(path) as part:  # not writable: fails before make()
             arrays = []
             for split in make():
                 arrays += [split.tokens, split.labels, split.lengths]
@@ -723,7 +680,8 @@ def unpack(archive, data_dir):
     target = Path(data_dir) / fingerprint(f"unpacked-{archive.name}", [archive])
     if target.exists():
         return target
-    with reading(archive, "a whole tar archive"), appearing(target) as part:
+    expected = f"a whole tar archive, and space for its files in {data_dir}"
+    with reading(archive, expected), appearing(target) as part:
         with tarfile.open(archive) as tar:
             members = tqdm(tar, desc=archive.name, unit=" files", disable=None)
             tar.extractall(part, members, filter="data")  # refuses what would land outside

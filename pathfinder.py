@@ -495,8 +495,7 @@ def load(data_dir, n, size=32, contour=14, seed=0, processes=None):
     """Draw n pictures: images (n, size, size) uint8, labels (n,) int64.
 
     They are kept in a folder in data_dir, see `cached`.  The result does not depend on the number
-    of processes (default: one per usable CPU).  Processes are spawned, so a script that calls
-    this needs `if __name__ == "__main__":`.  Raises ValueError for options out of range.
+    of processes (default: one per usable CPU).  Raises ValueError for options out of range.
     """
     known = size in SHEETS and contour in CONTOURS
     in_range = 1 <= n <= 10**8 and 0 <= seed < 2**32 and (processes is None or processes >= 1)
@@ -507,7 +506,8 @@ def load(data_dir, n, size=32, contour=14, seed=0, processes=None):
             "from 0 to 2^32 - 1, at least 1 process"
         )
     folder = Path(data_dir) / f"pathfinder{size}-{contour}-{n}-seed{seed}-{VERSION}"
-    return cached(folder, n, size, partial(draw_shard, n, size, contour, seed), processes)
+    make = partial(draw_shard, n, size, contour, seed)
+    return cached(folder, n, size, make, processes or usable_cpus())
 
 
 def draw_shard(n, size, contour, seed, i):
@@ -517,15 +517,15 @@ def draw_shard(n, size, contour, seed, i):
     return pictures, labels
 
 
-def cached(folder, n, size, make, processes=None):
+def cached(folder, n, size, make, processes=1):
     """Return images (n, size, size) and labels (n,) kept in a folder; make missing shards first.
 
-    make(i) returns the pictures and labels of shard i; it must be picklable and deterministic.
-    An interrupted run resumes where it stopped.  Images above 1 GiB are memory-mapped.
+    make(i) returns the pictures and labels of shard i, the same ones every time.  An interrupted
+    run resumes where it stopped.  Images above 1 GiB are memory-mapped.
     """
     folder = Path(folder)
     if not folder.exists():
-        with appearing(folder) as part:
+        with naming(folder), appearing(folder) as part:
             part.mkdir()
             open_memmap(part / "images.npy", "w+", np.uint8, (n, size, size))  # zeros
             np.save(part / "labels.npy", np.full(n, -1, np.int64))  # -1: not drawn yet
@@ -557,11 +557,23 @@ def fill(folder, n, make, i):
     """
     pictures, labels = make(i)
     for name, rows in (("images", pictures), ("labels", labels.astype(np.int64))):
-        with open(folder / f"{name}.npy", "r+b") as file:  # a memory map dies on a full disk
+        path = folder / f"{name}.npy"
+        with naming(path), path.open("r+b") as file:  # a memory map dies on a full disk
             file.seek((i * SHARD - n) * rows[0].nbytes, os.SEEK_END)
             file.write(rows.tobytes())
             file.flush()
             os.fsync(file)
+
+
+@contextmanager
+def naming(path):
+    """Name the file in errors that do not, as of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(f"{path}: cannot write: {error}") from error
+        raise
 
 
 @contextmanager
@@ -588,15 +600,23 @@ def usable_cpus():
 def run_all(function, jobs, processes, name):
     """Call function(job) for all jobs on several processes, with a progress bar."""
     progress = partial(tqdm, desc=name, total=len(jobs), unit=" shards", disable=None)
-    processes = min(processes or usable_cpus(), len(jobs), 61)  # 61: the limit of Windows
+    processes = min(processes, len(jobs), 61)  # 61: the limit of Windows
     if processes < 2:
         for job in progress(jobs):
             function(job)
         return
-    spawn = multiprocessing.get_context("spawn")
+    spawn = multiprocessing.get_context("spawn")  # a fork hangs if a thread holds a lock
     silent = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the processes without a traceback
+    main = sys.modules["__main__"]
     with ProcessPoolExecutor(processes, spawn, signal.signal, silent) as pool:
-        for _ in progress(pool.map(function, jobs)):
+        # A spawned process imports the main module.  Let that be this file: the script of the
+        # user may import torch for nothing, or draw again because it has no __main__ guard.
+        sys.modules["__main__"] = sys.modules[__name__]
+        try:
+            done = pool.map(function, jobs)  # starts all processes
+        finally:
+            sys.modules["__main__"] = main
+        for _ in progress(done):
             pass
 
 

@@ -161,7 +161,10 @@ def test_the_cache_gives_back_what_was_made(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("error", "line"),
-    [(OSError(errno.ENOSPC, "disk full"), "disk full"), (KeyboardInterrupt(), "interrupted")],
+    [
+        (OSError(errno.ENOSPC, "disk full"), r"listops.*\.npz: .*disk full"),
+        (KeyboardInterrupt(), "interrupted"),
+    ],
 )
 def test_a_full_disk_or_ctrl_c_leaves_nothing_behind(error, line, tmp_path, monkeypatch):
     def fail(*_):
@@ -172,15 +175,6 @@ def test_a_full_disk_or_ctrl_c_leaves_nothing_behind(error, line, tmp_path, monk
     with pytest.raises(SystemExit, match=f"^lra_data.py: .*{line}$"):
         lra_data.main(["listops", "--data-dir", str(tmp_path)])
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("task", ["listops-tiny", "pathfinder32"])
-def test_a_folder_that_is_not_writable_is_noticed_before_the_work(task, tmp_path, monkeypatch):
-    monkeypatch.setattr(lra_data, "make_listops", lambda *_: pytest.fail("too late"))
-    monkeypatch.setattr("pathfinder.draw_pictures", lambda *_: pytest.fail("too late"))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        lra_data.load(task, tmp_path / "file")
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other"])
@@ -205,28 +199,6 @@ def tiny_data(first, lengths, labels):
         tokens = np.stack([first[i], np.zeros(len(first[i]))], 1).astype(np.int16)
         splits.append(lra_data.Split(tokens, np.array(labels[i]), np.array(lengths[i])))
     return lra_data.Data("hand", splits[0], splits[0], splits[1], 20, 3)
-
-
-def test_trivial_levels_of_a_split_made_by_hand():
-    data = tiny_data(
-        first=([4, 4, 4, 7, 7, 7], [4, 4, 7, 7]),
-        lengths=([1, 1, 1, 2, 2, 1], [1, 2, 1, 2]),
-        labels=([0, 0, 0, 2, 2, 1], [0, 0, 2, 1]),
-    )
-    levels = lra_data.trivial_levels(data)
-    assert levels["most frequent label"] == 0.5, "label 0 of train, in half of test"
-    assert levels["by first token"] == 0.75, "4 -> 0 and 7 -> 2"
-    assert levels["by length"] == 0.25, "1 -> 0 and 2 -> 2"
-
-
-def test_trivial_levels_sort_into_twenty_bins_of_train():
-    """Of 0 .. 19, each value is a bin: even ones have label 0, odd ones label 1."""
-    for n, level in [(20, 1.0), (40, 0.5)]:  # of 40, a bin holds an even and an odd value
-        values = np.arange(n)
-        data = tiny_data((values, values), (values, values), (values % 2, values % 2))
-        assert lra_data.trivial_levels(data)["by length"] == level
-    data = tiny_data((values, -values), (values, values), (values // 20, np.zeros(40, int)))
-    assert lra_data.trivial_levels(data)["by first token"] == 1.0, "small ones fall into bin 0"
 
 
 @pytest.mark.parametrize("label", [-1, 3])
@@ -259,7 +231,7 @@ def test_command_line_prints_the_summary(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "lattice: 2 classes, 2 symbols" in out
     assert "train   4,000 examples, length 64 .. 64 .. 64" in out
-    assert "trivial baseline, by first token: " in out
+    assert "trivial baseline, most frequent label: 49.2 %" in out
     assert lra_data.checksum(lra_data.load("lattice")) in out
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -227,9 +228,18 @@ def test_every_seed_gives_other_pictures(tmp_path):
 
 
 @pytest.mark.dist
-def test_pictures_are_the_same_with_any_number_of_processes(tmp_path):
-    one, _ = pathfinder.load(tmp_path / "1", 600, contour=6, seed=5, processes=1)
-    two, _ = pathfinder.load(tmp_path / "2", 600, contour=6, seed=5, processes=2)
+def test_a_script_without_a_guard_gets_the_same_pictures_from_two_processes(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import pathfinder\n"
+        "print('once')\n"
+        "pathfinder.load('two', 600, contour=6, seed=5, processes=2)\n"
+    )
+    path = {**os.environ, "PYTHONPATH": str(ROOT)}
+    output = subprocess.check_output([sys.executable, script], cwd=tmp_path, env=path)
+    assert output.split() == [b"once"], "the drawing processes run the script again"
+    one, _ = pathfinder.load(tmp_path / "one", 600, contour=6, seed=5, processes=1)
+    two, _ = pathfinder.load(tmp_path / "two", 600, contour=6, seed=5, processes=1)
     assert (one == two).all()
 
 
@@ -252,7 +262,7 @@ def test_after_a_full_disk_the_run_goes_on(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(pathfinder.os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=r"-v2/images\.npy: .*No space left"):
             pathfinder.load(tmp_path / "b", 600, contour=6, processes=1)
     again = pathfinder.load(tmp_path / "b", 600, contour=6, processes=1)
     assert all((ours == theirs).all() for ours, theirs in zip(again, whole, strict=True))
