@@ -4,12 +4,12 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py --backward        training
     torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py --memory 262144   peak memory
     torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py --tokens 1048576 --heads 1
-    python benchmarks/distributed.py --plot                              results/distributed.png
 
 vanilla: one rank, with scores and softmax written out.  fused: one rank, with PyTorch's fused
 kernel, which the ring uses too.  ring: all ranks, zigzag layout.  Cells of one length take turns;
 each is the minimum over rounds.  Factors come from wall seconds; CPU seconds, those of the busiest
-rank, leave out waiting for messages.  vanilla is skipped if it needs more than --memory-limit.
+rank, leave out waiting for messages.  vanilla is skipped if it needs more than --memory-limit GB.
+The forward run also draws results/distributed.png.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from measured import ROOT, draw_curves, load, provenance, save
+from measured import ROOT, draw_curves, provenance, save
 
 import dist_attention as da
 
@@ -149,32 +149,29 @@ def memory(args, rank, world):
     x = tensors(L, args, rank, world)
     wall, _ = once(ring, x, True, args.backward)
     wall, used = largest([wall, float(peak_bytes() - before)])
-    vanilla = vanilla_bytes(L, args)
+    row = {"L": L, "wall": wall, "peak": used, "vanilla": vanilla_bytes(L, args)}
     if rank == 0:
-        print(f"{L:,} tokens, {args.heads} heads of {D_HEAD}, {world} ranks, causal:")
-        print(f"  {used / 1e6:.0f} MB per rank, {wall:.1f} s")
-        print(f"  vanilla would need {vanilla / 1e9:.0f} GB")
-    return [{"L": L, "wall": wall, "peak": used, "vanilla": vanilla}]
+        print(row)
+    return [row]
 
 
-def plot():
-    """Time against length, from results/distributed.json."""
-    data = load(ROOT / "results/distributed.json")
+def plot(rows, world, path):
+    """Time against length."""
     names = {"vanilla": "attention naive", "fused": "attention fused", "ring": "ring attention"}
     curves = {}
     for cell, name in names.items():
-        rows = [row for row in data["rows"] if f"{cell} causal" in row]
-        seconds = [row[f"{cell} causal"]["wall"] for row in rows]
-        curves[name] = [row["L"] for row in rows], seconds
-    label = f"seconds, causal, forward; the ring has {data['world']} ranks"
+        timed = [row for row in rows if f"{cell} causal" in row]
+        seconds = [row[f"{cell} causal"]["wall"] for row in timed]
+        curves[name] = [row["L"] for row in timed], seconds
+    label = f"seconds, causal, forward; the ring has {world} ranks"
     title = "The fused kernel saves most of the time, more ranks the rest"
-    draw_curves(ROOT / "results/distributed.png", title, {label: curves})
+    draw_curves(path, title, {label: curves})
 
 
 # ---------------------------------------------------------------- command line
 
 
-def parse(argv):
+def parse():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--lengths", type=int, nargs="+", default=LENGTHS, help="lengths in tokens")
@@ -186,15 +183,12 @@ def parse(argv):
     add("--tokens", type=int, help="run once at this length, verified, instead")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="device for --tokens")
     add("--timeout", type=float, default=600, help="seconds until a rank is lost (600)")
-    add("--plot", action="store_true", help="draw results/distributed.png instead")
     add("--name", help="write results/NAME.json")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
-def main(argv=None):
-    args = parse(argv)
-    if args.plot:
-        return plot()
+def main():
+    args = parse()
     origin = provenance()
     with da.process_group(args.device, args.timeout) as (rank, world, device):
         if args.tokens:
@@ -209,10 +203,12 @@ def main(argv=None):
             name = "distributed_training" if args.backward else "distributed"
             rows = table(args, rank, world)
         if rank == 0:
-            origin["world"] = world
-            origin["threads"] = torch.get_num_threads()
-            origin["heads"] = [args.heads, args.heads, D_HEAD]
-            save(ROOT / f"results/{args.name or name}.json", {**origin, "rows": rows})
+            path = ROOT / f"results/{args.name or name}.json"
+            heads = [args.heads, args.heads, D_HEAD]
+            sizes = {"world": world, "threads": torch.get_num_threads(), "heads": heads}
+            save(path, {**origin, **sizes, "rows": rows})
+            if path.stem == "distributed":
+                plot(rows, world, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

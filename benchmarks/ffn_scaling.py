@@ -8,11 +8,12 @@ by least squares of the logarithms.  Writes results/ffn_scaling.json run by run,
 """
 
 import argparse
+import itertools
 from dataclasses import replace
 
 import numpy as np
 from byte_lm import BATCH, L, LMConfig, corpus, count, held_out_loss, train
-from measured import ROOT, complete, draw_curves, save
+from measured import ROOT, complete, draw_curves, save, select
 
 from structured_ffn import match
 
@@ -38,9 +39,9 @@ def power(runs):
 def plot(runs, powers, path):
     curves = {}
     for kind in KINDS:
-        mine = [run for run in runs if run["kind"] == kind]
+        mine = select(runs, kind=kind)
         flops = sorted({run["flops"] for run in mine})
-        loss = [np.mean([run["loss"] for run in mine if run["flops"] == x]) for x in flops]
+        loss = [np.mean([run["loss"] for run in select(mine, flops=x)]) for x in flops]
         curves[kind] = flops, loss
     fitted = ", ".join(f"{kind} {p:.3f}" for kind, p in powers.items())
     panels = {"held-out loss (nats per byte)": curves}
@@ -62,18 +63,13 @@ def main():
         return {"loss": loss, "flops": flops, "params": params, "cpu_s": round(cpu, 1)}
 
     keys = []
-    for seed in range(args.seeds):
-        for width in WIDTHS:
-            for kind in KINDS:
-                _, steps, _ = cell(width, kind, args.bytes_a_weight)
-                key = {"kind": kind, "width": width, "seed": seed, "steps": steps, "lr": 3e-3}
-                keys.append(key)
+    for seed, width, kind in itertools.product(range(args.seeds), WIDTHS, KINDS):
+        _, steps, _ = cell(width, kind, args.bytes_a_weight)
+        keys.append({"kind": kind, "width": width, "seed": seed, "steps": steps, "lr": 3e-3})
     out = ROOT / "results/ffn_scaling.json"
     result = complete(out, keys, measure, {"L": L, "batch": BATCH})
     runs = result["runs"]
-    powers = {}
-    for kind in KINDS:
-        powers[kind] = power([run for run in runs if run["kind"] == kind])
+    powers = {kind: power(select(runs, kind=kind)) for kind in KINDS}
     save(out, result | {"powers": powers})
     for kind, p in powers.items():
         print(f"{kind}: loss falls with training FLOPs to the power {p:.4f}")

@@ -10,6 +10,7 @@ import math
 import statistics
 
 import numpy as np
+from measured import select
 
 HOLDS = "holds"
 PART = "holds in part"
@@ -65,7 +66,7 @@ def judged(signs):
 def losses(d):
     """{arm: held-out losses over the seeds, as an arm}."""
     names = dict.fromkeys(run["arm"] for run in d["runs"])
-    return {name: values([r["loss"] for r in d["runs"] if r["arm"] == name]) for name in names}
+    return {name: values([run["loss"] for run in select(d["runs"], arm=name)]) for name in names}
 
 
 def pairs(*names, digits=1, better=1):
@@ -257,7 +258,7 @@ def merging(d):
 def best_arm(runs):
     """The learning rate with the lowest mean error, as an arm."""
     rates = {run["lr"] for run in runs}
-    arms = [values([run["error"] for run in runs if run["lr"] == lr]) for lr in rates]
+    arms = [values([run["error"] for run in select(runs, lr=lr)]) for lr in rates]
     return min(arms, key=lambda row: row["mean"])
 
 
@@ -268,8 +269,7 @@ def self_guided(d):
     for teacher in ("LowRank R 16", "BlockShuffle 4 x 4"):
         arms = {}
         for name in ("plain", "self-guided"):
-            where = {"teacher": teacher, "arm": name}
-            arms[name] = best_arm([run for run in d["runs"] if where.items() <= run.items()])
+            arms[name] = best_arm(select(d["runs"], teacher=teacher, arm=name))
         text.append(f"{teacher}: error {listed(arms, 3)}")
         signs.append(differs(arms["plain"], arms["self-guided"]))
     return "teacher-student, " + "; ".join(text), judged(signs)
@@ -280,8 +280,7 @@ def steeper(d):
     slopes = {"dense": [], "lowrank": [], "blockshuffle": []}
     for kind, found in slopes.items():
         for seed in sorted({run["seed"] for run in d["runs"]}):
-            where = {"kind": kind, "seed": seed}
-            runs = [run for run in d["runs"] if where.items() <= run.items()]
+            runs = select(d["runs"], kind=kind, seed=seed)
             flops = np.log([run["flops"] for run in runs])
             loss = np.log([run["loss"] for run in runs])
             found.append(-float(np.polyfit(flops, loss, 1)[0]))

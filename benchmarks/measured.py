@@ -102,6 +102,11 @@ def over_seeds(scores, digits=2):
     }
 
 
+def select(rows, **where):
+    """The rows with these values."""
+    return [row for row in rows if where.items() <= row.items()]
+
+
 def save(path, result):
     """Write a results file; a process that is killed leaves the old one."""
     path.parent.mkdir(exist_ok=True)
@@ -123,7 +128,7 @@ def complete(path, keys, measure, settings):
     made_by = {name: origin[name] for name in ("commit", "hardware")}
     for key in keys:
         result = load(path)
-        if any(key.items() <= run.items() for run in result["runs"]):
+        if select(result["runs"], **key):
             continue
         run = key | measure(**key)
         print(*run.values(), flush=True)
@@ -146,6 +151,12 @@ def pyplot():
 
     plt.rcParams.update(STYLE)
     return plt
+
+
+def series(rows, x, y):
+    """(x values, y values) of the rows that have y: a curve for draw_curves."""
+    rows = [row for row in rows if row.get(y) is not None]
+    return [row[x] for row in rows], [row[y] for row in rows]
 
 
 def draw_curves(path, title, panels, xlabel="length in tokens"):
