@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 from byte_lm import BATCH, L, LMConfig, corpus, count, held_out_loss, train
+from judges import power
 from measured import ROOT, complete, draw_curves, save, select
 
 from structured_ffn import match
@@ -27,13 +28,6 @@ def cell(width, kind, bytes_a_weight):
     config = replace(dense, linear=match(width, 4 * width, kind, 0.3125))
     steps = round(bytes_a_weight * count(dense, L)["params"] / (BATCH * L))
     return config, steps, count(config, L)["flops"] * steps * BATCH * L
-
-
-def power(runs):
-    """The p of loss = constant / FLOPs^p, by least squares of the logarithms."""
-    flops = np.log([run["flops"] for run in runs])
-    loss = np.log([run["loss"] for run in runs])
-    return -float(np.polyfit(flops, loss, 1)[0])
 
 
 def plot(runs, powers, path):

@@ -275,18 +275,22 @@ def self_guided(d):
     return "teacher-student, " + "; ".join(text), judged(signs)
 
 
+def power(runs):
+    """The p of loss = constant / FLOPs^p, by least squares of the logarithms."""
+    flops = np.log([run["flops"] for run in runs])
+    loss = np.log([run["loss"] for run in runs])
+    return -float(np.polyfit(flops, loss, 1)[0])
+
+
 def steeper(d):
     """The exponent of loss against FLOPs, fitted per seed."""
-    slopes = {"dense": [], "lowrank": [], "blockshuffle": []}
-    for kind, found in slopes.items():
-        for seed in sorted({run["seed"] for run in d["runs"]}):
-            runs = select(d["runs"], kind=kind, seed=seed)
-            flops = np.log([run["flops"] for run in runs])
-            loss = np.log([run["loss"] for run in runs])
-            found.append(-float(np.polyfit(flops, loss, 1)[0]))
-    power = {kind: values(found) for kind, found in slopes.items()}
-    signs = [differs(power[kind], power["dense"]) for kind in ("lowrank", "blockshuffle")]
-    return f"exponent of loss against FLOPs: {listed(power, 3)}", judged(signs)
+    arms = {}
+    for kind in ("dense", "lowrank", "blockshuffle"):
+        runs = select(d["runs"], kind=kind)
+        seeds = sorted({run["seed"] for run in runs})
+        arms[kind] = values([power(select(runs, seed=seed)) for seed in seeds])
+    signs = [differs(arms[kind], arms["dense"]) for kind in ("lowrank", "blockshuffle")]
+    return f"exponent of loss against FLOPs: {listed(arms, 3)}", judged(signs)
 
 
 # ---------------------------------------------------------------- unified view, beyond

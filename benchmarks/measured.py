@@ -107,12 +107,19 @@ def select(rows, **where):
     return [row for row in rows if where.items() <= row.items()]
 
 
-def save(path, result):
-    """Write a results file; a process that is killed leaves the old one."""
-    path.parent.mkdir(exist_ok=True)
+def write(path, text):
+    """Write a text file; a process that is killed or a full disk leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".new")
-    unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def save(path, result):
+    write(path, json.dumps(result, indent=1) + "\n")
 
 
 def load(path):

@@ -15,6 +15,8 @@ Parts and bounds are those of eager steps; a step as a CUDA graph has only data 
 """
 
 import argparse
+import itertools
+import statistics
 import tempfile
 import time
 from contextlib import ExitStack
@@ -55,7 +57,7 @@ class Clock:
         self.cuda = torch.device(config.device).type == "cuda"
         self.profile = profile
         # what a graph contains cannot be timed, and its parts run once only
-        self.parts = ("data",) if pretrain.uses_graphs(config) else tuple(PARTS)
+        self.parts = ["data"] if pretrain.uses_graphs(config) else [*PARTS]
         self.steps = []
         self.busy = {}  # ms of kernels per step, by stage
         self.kept = {}  # bytes kept for backward per step, by stage
@@ -134,7 +136,7 @@ def measure(config):
     rows = {}
     for stage, steps in stages.items():
         kept = steps[WARM_UP:-1]
-        row = {part: 1e3 * sum(step[part] for step in kept) / len(kept) for part in kept[0]}
+        row = {part: 1e3 * statistics.fmean(step[part] for step in kept) for part in kept[0]}
         row["tokens"] /= 1e3
         row["rest"] = row["total"] - sum(row[part] for part in PARTS)
         rows[stage] = row
@@ -192,9 +194,9 @@ def measure_all(given, name, compiled, eager=False):
             busy, memory = least[stage]
             row["tokens_per_s_busy"] = 1e3 * tokens / busy
             row["tokens_per_s_memory"] = 1e3 * tokens / memory
-        rows.append(row)
         if config.device == "cuda":
             row["eager"] = eager
+        rows.append(row)
         label = f"{Path(name).stem}{' compiled' * compiled}{' eager' * eager}"
         times = "".join(f"{ms[part]:10.2f}" for part in ALL)
         print(f"{label:38}{stage:9}{times}{share(ms):8.1f} %", flush=True)
@@ -203,20 +205,18 @@ def measure_all(given, name, compiled, eager=False):
 
 def main():
     args = parse()
-    origin = provenance()
-    options = {key: value for key, value in vars(args).items() if key != "out"}
-    given = {key: options[key] for key in ("task", "batch_size", "precision", "device")}
+    origin = provenance() | {"threads": torch.get_num_threads()}
+    out = vars(args).pop("out")
+    given = {key: getattr(args, key) for key in ("task", "batch_size", "precision", "device")}
     given["pretrain_batch_size"] = args.batch_size
     given.update(dict.fromkeys(("pretrain_steps", "finetune_steps", "eval_every"), args.steps))
     print(f"{'ms per step':47}" + "".join(f"{part:>10}" for part in ALL) + "   model and optimizer")
     rows = []
-    for name in args.settings:
-        for compiled in (False, True) if args.compile else (False,):
-            if args.device == "cuda":
-                rows += measure_all(given, name, compiled, eager=True)
-            rows += measure_all(given, name, compiled)
-    origin["threads"] = torch.get_num_threads()
-    save(args.out, {**origin, "options": options, "rows": rows})
+    for name, compiled in itertools.product(args.settings, sorted({False, args.compile})):
+        if args.device == "cuda":
+            rows += measure_all(given, name, compiled, eager=True)
+        rows += measure_all(given, name, compiled)
+    save(out, {**origin, "options": vars(args), "rows": rows})
 
 
 if __name__ == "__main__":
