@@ -30,23 +30,27 @@ SLOW = {  # where a nap of 20 ms is put -> the part that must show it
 }
 
 
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    data = lra_data.load("lattice", n_train=8, n_val=8, n_test=8)
+    monkeypatch.setattr(lra_data, "load", lambda *args, **options: data)
+    return data
+
+
 @pytest.mark.parametrize("part", SLOW)
 def test_a_nap_shows_in_its_part(part, monkeypatch, tmp_path):
     owner, name = SLOW[part]
     function = getattr(owner, name)
-    small = lra_data.load("lattice", n_train=8, n_val=8, n_test=8)
 
     def napping(*args, **options):
         time.sleep(0.02)
         return function(*args, **options)
 
-    monkeypatch.setattr(lra_data, "load", lambda *args, **options: small)
     monkeypatch.setattr(owner, name, napping)
-    before = [getattr(owner, name) for owner, name in SLOW.values()]
-    before += [Run.steps, pretrain.evaluate]
+    patched = [*SLOW.values(), (Run, "steps"), (pretrain, "evaluate")]
+    before = [getattr(owner, name) for owner, name in patched]
     found, peak = step_time.measure(replace(TINY, out=str(tmp_path)))
-    after = [getattr(owner, name) for owner, name in SLOW.values()]
-    assert [*after, Run.steps, pretrain.evaluate] == before
+    assert [getattr(owner, name) for owner, name in patched] == before
     assert peak > 2**20
     for row in found.values():
         assert row[part] >= 20 and all(row[other] > 0 for other in SLOW)  # a lower bound, no race
@@ -55,9 +59,7 @@ def test_a_nap_shows_in_its_part(part, monkeypatch, tmp_path):
         assert step_time.share(row) == pytest.approx(100 * inside / row["total"])
 
 
-def test_tokens_and_what_is_kept_for_backward_are_counted(monkeypatch, tmp_path):
-    small = lra_data.load("lattice", n_train=8, n_val=8, n_test=8)
-    monkeypatch.setattr(lra_data, "load", lambda *args, **options: small)
+def test_tokens_and_what_is_kept_for_backward_are_counted(small, tmp_path):
     found, _ = step_time.measure(replace(TINY, out=str(tmp_path / "a")))
     L = small.train.tokens.shape[1]
     assert [row["tokens"] for row in found.values()] == [4 * L, 4 * L]
@@ -73,6 +75,6 @@ def test_tokens_and_what_is_kept_for_backward_are_counted(monkeypatch, tmp_path)
 
 
 def test_of_steps_as_graphs_only_data_are_timed():
-    assert step_time.Clock(TINY).parts == tuple(step_time.PARTS)
-    assert step_time.Clock(replace(TINY, device="cuda", eager=True)).parts == tuple(step_time.PARTS)
-    assert step_time.Clock(replace(TINY, device="cuda")).parts == ("data",)
+    eager = replace(TINY, device="cuda", eager=True)
+    assert step_time.Clock(TINY).parts == step_time.Clock(eager).parts == [*step_time.PARTS]
+    assert step_time.Clock(replace(TINY, device="cuda")).parts == ["data"]
