@@ -21,18 +21,12 @@ COUNT = {32: 3000, 64: 300, 128: 300, 256: 3000}  # pictures
 CONTOUR = 14
 
 
-def timed(function, *args):
-    """Call the function.  Returns (result, CPU seconds)."""
-    start = time.process_time()
-    result = function(*args)
-    return result, time.process_time() - start
-
-
 def pathfinder_row(size, n):
     """Milliseconds per picture, and statistics of the pictures."""
     rng = np.random.RandomState(1)
-    drawn, cpu = timed(pathfinder.draw_pictures, rng, size, CONTOUR, n)
-    _, labels, disks = drawn
+    start = time.process_time()
+    _, labels, disks = pathfinder.draw_pictures(rng, size, CONTOUR, n)
+    cpu = time.process_time() - start
     return {
         "task": f"pathfinder{size}",
         "version": pathfinder.VERSION,
@@ -59,7 +53,9 @@ def disks_alone(places, labels):
 def listops_row(task):
     """Seconds for all examples of a task, and the scores of trivial baselines."""
     with tempfile.TemporaryDirectory() as folder:
-        data, cpu = timed(lra_data.load, task, folder)
+        start = time.process_time()
+        data = lra_data.load(task, folder)
+        cpu = time.process_time() - start
     n = len(data.train) + len(data.val) + len(data.test)
     return {"task": task, "n": n, "s_cpu": cpu, "levels": lra_data.trivial_levels(data)}
 

@@ -7,9 +7,8 @@
 
 vanilla: one rank, with scores and softmax written out.  fused: one rank, with PyTorch's fused
 kernel, which the ring uses too.  ring: all ranks, zigzag layout.  Cells of one length take turns;
-each is the minimum over rounds.  Factors come from wall seconds; CPU seconds, those of the busiest
-rank, leave out waiting for messages.  vanilla is skipped if it needs more than --memory-limit GB.
-The forward run also draws results/distributed.png.
+each is the minimum over rounds.  vanilla is skipped if it needs more than --memory-limit GB.  The
+forward run also draws results/distributed.png.
 """
 
 import argparse
@@ -56,14 +55,13 @@ def tensors(L, args, rank=0, world=1):
 
 
 def once(attend, x, causal, backward):
-    """(wall, CPU) seconds of one call in this process."""
+    """Seconds of one call in this process."""
     start = time.perf_counter()
-    cpu = time.process_time()
     with torch.set_grad_enabled(backward):
         out = attend(*x, causal)
         if backward:
             torch.autograd.grad(out, x, out.detach())
-    return time.perf_counter() - start, time.process_time() - cpu
+    return time.perf_counter() - start
 
 
 def largest(values):
@@ -80,7 +78,7 @@ def vanilla_bytes(L, args):
 
 
 def measure(L, args, rank, world):
-    """{cell: {"wall", "cpu", "bytes"}} of one length; the cells take turns."""
+    """{cell: {"wall": seconds, "bytes": sent}} of one length; the cells take turns."""
     whole = tensors(L, args)
     shards = tensors(L, args, rank, world)
     names = ["fused", "ring"]
@@ -91,15 +89,13 @@ def measure(L, args, rank, world):
         for name, mask in itertools.product(names, MASKS):
             largest([0.0])  # all ranks start together
             da.traffic.clear()
-            wall = cpu = 0.0
+            wall = 0.0
             if name == "ring" or rank == 0:
                 x = shards if name == "ring" else whole
-                wall, cpu = once(ATTENTION[name], x, MASKS[mask], args.backward)
-            wall, cpu, sent = largest([wall, cpu, float(da.traffic["bytes"])])
-            cell = cells.setdefault(f"{name} {mask}", {"wall": math.inf, "cpu": math.inf})
-            cell["wall"] = min(cell["wall"], wall)
-            cell["cpu"] = min(cell["cpu"], cpu)
-            cell["bytes"] = sent
+                wall = once(ATTENTION[name], x, MASKS[mask], args.backward)
+            wall, sent = largest([wall, float(da.traffic["bytes"])])
+            fastest = cells.get(f"{name} {mask}", {"wall": math.inf})["wall"]
+            cells[f"{name} {mask}"] = {"wall": min(wall, fastest), "bytes": sent}
     return cells
 
 
@@ -118,7 +114,7 @@ def factors(cells):
 def table(args, rank, world):
     """Measure and print all lengths; return the rows."""
     if rank == 0:
-        print(f"{'L':>8} {'':14}{'wall s':>9}{'CPU s':>9}{'MB sent':>10}")
+        print(f"{'L':>8} {'':14}{'wall s':>9}{'MB sent':>10}")
     rows = []
     for L in args.lengths:
         cells = measure(L, args, rank, world)
@@ -126,7 +122,7 @@ def table(args, rank, world):
         if rank == 0:
             for name, cell in cells.items():
                 sent = cell["bytes"] / 1e6
-                print(f"{L:8} {name:14}{cell['wall']:9.3f}{cell['cpu']:9.3f}{sent:10.2f}")
+                print(f"{L:8} {name:14}{cell['wall']:9.3f}{sent:10.2f}")
             print(f"{'':9}", factors(cells), flush=True)
     return rows
 
@@ -147,7 +143,7 @@ def memory(args, rank, world):
     Path("/proc/self/clear_refs").write_bytes(b"5")  # resets the peak
     before = peak_bytes()
     x = tensors(L, args, rank, world)
-    wall, _ = once(ring, x, True, args.backward)
+    wall = once(ring, x, True, args.backward)
     wall, used = largest([wall, float(peak_bytes() - before)])
     row = {"L": L, "wall": wall, "peak": used, "vanilla": vanilla_bytes(L, args)}
     if rank == 0:

@@ -132,8 +132,9 @@ def efficiency(what, tokens, d_in=1024, d_out=4096):
 
 def cells(args):
     """Yield (section, key, function), cheap ones first."""
-    for what, n in LAYER if args.device == "cpu" else []:
-        yield "layer", f"{what}, {n}", partial(efficiency, what, n)
+    if args.device == "cpu":
+        for what, n in LAYER:
+            yield "layer", f"{what}, {n}", partial(efficiency, what, n)
     for width in args.widths:
         yield "thresholds", str(width), partial(thresholds, width)
     sizes = itertools.product(args.widths, args.tokens)

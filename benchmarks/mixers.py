@@ -11,7 +11,7 @@ would exceed --max-seconds or --max-gib.
 
 "bare FFT" is irfft(rfft(u) rfft(K)) with plain autograd, channels first, and a free kernel K: what
 a convolution costs before a kernel is computed.  Attention has 4 heads and its projections.
-Cells are merged into results/mixers.json, so lengths can run one by one.
+Cells are merged into results/mixers.json, so lengths can run one by one.  mixers.png shows them.
 """
 
 import argparse
@@ -171,8 +171,8 @@ def plot(cells, clock, path):
         mine = select(cells, mixer=name)
         for panel, key in zip(panels.values(), (clock, "gib"), strict=True):
             panel[name] = series(mine, "L", key)
-    what = "forward" if cells[0]["forward"] else "forward + backward"
-    draw_curves(path, f"Attention grows as L², the others almost as L ({what})", panels)
+    title = "Attention grows as L², the others almost as L (forward + backward)"
+    draw_curves(path, title, panels)
 
 
 def parse():
@@ -211,7 +211,8 @@ def main():
     clock = {"wall": "seconds", "cpu": "cpu_seconds"}[args.clock]
     same = select(cells, **shape)
     show(same, clock)
-    plot(same, clock, args.out.with_suffix(".png"))
+    if args.out.stem == "mixers" and not args.forward:
+        plot(same, clock, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

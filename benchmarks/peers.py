@@ -44,7 +44,7 @@ def load_theirs(path):
     try:
         spec.loader.exec_module(module)
     except ImportError as error:
-        raise ValueError(f"{file} imports {error.name}: install it") from error
+        raise ValueError(f"{file}: {error}; install what it imports") from error
     return module
 
 
