@@ -93,12 +93,10 @@ def pairs(*names, digits=1, better=1):
 
 def gap(scratch, after, s4):
     """Pretraining removes most of the gap between the two models trained from scratch."""
-    text = (
-        f"Transformer {arm(scratch)} from scratch, {arm(after)} pretrained; S4 {arm(s4)} from "
-        "scratch: "
-    )
     before = s4["mean"] - scratch["mean"]
     left = s4["mean"] - after["mean"]
+    text = f"Transformer {arm(scratch)} from scratch, {arm(after)} pretrained; "
+    text += f"S4 {arm(s4)} from scratch: "
     if before <= 0:
         return text + "no gap to close", OPEN
     text += f"a gap of {before:.1f} points becomes {left:.1f}"
@@ -112,8 +110,8 @@ def lattice_gap(d):
 
 def task_gap(d):
     arms = d["arms"]
-    transformer = arms["Transformer, from scratch"], arms["Transformer, pretrained"]
-    return gap(*transformer, arms["S4, from scratch"])
+    scratch = arms["Transformer, from scratch"]
+    return gap(scratch, arms["Transformer, pretrained"], arms["S4, from scratch"])
 
 
 def redundant(d):
@@ -176,9 +174,8 @@ def generation(d):
     s4 = statistics.median(row["S4"]["tokens_a_second"] for row in d["rows"])
     ratio = {row["context"]: s4 / row["Transformer"]["tokens_a_second"] for row in d["rows"]}
     text = ", ".join(f"{r:.2g} at {context // 1024}k" for context, r in ratio.items())
-    text = (
-        f"throughput over a Transformer's with {d['settings']['cap_gib']:g} GiB of states: {text}"
-    )
+    gib = d["settings"]["cap_gib"]
+    text = f"throughput over a Transformer's with {gib:g} GiB of states: {text}"
     return text, verdict(max(ratio.values()) > 50, max(ratio.values()) > 1.2)
 
 
@@ -307,11 +304,8 @@ def longer_context(d):
 def million(d):
     row = d["rows"][0]
     tokens = row["setting"].split(" tokens")[0]
-    text = (
-        f"{tokens} causal tokens, one head, {d['world']} ranks: {row['wall']:.1f} s, "
-        f"error of sampled rows {row['error']:.1e}"
-    )
-    return text, verdict(row["error"] <= 2e-6)
+    text = f"{tokens} causal tokens, one head, {d['world']} ranks: {row['wall']:.1f} s, "
+    return text + f"error of sampled rows {row['error']:.1e}", verdict(row["error"] <= 2e-6)
 
 
 def parallel_attention(d):

@@ -180,7 +180,6 @@ def measure(mixer, M, x, other):
         "cost": mixer.cost,
         "error of M v": error(mixer.layer, M, x),
         "Toeplitz error": max(map(toeplitz_error, M)),
-        "rank": max(map(rank, M, M)),
         "off-diagonal rank": max(map(off_diagonal_rank, M)),
         "change with x": change(mixer.layer, x, other),
     }

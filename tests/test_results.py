@@ -138,6 +138,25 @@ def test_a_command_names_a_script_and_flags_that_exist():
     assert seen > 100
 
 
+def test_runs_that_a_results_file_has_are_not_measured_again(tmp_path):
+    ran = []
+
+    def measure(arm, seed):
+        ran.append((arm, seed))
+        return {"loss": 10 * seed}
+
+    path = tmp_path / "new" / "x.json"
+    keys = [{"arm": "a", "seed": 1}, {"arm": "a", "seed": 2}, {"arm": "b", "seed": 1}]
+    measured.complete(path, keys[:1], measure, {})
+    result = measured.complete(path, keys, measure, {"L": 4})
+    assert ran == [("a", 1), ("a", 2), ("b", 1)] and result["L"] == 4
+    assert [run["loss"] for run in measured.select(result["runs"], arm="a")] == [10, 20]
+    assert all(run["commit"] == result["commit"] for run in result["runs"])
+    assert measured.load(path) == result and list(path.parent.iterdir()) == [path]
+    assert measured.series(result["runs"], "seed", "loss") == ([1, 2, 1], [10, 20, 10])
+    assert measured.series([{"x": 1}, {"x": 2, "y": 0}], "x", "y") == ([2], [0])
+
+
 # ---------------------------------------------------------------- claims
 
 
