@@ -154,14 +154,13 @@ def memory(args, rank, world):
 def plot(rows, world, path):
     """Time against length."""
     names = {"vanilla": "attention naive", "fused": "attention fused", "ring": "ring attention"}
-    curves = {}
-    for cell, name in names.items():
-        timed = [row for row in rows if f"{cell} causal" in row]
-        seconds = [row[f"{cell} causal"]["wall"] for row in timed]
-        curves[name] = [row["L"] for row in timed], seconds
-    label = f"seconds, causal, forward; the ring has {world} ranks"
+    curves = {name: [] for name in names.values()}
+    for row, (cell, name) in itertools.product(rows, names.items()):
+        if f"{cell} causal" in row:
+            curves[name].append({"L": row["L"], **row[f"{cell} causal"]})
+    labels = {"wall": f"seconds, causal, forward; the ring has {world} ranks"}
     title = "The fused kernel saves most of the time, more ranks the rest"
-    draw_curves(path, title, {label: curves})
+    draw_curves(path, title, curves, "L", labels)
 
 
 # ---------------------------------------------------------------- command line

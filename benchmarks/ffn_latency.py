@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measured import ROOT, draw_curves, load, provenance, save, select, series
+from measured import ROOT, draw_curves, load, provenance, save
 from torch import nn
 
 from structured_ffn import KINDS, Merged, StructuredFFN, match, merged
@@ -144,17 +144,16 @@ def cells(args):
 
 def plot(result, path):
     """Speed over the number of tokens, one panel per width."""
-    rows = []
+    rows = {form: [] for form in (*KINDS, "merged")}
+    widths = set()
     for key, row in result["ffn"].items():
         width, tokens = map(int, key.split(", "))
-        rows.append({"width": width, "tokens": tokens, **row})
-    rows.sort(key=lambda row: (row["width"], row["tokens"]))
-    panels = {}
-    for width in dict.fromkeys(row["width"] for row in rows):
-        mine = select(rows, width=width)
-        curves = {form: series(mine, "tokens", f"{form} speed") for form in (*KINDS, "merged")}
-        panels[f"speed / dense FFN, width {width}"] = curves
-    draw_curves(path, "Structured FFNs are faster on many tokens", panels, xlabel="tokens")
+        widths.add(width)
+        for form in rows:
+            rows[form].append({"tokens": tokens, width: row[f"{form} speed"]})
+    labels = {width: f"speed / dense FFN, width {width}" for width in sorted(widths)}
+    title = "Structured FFNs are faster on many tokens"
+    draw_curves(path, title, rows, "tokens", labels, xlabel="tokens")
 
 
 def main():

@@ -33,13 +33,13 @@ def cell(width, kind, bytes_a_weight):
 def plot(runs, powers, path):
     curves = {}
     for kind in KINDS:
-        mine = select(runs, kind=kind)
-        flops = sorted({run["flops"] for run in mine})
-        loss = [np.mean([run["loss"] for run in select(mine, flops=x)]) for x in flops]
-        curves[kind] = flops, loss
+        curves[kind] = []
+        for flops in {run["flops"] for run in select(runs, kind=kind)}:
+            losses = [run["loss"] for run in select(runs, kind=kind, flops=flops)]
+            curves[kind].append({"flops": flops, "loss": np.mean(losses)})
     fitted = ", ".join(f"{kind} {p:.3f}" for kind, p in powers.items())
-    panels = {"held-out loss (nats per byte)": curves}
-    draw_curves(path, f"Fitted powers: {fitted}", panels, xlabel="training FLOPs")
+    labels = {"loss": "held-out loss (nats per byte)"}
+    draw_curves(path, f"Fitted powers: {fitted}", curves, "flops", labels, "training FLOPs")
 
 
 def main():

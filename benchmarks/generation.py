@@ -127,13 +127,11 @@ def plot(rows, path):
         "tokens_a_second": "tokens per second, largest batch",
         "ms_a_token_at_batch_1": "ms per token, batch size 1",
     }
-    contexts = [row["context"] for row in rows]
-    panels = {label: {} for label in labels.values()}
-    for key, label in labels.items():
-        for name in ("Transformer", "S4"):
-            panels[label][name] = contexts, [row[name][key] for row in rows]
+    models = {}
+    for name in ("Transformer", "S4"):
+        models[name] = [row[name] | {"context": row["context"]} for row in rows]
     title = "S4 generates at the same speed after any context; a Transformer slows down"
-    draw_curves(path, title, panels)
+    draw_curves(path, title, models, "context", labels)
 
 
 def parse():

@@ -161,23 +161,23 @@ def pyplot():
 
 
 def series(rows, x, y):
-    """(x values, y values) of the rows that have y: a curve for draw_curves."""
+    """(x values, y values) of the rows that have y, in the order of x."""
     rows = [row for row in rows if row.get(y) is not None]
+    rows.sort(key=lambda row: row[x])
     return [row[x] for row in rows], [row[y] for row in rows]
 
 
-def draw_curves(path, title, panels, xlabel="length in tokens"):
-    """Draw one panel per entry of {y label: {method: (x, y)}}, log-log, ticks at all x."""
+def draw_curves(path, title, rows, x, labels, xlabel="length in tokens"):
+    """Draw rows {method: rows} against their x, log-log: one panel per entry of {y: label}."""
     plt = pyplot()
-    size = (2 + 4 * len(panels), 4)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
-    for ax, (label, curves) in zip(axes[0], panels.items(), strict=True):
-        ticks = set()
-        for name, (x, y) in curves.items():
-            ax.loglog(x, y, "o-", color=COLORS.get(name), label=name)
-            ticks.update(x)
-        ticks = sorted(ticks)
-        names = [f"{x // 1024}k" if x % 1024 == 0 else f"{x:.3g}" for x in ticks]
+    size = (2 + 4 * len(labels), 4)
+    figure, axes = plt.subplots(1, len(labels), figsize=size, layout="constrained", squeeze=False)
+    for ax, (y, label) in zip(axes[0], labels.items(), strict=True):
+        curves = {name: series(mine, x, y) for name, mine in rows.items()}
+        for name, curve in curves.items():
+            ax.loglog(*curve, "o-", color=COLORS.get(name), label=name)
+        ticks = sorted({tick for at, _ in curves.values() for tick in at})
+        names = [f"{n // 1024}k" if n % 1024 == 0 else f"{n:.3g}" for n in ticks]
         ax.set_xticks(ticks, names)
         ax.minorticks_off()
         ax.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))

@@ -21,7 +21,7 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import torch
-from measured import ROOT, draw_curves, load, peak_bytes, provenance, save, select, series
+from measured import ROOT, draw_curves, load, peak_bytes, provenance, save, select
 
 import attention
 import s4
@@ -164,15 +164,11 @@ def show(cells, clock):
 
 def plot(cells, clock, path):
     """Time and memory over length."""
-    cells = sorted(cells, key=lambda cell: cell["L"])
-    labels = {"seconds": "seconds per pass", "cpu_seconds": "CPU seconds per pass"}
-    panels = {labels[clock]: {}, "peak memory, GiB": {}}
-    for name in MIXERS:
-        mine = select(cells, mixer=name)
-        for panel, key in zip(panels.values(), (clock, "gib"), strict=True):
-            panel[name] = series(mine, "L", key)
+    kind = "CPU seconds" if clock == "cpu_seconds" else "seconds"
+    labels = {clock: f"{kind} per pass", "gib": "peak memory, GiB"}
+    rows = {name: select(cells, mixer=name) for name in MIXERS}
     title = "Attention grows as L², the others almost as L (forward + backward)"
-    draw_curves(path, title, panels)
+    draw_curves(path, title, rows, "L", labels)
 
 
 def parse():

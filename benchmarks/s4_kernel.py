@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
-from measured import ROOT, draw_curves, peak_bytes, provenance, save, select, series
+from measured import ROOT, draw_curves, peak_bytes, provenance, save, select
 
 import s4
 
@@ -162,12 +162,9 @@ def plot(cells, path):
         "mib": "peak memory, MiB",
         "error": "relative error, float32",
     }
-    panels = {label: {} for label in labels.values()}
-    for form in FORMS:
-        rows = select(cells, form=form, width=16)
-        for key, label in labels.items():
-            panels[label][form] = series(rows, "L", key)
-    draw_curves(path, "The two-level kernel costs about as much as the convolution", panels)
+    rows = {form: select(cells, form=form, width=16) for form in FORMS}
+    title = "The two-level kernel costs about as much as the convolution"
+    draw_curves(path, title, rows, "L", labels)
 
 
 def main():
