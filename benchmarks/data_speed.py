@@ -31,7 +31,7 @@ def pathfinder_row(size, n):
         "task": f"pathfinder{size}",
         "version": pathfinder.VERSION,
         "n": n,
-        "ms_cpu": 1e3 * cpu / n,
+        "ms_cpu": round(1e3 * cpu / n, 2),
         "disks_alone": disks_alone(disks / size, labels) if n >= 2000 else None,
     }
 
@@ -57,7 +57,7 @@ def listops_row(task):
         data = lra_data.load(task, folder)
         cpu = time.process_time() - start
     n = len(data.train) + len(data.val) + len(data.test)
-    return {"task": task, "n": n, "s_cpu": cpu, "levels": lra_data.trivial_levels(data)}
+    return {"task": task, "n": n, "s_cpu": round(cpu, 2), "levels": lra_data.trivial_levels(data)}
 
 
 def plot(path):
@@ -89,10 +89,13 @@ def main():
     if args.pictures:
         return plot(ROOT / "results/pathfinder.png")
     origin = provenance()
-    rows = [pathfinder_row(size, n) for size, n in COUNT.items()]
-    rows += [listops_row(task) for task in ("listops-tiny", "listops-small", "listops")]
-    for row in rows:
-        print(row)
+    rows = []
+    for size, n in COUNT.items():
+        rows.append(pathfinder_row(size, n))
+        print(rows[-1], flush=True)
+    for task in ("listops-tiny", "listops-small", "listops"):
+        rows.append(listops_row(task))
+        print(rows[-1], flush=True)
     save(ROOT / "results/data_speed.json", {**origin, "numpy": np.__version__, "rows": rows})
 
 

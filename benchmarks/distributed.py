@@ -145,10 +145,13 @@ def memory(args, rank, world):
     x = tensors(L, args, rank, world)
     wall = once(ring, x, True, args.backward)
     wall, used = largest([wall, float(peak_bytes() - before)])
-    row = {"L": L, "wall": wall, "peak": used, "vanilla": vanilla_bytes(L, args)}
+    vanilla = vanilla_bytes(L, args)
     if rank == 0:
-        print(row)
-    return [row]
+        print(
+            f"{L:,} tokens, {args.heads} heads, causal: {used / 1e6:.0f} MB per rank, {wall:.1f} s"
+        )
+        print(f"vanilla would need {vanilla / 1e9:.0f} GB")
+    return [{"L": L, "wall": wall, "peak": used, "vanilla": vanilla}]
 
 
 def plot(rows, world, path):

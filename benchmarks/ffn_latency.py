@@ -142,6 +142,18 @@ def cells(args):
         yield "ffn", f"{width}, {n}", partial(latency, width, n)
 
 
+def show(result):
+    for what, forms in result["layer"].items():
+        for name, row in forms.items():
+            cost = f"{row['ms']:9.2f} ms, efficiency {row['efficiency']:.2f}"
+            print(f"layer, {what}: {name:<20}{cost}")
+    for key, row in result["ffn"].items():
+        speeds = [f"{form} {row[form + ' speed']:.2f}" for form in (*KINDS, "merged")]
+        print(f"FFN, {key}: dense {row['dense']:.3f} ms, times as fast: {', '.join(speeds)}")
+    for width, found in result["thresholds"].items():
+        print(f"width {width}: dense product faster up to (fc1, fc2) {found}")
+
+
 def plot(result, path):
     """Speed over the number of tokens, one panel per width."""
     rows = {form: [] for form in (*KINDS, "merged")}
@@ -177,7 +189,7 @@ def main():
         if key not in result[section]:
             result[section][key] = measure()
             save(args.out, result | origin)
-        print(f"{section}, {key}: {result[section][key]}", flush=True)
+    show(result)
     if args.device == "cuda":
         plot(result, args.out.with_suffix(".png"))
 
