@@ -153,7 +153,7 @@ def test_runs_that_a_results_file_has_are_not_measured_again(tmp_path):
     assert [run["loss"] for run in measured.select(result["runs"], arm="a")] == [10, 20]
     assert all(run["commit"] == result["commit"] for run in result["runs"])
     assert measured.load(path) == result and list(path.parent.iterdir()) == [path]
-    assert measured.series(result["runs"], "seed", "loss") == ([1, 2, 1], [10, 20, 10])
+    assert measured.series(result["runs"], "seed", "loss") == ([1, 1, 2], [10, 10, 20])
     assert measured.series([{"x": 1}, {"x": 2, "y": 0}], "x", "y") == ([2], [0])
 
 
