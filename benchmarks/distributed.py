@@ -155,7 +155,6 @@ def memory(args, rank, world):
 
 
 def plot(rows, world, path):
-    """Time against length."""
     names = {"vanilla": "attention naive", "fused": "attention fused", "ring": "ring attention"}
     curves = {name: [] for name in names.values()}
     for row, (cell, name) in itertools.product(rows, names.items()):

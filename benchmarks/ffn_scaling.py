@@ -34,8 +34,9 @@ def plot(runs, powers, path):
     curves = {}
     for kind in KINDS:
         curves[kind] = []
-        for flops in {run["flops"] for run in select(runs, kind=kind)}:
-            losses = [run["loss"] for run in select(runs, kind=kind, flops=flops)]
+        mine = select(runs, kind=kind)
+        for flops in {run["flops"] for run in mine}:
+            losses = [run["loss"] for run in select(mine, flops=flops)]
             curves[kind].append({"flops": flops, "loss": np.mean(losses)})
     fitted = ", ".join(f"{kind} {p:.3f}" for kind, p in powers.items())
     labels = {"loss": "held-out loss (nats per byte)"}

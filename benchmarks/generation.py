@@ -122,7 +122,6 @@ def measure(models, L, args):
 
 
 def plot(rows, path):
-    """Throughput and latency over the context length."""
     labels = {
         "tokens_a_second": "tokens per second, largest batch",
         "ms_a_token_at_batch_1": "ms per token, batch size 1",

@@ -156,14 +156,13 @@ def shape_of(args):
 def show(cells, clock):
     print(f"{'L':>8}  {'mixer':16}{'ms':>9}{'GiB':>7}")
     for cell in cells:
-        found = cell.get("left_out")
+        text = cell.get("left_out")
         if clock in cell:
-            found = f"{1e3 * cell[clock]:9.1f}{cell['gib']:7.2f}"
-        print(f"{cell['L']:8}  {cell['mixer']:16}{found}")
+            text = f"{1e3 * cell[clock]:9.1f}{cell['gib']:7.2f}"
+        print(f"{cell['L']:8}  {cell['mixer']:16}{text}")
 
 
 def plot(cells, clock, path):
-    """Time and memory over length."""
     kind = "CPU seconds" if clock == "cpu_seconds" else "seconds"
     labels = {clock: f"{kind} per pass", "gib": "peak memory, GiB"}
     rows = {name: select(cells, mixer=name) for name in MIXERS}
