@@ -1,5 +1,6 @@
 """benchmarks/step_time.py: its clock times the parts of the loop and leaves no trace."""
 
+import json
 import sys
 import time
 from dataclasses import replace
@@ -64,3 +65,19 @@ def test_of_steps_as_graphs_only_data_are_timed():
     eager = replace(TINY, device="cuda", eager=True)
     assert step_time.Clock(TINY).parts == step_time.Clock(eager).parts == [*step_time.PARTS]
     assert step_time.Clock(replace(TINY, device="cuda")).parts == ["data"]
+
+
+def test_the_file_has_a_row_per_stage(small, monkeypatch, tmp_path):
+    tiny = {"d_model": 8, "n_heads": 2, "n_layers": 1}
+    (tmp_path / "tiny.json").write_text(json.dumps({"settings": tiny}))
+    flags = "--task lattice --batch-size 4 --steps 6 --settings tiny.json --out found.json"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["step_time.py", *flags.split()])
+    step_time.main()
+    result = json.loads(Path("found.json").read_text())
+    assert [row["stage"] for row in result["rows"]] == ["pretrain", "finetune"]
+    for row in result["rows"]:
+        tokens = 4 * small.train.tokens.shape[1]
+        assert row["tokens_per_s"] == pytest.approx(1e3 * tokens / row["ms"]["total"])
+        assert row["share"] == step_time.share(row["ms"]) and 0.05 < row["peak_memory_gib"] < 10
+        assert not row["compile"] and "eager" not in row
