@@ -1,14 +1,11 @@
-"""The papers' claims beside what was measured here: one table, one command per row.
+"""The papers' claims beside what was measured here: one table.
 
     python benchmarks/claims.py --list             the rows, their commands and verdicts
     python benchmarks/claims.py context            judge a row; run it if its file is missing
     python benchmarks/claims.py context --anew     run it again and print old and new
-    python benchmarks/claims.py --all              run every laptop row whose file is missing
-    python benchmarks/claims.py --table            rewrite RESULTS.md
 
-Each row names a command that writes a file into results/ and a judge from judges.py that reads it.
-Rows that train models reuse finished runs in runs/ (same bits).  Rows that need a GPU or downloads
-are never run by --all.
+Each row names a file in results/, which holds the command that wrote it, and a judge from judges.py
+that reads it.  Rows that train models reuse finished runs in runs/ (same bits).
 """
 
 import argparse
@@ -30,19 +27,19 @@ from measured import ROOT, provenance, save
 class Claim:
     """A row of the table.
 
-    says, theirs: the paper's claim and number.  command writes results/`file` (None: the command
-    that this file names); `judge` maps its content to (our numbers in words, verdict), None if it
-    was not run.  why: the likely reason, shown unless the claim holds.
+    says, theirs: the paper's claim and number.  judge maps the content of results/`file` to (our
+    numbers in words, verdict).  why: the likely reason, shown unless the claim holds.  command:
+    what writes the file, where there is none yet or the option --out is needed.
     """
 
     name: str
     paper: str
     says: str
     theirs: str
-    command: str | None
     file: str = ""
     judge: Callable | None = None
     why: str = ""
+    command: str = ""
     scale: str = "laptop"
 
     @property
@@ -58,243 +55,145 @@ class Claim:
 
 # ---------------------------------------------------------------- the rows
 
-PRETRAINING = "python benchmarks/pretraining.py "
 GPU = "python benchmarks/gpu.py "  # which does all that follows on a GPU
 MODELS = ("Transformer", "S4", "SGConv", "diagonal")
 BYTE_LM = ("LowRank", "BlockShuffle")
+LISTOPS = "Transformer 47.9 -> 61.5, S4 59.6 (unverified)"
 FFN_GPU = (
     "python benchmarks/ffn_latency.py --device cuda --dtype bfloat16 --widths 1024 2048 5120 "
     "--tokens 1 16 256 2048 30720 --out results/ffn_latency_gpu.json"
 )
 CLAIMS = [
-    Claim(
-        "scratch-gap", "2310.02980",
-        "pretrained on the task's own data, a Transformer matches S4",
-        "LRA mean 53.6 -> 86.2, S4 86.1",
-        PRETRAINING + "objectives", "pretraining_objectives.json", judges.lattice_gap,
-        why="The largest learning rate of the grid was best, so more may be possible",
-    ),
-    Claim(
-        "listops-gap", "2310.02980", "the same on ListOps (here: below 128 tokens)",
-        "Transformer 47.9 -> 61.5, S4 59.6 (unverified)",
-        PRETRAINING + "listops", "pretraining_listops.json", judges.task_gap,
-        why="Pretraining hurts here, probably because it uses up part of the 2,000-step budget",
-    ),
-    Claim(
-        "listops-gpu", "2310.02980", "the same on ListOps at its published length",
-        "Transformer 47.9 -> 61.5, S4 59.6 (unverified)",
-        None, "gpu_listops.json", judges.task_gap,
-        why="Two epochs, 390 s on a GPU shared by all arms: no arm is far above the 35.9 % that "
-        "the root operator alone gives", scale="one GPU",
-    ),
-    Claim(
-        "causal", "2310.02980", "causal (next-token) pretraining works as well",
-        "LRA mean 81.8, masked 81.3",
-        PRETRAINING + "causal --workers 2", "pretraining_causal.json",
-        pairs(*[(f"{model}, pretrained", f"{model}, from scratch") for model in MODELS]),
-        why="Only the Transformer's gain exceeds two standard errors",
-    ),
-    Claim(
-        "all-gain", "2310.02980", "other architectures gain as well", "S4 86.1 -> 86.8",
-        PRETRAINING + "objectives", "pretraining_objectives.json",
-        pairs(*[(f"{model}-masked", f"{model}-scratch") for model in MODELS[1:]]),
-        why="From scratch they are already within two points of the best arm (85.3)",
-    ),
-    Claim(
-        "redundant", "2310.02980", "structured parameterization becomes redundant",
-        "plain recurrence 77 -> 83.4, S4 82.8 -> 84.5 (four tasks)",
-        PRETRAINING + "objectives", "pretraining_objectives.json", judges.redundant,
-        why="Evenly spaced frequencies do as well as HiPPO's here",
-    ),
-    Claim(
-        "random-init", "2310.02980", "pretraining makes up for a random initialization", "",
-        PRETRAINING + "init", "pretraining_init.json",
-        pairs(("S4 at random, pretrained", "S4 at random, from scratch")),
-        why="Seeds differ by ten points",
-    ),
-    Claim(
-        "share", "2310.02980", "a small share of the compute is enough", "curves",
-        PRETRAINING + "share --seeds 0 1 2 3 4 5", "pretraining_share.json",
-        judges.modest_share,
-        why="With a quarter of the steps two of six seeds fail, one far below; half is enough",
-    ),
-    Claim(
-        "labels", "2310.02980", "it helps most when labels are few", "up to about 30 %",
-        PRETRAINING + "labels", "pretraining_labels.json", judges.few_labels,
-        why="It helps about as much at 1,000 labels as at 100",
-    ),
-    Claim(
-        "pictures", "2310.02980", "pretraining pays at equal steps on a real data set, "
-        "Fashion-MNIST at 14 x 14", "sequential CIFAR-10: Transformer + 11 points",
-        "python benchmarks/fashion.py", "fashion_mnist.json",
-        pairs(*[(f"{model}, pretrained, {budget}", f"{model}, from scratch, {budget}")
-                for budget in ("1x", "3x") for model in MODELS[:2]]),
-    ),
-    Claim(
-        "listops-lra", "2310.02980", "the same on ListOps at its published length, 20 epochs",
-        "Transformer 47.9 -> 61.5, S4 59.6 (unverified)",
-        GPU + "listops", "gpu_lra_listops.json", judges.task_gap, scale="one GPU",
-    ),
-    Claim(
-        "pathfinder-lra", "2310.02980", "the same on Pathfinder-32",
-        "Transformer 71.4 -> 88.5, S4 94.2 (unverified)",
-        GPU + "pathfinder", "gpu_lra_pathfinder.json", judges.task_gap, scale="one GPU",
-    ),
-    Claim(
-        "pictures-lra", "2310.02980", "the same on Fashion-MNIST at 784 pixels", "",
-        GPU + "fashion", "gpu_lra_fashion.json", judges.task_gap, scale="one GPU",
-    ),
-    Claim(
-        "lra", "2310.02980", "the Long Range Arena itself, at full size", "mean 53.6 -> 86.2",
-        "python pretrain.py --settings settings/listops-transformer.json",
-        why="days of one GPU per task; most data must be downloaded", scale="paper",
-    ),
-    Claim(
-        "kernel-cost", "2111.00396",
-        "a numerically stable kernel whose cost grows about linearly with L", "O(N + L)",
-        "python benchmarks/s4_kernel.py --clock cpu --threads 1 --rounds 2",
-        "s4_kernel.json", judges.kernel_cost,
-    ),
-    Claim(
-        "generation", "2111.00396", "generates faster than a Transformer", "60 times (GPU)",
-        "python benchmarks/generation.py --contexts 1024 2048 4096 8192 16384 --clock cpu "
-        "--threads 1 --budget 0.4 --max-batch 256",
-        "generation.json", judges.generation,
-        why="S4 is bound by launching 16 small blocks per token, attention by reading its cache",
-    ),
-    Claim(
-        "generation-gpu", "2111.00396", "the same on a GPU", "60 times",
-        "python benchmarks/generation.py --device cuda --contexts 1024 4096 16384 --cap-gib 16 "
-        "--max-batch 16384 --budget 0.3 --out results/generation_gpu.json",
-        "generation_gpu.json", judges.generation,
-        why="16 GiB of float32 states for each model; the ratio grows with the context",
-        scale="one GPU",
-    ),
-    Claim(
-        "recall", "2111.00396", "remembers over 16k steps what a Transformer does not",
-        "Path-X: 88 to 96 %, Transformers fail",
-        "python benchmarks/recall.py --lengths 1024 16384 --extra", "recall.json", judges.recall,
-        why="At 1k the difference is cost, not ability; 16k was too slow to tell",
-    ),
-    Claim(
-        "cifar", "2111.00396", "sequential CIFAR-10 without augmentation, at two resolutions",
-        "91 %", "python pretrain.py --settings settings/scifar-s4.json",
-        why="hours of one GPU; the images must be downloaded", scale="one GPU",
-    ),
-    Claim(
-        "sgconv-faster", "2210.09298", "faster than S4, forward and backward", "curves",
-        "python benchmarks/mixers.py --mixers 'bare FFT' SGConv S4 --rounds 3 "
-        "--out results/mixers_wall.json", "mixers_wall.json", judges.sgconv_faster,
-    ),
-    Claim(
-        "sgconv-faster-gpu", "2210.09298", "the same on a GPU", "curves",
-        "python benchmarks/mixers.py --device cuda --width 256 --batch 8 --lengths 1024 4096 "
-        "--mixers 'bare FFT' SGConv S4D S4 'attention fused' --max-gib 40 "
-        "--out results/mixers_gpu.json", "mixers_gpu.json", judges.sgconv_faster, scale="one GPU",
-    ),
-    Claim(
-        "sgconv-better", "2210.09298", "better than S4", "LRA mean 87.2 against 86.1",
-        None, "sgconv_against_s4.json",
-        pairs(("lattice, SGConv", "lattice, S4"),
-              ("listops-tiny, SGConv at 3e-3", "listops-tiny, S4 at 3e-3")),
-        why="Better on one of two small tasks, not on the other",
-    ),
-    Claim(
-        "sgconv-principles", "2210.09298", "decay and few parameters are both needed", "ablations",
-        "python benchmarks/sgconv_ablation.py", "sgconv_ablation.json", judges.both_principles,
-        why="At 64 positions a dense kernel without decay is no handicap",
-    ),
-    Claim(
-        "ffn-speed", "2406.16450", "structured FFNs run faster", "2.6 times with 32 % (GPU)",
-        "python benchmarks/ffn_latency.py", "ffn_latency.json", judges.ffn_speed,
-        why="With one token at small widths, launch overhead dominates",
-    ),
-    Claim(
-        "pre-merge", "2406.16450", "merged weights decode few tokens faster",
-        "online decoding, GPU",
-        "python benchmarks/ffn_latency.py", "ffn_latency.json", judges.merging,
-        why="One token reads every weight once, and the merged matrix has three times as many",
-    ),
-    Claim(
-        "ffn-speed-gpu", "2406.16450", "structured FFNs run faster on a GPU",
-        "2.6, 2.6, 2.0 times at width 5120 with 32 %", FFN_GPU, "ffn_latency_gpu.json",
-        judges.ffn_speed_gpu, scale="one GPU",
-    ),
-    Claim(
-        "pre-merge-gpu", "2406.16450", "merged weights decode few tokens faster on a GPU",
-        "online decoding", FFN_GPU, "ffn_latency_gpu.json", judges.merging, scale="one GPU",
-    ),
-    Claim(
-        "self-guided", "2406.16450", "self-guided training fixes slow early training",
-        "perplexity gap 1.0 -> 0.4", "python benchmarks/self_guided.py --steps 1000 --seeds 3",
-        "self_guided.json", judges.self_guided,
-    ),
-    Claim(
-        "self-guided-language", "2406.16450", "self-guided training pays for itself on language",
-        "perplexity gap 1.0 -> 0.4 at equal FLOPs",
-        "python benchmarks/byte_lm.py --guided --steps 500", "byte_lm_guided.json",
-        pairs(*[(f"{kind}, self-guided", f"{kind}, longer") for kind in BYTE_LM],
-              digits=3, better=-1),
-        why="500 steps may be too few: half of them are guided (not tested further)",
-    ),
-    Claim(
-        "scaling", "2406.16450", "loss falls more steeply with FLOPs than dense", "curves",
-        "python benchmarks/ffn_scaling.py --bytes-a-weight 4 --seeds 3", "ffn_scaling.json",
-        judges.steeper,
-        why="Four widths from 32 to 80, 4 bytes per weight: far from the paper's scale",
-    ),
-    Claim(
-        "wide-structured", "2406.16450", "wide and structured beats dense at equal FLOPs",
-        "perplexity 17.89 against 18.23", "python benchmarks/byte_lm.py", "byte_lm.json",
-        pairs(*[(f"wide {kind}", "dense") for kind in BYTE_LM], digits=4, better=-1),
-        why="LowRank is the best kind in the paper, but not here",
-    ),
-    Claim(
-        "distributed", "2302.06218", "distributed attention against vanilla",
-        "almost 40 times, 4 GPUs",
-        "torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py --rounds 2 "
-        "--memory-limit 7", "distributed.json", judges.parallel_attention,
-        why="Two CPU ranks, not four GPUs",
-    ),
-    Claim(
-        "million", "2302.06218", "million-scale dependencies", "abstract",
-        "torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py --tokens 1048576 "
-        "--heads 1 --timeout 14400 --name distributed_million", "distributed_million.json",
-        judges.million,
-    ),
-    Claim(
-        "million-gpu", "2302.06218", "the same with two ranks on one GPU", "abstract",
-        "torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py --tokens 1048576 "
-        "--heads 1 --device cuda --name distributed_million_gpu", "distributed_million_gpu.json",
-        judges.million, scale="one GPU",
-    ),
-    Claim(
-        "context", "2302.06218", "longer context performs better, depending on the application",
-        "abstract", "python benchmarks/context.py", "context.json", judges.longer_context,
-        why="The first doublings help; beyond 64 bytes there is no gain within 500 steps",
-    ),
-    Claim(
-        "template", "2302.06218", "long-sequence models share one template of token mixing", "",
-        "python benchmarks/token_mixing.py", "token_mixing.json", judges.one_template,
-    ),
-    Claim(
-        "sequence-parallel", "beyond", "S4 and SGConv train on sequences split over ranks, exactly",
-        "", "python -m pytest tests/test_sequence_parallel.py", "claims_sequence_parallel.json",
-        judges.tests_pass,
-    ),
-    Claim(
-        "exact-gradients", "beyond", "distributed gradients are those of one process", "",
-        "python -m pytest tests/test_dist_attention.py", "claims_exact_gradients.json",
-        judges.tests_pass,
-    ),
-    Claim(
-        "gpu-tests", "beyond", "all tests that need a GPU pass", "", "python -m pytest -m gpu",
-        "claims_gpu_tests.json", judges.tests_pass, scale="one GPU",
-    ),
-    Claim(
-        "resume", "beyond", "ten kills, half of them during a checkpoint write, change no bit", "",
-        "python -m pytest tests/test_pretrain.py -k kills", "claims_resume.json", judges.tests_pass,
-    ),
+    Claim("scratch-gap", "2310.02980",
+          "pretrained on the task's own data, a Transformer matches S4",
+          "LRA mean 53.6 -> 86.2, S4 86.1", "pretraining_objectives.json", judges.lattice_gap,
+          "The largest learning rate of the grid was best, so more may be possible"),
+    Claim("listops-gap", "2310.02980", "the same on ListOps (here: below 128 tokens)", LISTOPS,
+          "pretraining_listops.json", judges.task_gap,
+          "Pretraining hurts here, probably because it uses up part of the 2,000-step budget"),
+    Claim("listops-gpu", "2310.02980", "the same on ListOps at its published length", LISTOPS,
+          "gpu_listops.json", judges.task_gap,
+          "Two epochs, 390 s on a GPU shared by all arms: no arm is far above the 35.9 % that "
+          "the root operator alone gives", scale="one GPU"),
+    Claim("causal", "2310.02980", "causal (next-token) pretraining works as well",
+          "LRA mean 81.8, masked 81.3", "pretraining_causal.json",
+          pairs(*[(f"{model}, pretrained", f"{model}, from scratch") for model in MODELS]),
+          "Only the Transformer's gain exceeds two standard errors"),
+    Claim("all-gain", "2310.02980", "other architectures gain as well", "S4 86.1 -> 86.8",
+          "pretraining_objectives.json",
+          pairs(*[(f"{model}-masked", f"{model}-scratch") for model in MODELS[1:]]),
+          "From scratch they are already within two points of the best arm (85.3)"),
+    Claim("redundant", "2310.02980", "structured parameterization becomes redundant",
+          "plain recurrence 77 -> 83.4, S4 82.8 -> 84.5 (four tasks)",
+          "pretraining_objectives.json", judges.redundant,
+          "Evenly spaced frequencies do as well as HiPPO's here"),
+    Claim("random-init", "2310.02980", "pretraining makes up for a random initialization", "",
+          "pretraining_init.json",
+          pairs(("S4 at random, pretrained", "S4 at random, from scratch")),
+          "Seeds differ by ten points"),
+    Claim("share", "2310.02980", "a small share of the compute is enough", "curves",
+          "pretraining_share.json", judges.modest_share,
+          "With a quarter of the steps two of six seeds fail, one far below; half is enough"),
+    Claim("labels", "2310.02980", "it helps most when labels are few", "up to about 30 %",
+          "pretraining_labels.json", judges.few_labels,
+          "It helps about as much at 1,000 labels as at 100"),
+    Claim("pictures", "2310.02980", "pretraining pays at equal steps on a real data set, "
+          "Fashion-MNIST at 14 x 14", "sequential CIFAR-10: Transformer + 11 points",
+          "fashion_mnist.json",
+          pairs(*[(f"{model}, pretrained, {budget}", f"{model}, from scratch, {budget}")
+                  for budget in ("1x", "3x") for model in MODELS[:2]])),
+    Claim("listops-lra", "2310.02980", "the same on ListOps at its published length, 20 epochs",
+          LISTOPS, "gpu_lra_listops.json", judges.task_gap,
+          command=GPU + "listops", scale="one GPU"),
+    Claim("pathfinder-lra", "2310.02980", "the same on Pathfinder-32",
+          "Transformer 71.4 -> 88.5, S4 94.2 (unverified)", "gpu_lra_pathfinder.json",
+          judges.task_gap, command=GPU + "pathfinder", scale="one GPU"),
+    Claim("pictures-lra", "2310.02980", "the same on Fashion-MNIST at 784 pixels", "",
+          "gpu_lra_fashion.json", judges.task_gap, command=GPU + "fashion", scale="one GPU"),
+    Claim("lra", "2310.02980", "the Long Range Arena itself, at full size", "mean 53.6 -> 86.2",
+          why="days of one GPU per task; most data must be downloaded",
+          command="python pretrain.py --settings settings/listops-transformer.json", scale="paper"),
+    Claim("kernel-cost", "2111.00396",
+          "a numerically stable kernel whose cost grows about linearly with L", "O(N + L)",
+          "s4_kernel.json", judges.kernel_cost),
+    Claim("generation", "2111.00396", "generates faster than a Transformer", "60 times (GPU)",
+          "generation.json", judges.generation,
+          "S4 is bound by launching 16 small blocks per token, attention by reading its cache"),
+    Claim("generation-gpu", "2111.00396", "the same on a GPU", "60 times",
+          "generation_gpu.json", judges.generation,
+          "16 GiB of float32 states for each model; the ratio grows with the context",
+          "python benchmarks/generation.py --device cuda --contexts 1024 4096 16384 --cap-gib 16 "
+          "--max-batch 16384 --budget 0.3 --out results/generation_gpu.json", "one GPU"),
+    Claim("recall", "2111.00396", "remembers over 16k steps what a Transformer does not",
+          "Path-X: 88 to 96 %, Transformers fail", "recall.json", judges.recall,
+          "At 1k the difference is cost, not ability; 16k was too slow to tell"),
+    Claim("cifar", "2111.00396", "sequential CIFAR-10 without augmentation, at two resolutions",
+          "91 %", why="hours of one GPU; the images must be downloaded",
+          command="python pretrain.py --settings settings/scifar-s4.json", scale="one GPU"),
+    Claim("sgconv-faster", "2210.09298", "faster than S4, forward and backward", "curves",
+          "mixers_wall.json", judges.sgconv_faster,
+          command="python benchmarks/mixers.py --mixers 'bare FFT' SGConv S4 --rounds 3 "
+          "--out results/mixers_wall.json"),
+    Claim("sgconv-faster-gpu", "2210.09298", "the same on a GPU", "curves",
+          "mixers_gpu.json", judges.sgconv_faster,
+          command="python benchmarks/mixers.py --device cuda --width 256 --batch 8 "
+          "--lengths 1024 4096 --mixers 'bare FFT' SGConv S4D S4 'attention fused' --max-gib 40 "
+          "--out results/mixers_gpu.json", scale="one GPU"),
+    Claim("sgconv-better", "2210.09298", "better than S4", "LRA mean 87.2 against 86.1",
+          "sgconv_against_s4.json",
+          pairs(("lattice, SGConv", "lattice, S4"),
+                ("listops-tiny, SGConv at 3e-3", "listops-tiny, S4 at 3e-3")),
+          "Better on one of two small tasks, not on the other"),
+    Claim("sgconv-principles", "2210.09298", "decay and few parameters are both needed",
+          "ablations", "sgconv_ablation.json", judges.both_principles,
+          "At 64 positions a dense kernel without decay is no handicap"),
+    Claim("ffn-speed", "2406.16450", "structured FFNs run faster", "2.6 times with 32 % (GPU)",
+          "ffn_latency.json", judges.ffn_speed,
+          "With one token at small widths, launch overhead dominates"),
+    Claim("pre-merge", "2406.16450", "merged weights decode few tokens faster",
+          "online decoding, GPU", "ffn_latency.json", judges.merging,
+          "One token reads every weight once, and the merged matrix has three times as many"),
+    Claim("ffn-speed-gpu", "2406.16450", "structured FFNs run faster on a GPU",
+          "2.6, 2.6, 2.0 times at width 5120 with 32 %", "ffn_latency_gpu.json",
+          judges.ffn_speed_gpu, command=FFN_GPU, scale="one GPU"),
+    Claim("pre-merge-gpu", "2406.16450", "merged weights decode few tokens faster on a GPU",
+          "online decoding", "ffn_latency_gpu.json", judges.merging,
+          command=FFN_GPU, scale="one GPU"),
+    Claim("self-guided", "2406.16450", "self-guided training fixes slow early training",
+          "perplexity gap 1.0 -> 0.4", "self_guided.json", judges.self_guided),
+    Claim("self-guided-language", "2406.16450", "self-guided training pays for itself on language",
+          "perplexity gap 1.0 -> 0.4 at equal FLOPs", "byte_lm_guided.json",
+          pairs(*[(f"{kind}, self-guided", f"{kind}, longer") for kind in BYTE_LM],
+                digits=3, better=-1),
+          "500 steps may be too few: half of them are guided (not tested further)"),
+    Claim("scaling", "2406.16450", "loss falls more steeply with FLOPs than dense", "curves",
+          "ffn_scaling.json", judges.steeper,
+          "Four widths from 32 to 80, 4 bytes per weight: far from the paper's scale"),
+    Claim("wide-structured", "2406.16450", "wide and structured beats dense at equal FLOPs",
+          "perplexity 17.89 against 18.23", "byte_lm.json",
+          pairs(*[(f"wide {kind}", "dense") for kind in BYTE_LM], digits=4, better=-1),
+          "LowRank is the best kind in the paper, but not here"),
+    Claim("distributed", "2302.06218", "distributed attention against vanilla",
+          "almost 40 times, 4 GPUs", "distributed.json", judges.parallel_attention,
+          "Two CPU ranks, not four GPUs"),
+    Claim("million", "2302.06218", "million-scale dependencies", "abstract",
+          "distributed_million.json", judges.million),
+    Claim("million-gpu", "2302.06218", "the same with two ranks on one GPU", "abstract",
+          "distributed_million_gpu.json", judges.million, scale="one GPU"),
+    Claim("context", "2302.06218", "longer context performs better, depending on the application",
+          "abstract", "context.json", judges.longer_context,
+          "The first doublings help; beyond 64 bytes there is no gain within 500 steps"),
+    Claim("template", "2302.06218", "long-sequence models share one template of token mixing", "",
+          "token_mixing.json", judges.one_template),
+    Claim("sequence-parallel", "beyond",
+          "S4 and SGConv train on sequences split over ranks, exactly", "",
+          "claims_sequence_parallel.json", judges.tests_pass),
+    Claim("exact-gradients", "beyond", "distributed gradients are those of one process", "",
+          "claims_exact_gradients.json", judges.tests_pass),
+    Claim("gpu-tests", "beyond", "all tests that need a GPU pass", "", "claims_gpu_tests.json",
+          judges.tests_pass, command="python -m pytest -m gpu", scale="one GPU"),
+    Claim("resume", "beyond", "ten kills, half of them during a checkpoint write, change no bit",
+          "", "claims_resume.json", judges.tests_pass),
 ]  # fmt: skip
 
 
@@ -302,30 +201,34 @@ CLAIMS = [
 
 
 def command_of(claim):
-    return claim.command or claim.content()["command"]
+    content = claim.content()
+    if not claim.command and not content:
+        sys.exit(
+            f"claims.py: results/{claim.file}, which names its command, is missing: restore it"
+        )
+    return claim.command or content["command"]
 
 
-def measure(claim):
-    """Run the row's command.  It resumes a partial file; a test run leaves its counts."""
-    command = command_of(claim)
+def measure(claim, command):
+    """Run the command.  It resumes a partial file; a test run leaves its counts."""
     print(f"{claim.name}: {command}", flush=True)
     program, *words = shlex.split(command)
     if program == "torchrun":  # works without an activated environment too
         words = ["-m", "torch.distributed.run", *words]
     words = [sys.executable, *words]
     if "pytest" in words:
-        count_tests(claim, words)
+        count_tests(claim, command, words)
     else:
         subprocess.run(words, cwd=ROOT, check=True)
 
 
-def count_tests(claim, words):
+def count_tests(claim, command, words):
     """Run pytest; write the numbers of passed, failed and skipped tests into the row's file."""
     origin = provenance()
     start = time.time()
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout[-500:])
-    result = {"command": claim.command, "returncode": done.returncode}
+    result = {"command": command, "returncode": done.returncode}
     for outcome in ("passed", "failed", "skipped"):
         result[outcome] = sum(map(int, re.findall(rf"(\d+) {outcome}", done.stdout)))
     result["seconds"] = round(time.time() - start)
@@ -335,10 +238,10 @@ def count_tests(claim, words):
 def measure_anew(claim):
     """Measure from nothing; the old file stays if the command fails."""
     old = claim.path.read_text("utf-8")
-    command_of(claim)
+    command = command_of(claim)
     claim.path.unlink()
     try:
-        measure(claim)
+        measure(claim, command)
     finally:
         if not claim.path.exists():
             claim.path.write_text(old, encoding="utf-8")
@@ -362,7 +265,7 @@ def judge(claim):
     """(our numbers in words, verdict)."""
     content = claim.content()
     if not content:
-        return claim.why or "needs " + claim.scale.replace("laptop", "some hours"), UNRUN
+        return claim.why or f"needs {claim.scale}", UNRUN
     ours, verdict = claim.judge(content)
     if claim.scale == "one GPU":
         origin = content if "hardware" in content else content["cells"][0]["run"]
@@ -402,34 +305,26 @@ def update(claim, anew):
         measure_anew(claim)
         print(f"before: {verdict}: {ours}")
     else:
-        measure(claim)
+        measure(claim, command_of(claim))
     show(claim)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="row", help="row to judge, or to run")
-    parser.add_argument("--all", action="store_true", help="run laptop rows that have no file yet")
     parser.add_argument("--anew", action="store_true", help="run again, even with a file")
     parser.add_argument("--list", action="store_true", help="show all rows")
-    parser.add_argument("--table", action="store_true", help="rewrite RESULTS.md")
     args = parser.parse_args()
     known = {claim.name: claim for claim in CLAIMS}
     if unknown := set(args.names) - known.keys():
         parser.error(f"unknown row {', '.join(unknown)}; choose from {', '.join(known)}")
-    if not (args.names or args.all or args.list or args.table):
-        parser.error("name a row, or pass --all, --list or --table")
+    if not (args.names or args.list):
+        parser.error("name a row, or pass --list")
     for name in args.names:
         update(known[name], args.anew)
-    for claim in CLAIMS:
-        if args.all and claim.scale == "laptop" and not claim.content():
-            update(claim, anew=False)
-        if args.list:
+    if args.list:
+        for claim in CLAIMS:
             show(claim)
-    if args.table:
-        import results_page  # which imports this file
-
-        results_page.write()
 
 
 if __name__ == "__main__":

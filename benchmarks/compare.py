@@ -72,24 +72,18 @@ def side_by_side(configs, workers):
         return list(pool.map(run, configs, range(len(configs))))
 
 
-def parse_arm(text):
-    """ "name: flags" -> name, Config.  ValueError if there is no name."""
-    name, colon, flags = text.partition(":")
-    if not colon or not name.strip():
-        raise ValueError(f"arm {text!r}: expected 'name: --flag value ...'")
-    given = settings.parser().parse_args(shlex.split(flags))
-    config, _ = settings.resolve(vars(given))
-    return name.strip(), config
-
-
 def parse_arms(texts):
-    """{name: Config}.  ValueError if two arms have the same name."""
+    """Texts "name: flags" -> {name: Config}.  ValueError if a name is missing or repeated."""
     arms = {}
     for text in texts:
-        name, config = parse_arm(text)
+        name, _, flags = text.partition(":")
+        name = name.strip()
+        if not name or ":" not in text:
+            raise ValueError(f"arm {text!r}: expected 'name: --flag value ...'")
         if name in arms:
             raise ValueError(f"two arms are called {name!r}: rename one")
-        arms[name] = config
+        given = settings.parser().parse_args(shlex.split(flags))
+        arms[name], _ = settings.resolve(vars(given))
     return arms
 
 
@@ -138,16 +132,13 @@ def tuned(config, rates, workers):
             out = f"{config.out}-{stage}-{lr:g}"
             trials.append(replace(short, out=out, **{f"{stage}_lr": lr}))
         results = [result[stage] for result in side_by_side(trials, workers)]
-        if stage == "pretrain":
-            scores[stage] = {lr: row["loss"] for lr, row in zip(rates, results, strict=True)}
-            lr = min(scores[stage], key=scores[stage].get)
-            weights = f"{config.out}-{stage}-{lr:g}/pretrained.pt"
-            config = replace(config, pretrained=weights)
-        else:
-            scores[stage] = {lr: row["accuracy"] for lr, row in zip(rates, results, strict=True)}
-            lr = max(scores[stage], key=scores[stage].get)
+        score, choose = ("loss", min) if stage == "pretrain" else ("accuracy", max)
+        scores[stage] = {lr: row[score] for lr, row in zip(rates, results, strict=True)}
+        lr = choose(rates, key=scores[stage].get)
         best[f"{stage}_lr"] = lr
         print(f"{config.out} {stage}: {scores[stage]}, best {lr:g}", flush=True)
+        if stage == "pretrain":
+            config = replace(config, pretrained=f"{config.out}-{stage}-{lr:g}/pretrained.pt")
     return best, scores
 
 

@@ -1,11 +1,10 @@
-"""Speed of the data generators on one core, beside the original ones.
+"""Speed of the data generators on one core.
 
     python benchmarks/data_speed.py              writes results/data_speed.json
     python benchmarks/data_speed.py --pictures   draws results/pathfinder.png: 32 samples per size
 
 Pathfinder: hard pictures (contour 14) in one process, including the brush.  CPU time is that of
-this process and counts even if others use the machine.  The original generators were measured on a
-CPU core like these: drewlinsley/pathfinder in ms per picture at contour 14.
+this process and counts even if others use the machine.
 """
 
 import argparse
@@ -18,36 +17,23 @@ from measured import ROOT, provenance, pyplot, save
 import lra_data
 import pathfinder
 
-ORIGINAL = {32: (270, 380), 64: (10_000, 10_000), 128: (2_000, 2_000), 256: (180, 180)}  # ms
 COUNT = {32: 3000, 64: 300, 128: 300, 256: 3000}  # pictures
 CONTOUR = 14
-
-
-def timed(function, *args):
-    """Call the function.  Returns (result, wall seconds, CPU seconds)."""
-    start = time.perf_counter()
-    cpu = time.process_time()
-    result = function(*args)
-    return result, time.perf_counter() - start, time.process_time() - cpu
 
 
 def pathfinder_row(size, n):
     """Milliseconds per picture, and statistics of the pictures."""
     rng = np.random.RandomState(1)
-    drawn, wall, cpu = timed(pathfinder.draw_pictures, rng, size, CONTOUR, n)
-    _, labels, disks = drawn
-    row = {
+    start = time.process_time()
+    _, labels, disks = pathfinder.draw_pictures(rng, size, CONTOUR, n)
+    cpu = time.process_time() - start
+    return {
         "task": f"pathfinder{size}",
         "version": pathfinder.VERSION,
         "n": n,
-        "ms_wall": 1e3 * wall / n,
-        "ms_cpu": 1e3 * cpu / n,
-        "ms_original": ORIGINAL[size],
+        "ms_cpu": round(1e3 * cpu / n, 2),
         "disks_alone": disks_alone(disks / size, labels) if n >= 2000 else None,
     }
-    text = f"{row['ms_cpu']:.1f} ms CPU, {row['ms_wall']:.1f} ms wall per picture"
-    print(f"{row['task']:14} {text}, original {ORIGINAL[size]}", flush=True)
-    return row
 
 
 def disks_alone(places, labels):
@@ -65,16 +51,13 @@ def disks_alone(places, labels):
 
 
 def listops_row(task):
-    """Seconds for all examples of a task, without and with the cache."""
+    """Seconds for all examples of a task, and the scores of trivial baselines."""
     with tempfile.TemporaryDirectory() as folder:
-        data, wall, cpu = timed(lra_data.load, task, folder)
-        _, again, _ = timed(lra_data.load, task, folder)
+        start = time.process_time()
+        data = lra_data.load(task, folder)
+        cpu = time.process_time() - start
     n = len(data.train) + len(data.val) + len(data.test)
-    row = {"task": task, "n": n, "s_wall": wall, "s_cpu": cpu, "s_cached": again}
-    row["mean_length"] = float(data.train.lengths.mean())
-    row["levels"] = trivial_levels(data)
-    print(f"{task:14} {n:,} trees: {cpu:.1f} s CPU, {wall:.1f} s wall, {again:.1f} s cached")
-    return row
+    return {"task": task, "n": n, "s_cpu": round(cpu, 2), "levels": trivial_levels(data)}
 
 
 def trivial_levels(data):
@@ -118,8 +101,13 @@ def main():
     if args.pictures:
         return plot(ROOT / "results/pathfinder.png")
     origin = provenance()
-    rows = [pathfinder_row(size, n) for size, n in COUNT.items()]
-    rows += [listops_row(task) for task in ("listops-tiny", "listops-small", "listops")]
+    rows = []
+    for size, n in COUNT.items():
+        rows.append(pathfinder_row(size, n))
+        print(rows[-1], flush=True)
+    for task in ("listops-tiny", "listops-small", "listops"):
+        rows.append(listops_row(task))
+        print(rows[-1], flush=True)
     save(ROOT / "results/data_speed.json", {**origin, "numpy": np.__version__, "rows": rows})
 
 

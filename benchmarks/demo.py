@@ -9,11 +9,10 @@ get as many steps as pretraining and fine-tuning together.  Learning rates are c
 """
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-from compare import describe, side_by_side, tuned
+from compare import describe, job, print_rows, side_by_side, tuned
 from measured import ROOT, provenance, save, usable_cpus
 
 from settings import Config
@@ -66,11 +65,11 @@ def table(results):
     yield f"Pretrained on the same examples, it is {gap('pretrained', 'from scratch')}."
 
 
-def grid(workers, out):
+def grid(workers):
     """Search each arm's learning rates, one stage after the other."""
     found = {}
     for arm, own in ARMS.items():
-        config = replace(DEMO, out=folder(f"{out}/grid", arm), **own)
+        config = replace(DEMO, out=folder("runs/demo/grid", arm), **own)
         best, scores = tuned(config, GRID, workers)
         found[arm] = {}
         for stage, tried in scores.items():
@@ -83,25 +82,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--grid", action="store_true", help="search the learning rates")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run")
-    parser.add_argument("--out", default="runs/demo", help="folder of the runs")
     parser.add_argument("--workers", type=int, default=2, help="parallel runs, with --grid")
     args = parser.parse_args()
-    seeds = [0] if args.grid else args.seeds
-    origin = provenance() | {"seeds": seeds}
+    origin = provenance()
     if args.grid:
-        result = grid(args.workers, args.out)
-    else:
-        results = [demo(seed, args.out) for seed in seeds]
-        result = {"arms": {arm: describe([r[arm] for r in results]) for arm in ARMS}}
-        for arm, row in result["arms"].items():
-            print(f"{arm:28} {row['mean']} +- {row['spread']}  {row['test']}")
-    path = ROOT / "results" / ("demo_grid.json" if args.grid else "demo.json")
-    save(path, origin | result)
-    print(f"wrote {path.relative_to(ROOT)}")
+        save(ROOT / "results/demo_grid.json", {**origin, "seeds": [0], **grid(args.workers)})
+        return
+    results = [demo(seed) for seed in args.seeds]
+    rows = {arm: describe([result[arm] for result in results]) for arm in ARMS}
+    print_rows(rows)
+    save(ROOT / "results/demo.json", {**origin, "seeds": args.seeds, "arms": rows})
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("demo.py: interrupted; the same command continues")
+    job(main, "demo.py")

@@ -4,12 +4,11 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py --backward        training
     torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py --memory 262144   peak memory
     torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py --tokens 1048576 --heads 1
-    python benchmarks/distributed.py --plot                              results/distributed.png
 
 vanilla: one rank, with scores and softmax written out.  fused: one rank, with PyTorch's fused
 kernel, which the ring uses too.  ring: all ranks, zigzag layout.  Cells of one length take turns;
-each is the minimum over rounds.  Factors come from wall seconds; CPU seconds, those of the busiest
-rank, leave out waiting for messages.  vanilla is skipped if it needs more than --memory-limit.
+each is the minimum over rounds.  vanilla is skipped if it needs more than --memory-limit GB.  The
+forward run also draws results/distributed.png.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from measured import ROOT, draw_curves, load, provenance, save
+from measured import ROOT, draw_curves, provenance, save
 
 import dist_attention as da
 
@@ -56,14 +55,13 @@ def tensors(L, args, rank=0, world=1):
 
 
 def once(attend, x, causal, backward):
-    """(wall, CPU) seconds of one call in this process."""
+    """Seconds of one call in this process."""
     start = time.perf_counter()
-    cpu = time.process_time()
     with torch.set_grad_enabled(backward):
         out = attend(*x, causal)
         if backward:
             torch.autograd.grad(out, x, out.detach())
-    return time.perf_counter() - start, time.process_time() - cpu
+    return time.perf_counter() - start
 
 
 def largest(values):
@@ -80,7 +78,7 @@ def vanilla_bytes(L, args):
 
 
 def measure(L, args, rank, world):
-    """{cell: {"wall", "cpu", "bytes"}} of one length; the cells take turns."""
+    """{cell: {"wall": seconds, "bytes": sent}} of one length; the cells take turns."""
     whole = tensors(L, args)
     shards = tensors(L, args, rank, world)
     names = ["fused", "ring"]
@@ -91,15 +89,13 @@ def measure(L, args, rank, world):
         for name, mask in itertools.product(names, MASKS):
             largest([0.0])  # all ranks start together
             da.traffic.clear()
-            wall = cpu = 0.0
+            wall = 0.0
             if name == "ring" or rank == 0:
                 x = shards if name == "ring" else whole
-                wall, cpu = once(ATTENTION[name], x, MASKS[mask], args.backward)
-            wall, cpu, sent = largest([wall, cpu, float(da.traffic["bytes"])])
-            cell = cells.setdefault(f"{name} {mask}", {"wall": math.inf, "cpu": math.inf})
-            cell["wall"] = min(cell["wall"], wall)
-            cell["cpu"] = min(cell["cpu"], cpu)
-            cell["bytes"] = sent
+                wall = once(ATTENTION[name], x, MASKS[mask], args.backward)
+            wall, sent = largest([wall, float(da.traffic["bytes"])])
+            fastest = cells.get(f"{name} {mask}", {"wall": math.inf})["wall"]
+            cells[f"{name} {mask}"] = {"wall": min(wall, fastest), "bytes": sent}
     return cells
 
 
@@ -118,7 +114,7 @@ def factors(cells):
 def table(args, rank, world):
     """Measure and print all lengths; return the rows."""
     if rank == 0:
-        print(f"{'L':>8} {'':14}{'wall s':>9}{'CPU s':>9}{'MB sent':>10}")
+        print(f"{'L':>8} {'':14}{'wall s':>9}{'MB sent':>10}")
     rows = []
     for L in args.lengths:
         cells = measure(L, args, rank, world)
@@ -126,7 +122,7 @@ def table(args, rank, world):
         if rank == 0:
             for name, cell in cells.items():
                 sent = cell["bytes"] / 1e6
-                print(f"{L:8} {name:14}{cell['wall']:9.3f}{cell['cpu']:9.3f}{sent:10.2f}")
+                print(f"{L:8} {name:14}{cell['wall']:9.3f}{sent:10.2f}")
             print(f"{'':9}", factors(cells), flush=True)
     return rows
 
@@ -147,34 +143,32 @@ def memory(args, rank, world):
     Path("/proc/self/clear_refs").write_bytes(b"5")  # resets the peak
     before = peak_bytes()
     x = tensors(L, args, rank, world)
-    wall, _ = once(ring, x, True, args.backward)
+    wall = once(ring, x, True, args.backward)
     wall, used = largest([wall, float(peak_bytes() - before)])
     vanilla = vanilla_bytes(L, args)
     if rank == 0:
-        print(f"{L:,} tokens, {args.heads} heads of {D_HEAD}, {world} ranks, causal:")
-        print(f"  {used / 1e6:.0f} MB per rank, {wall:.1f} s")
-        print(f"  vanilla would need {vanilla / 1e9:.0f} GB")
+        print(
+            f"{L:,} tokens, {args.heads} heads, causal: {used / 1e6:.0f} MB per rank, {wall:.1f} s"
+        )
+        print(f"vanilla would need {vanilla / 1e9:.0f} GB")
     return [{"L": L, "wall": wall, "peak": used, "vanilla": vanilla}]
 
 
-def plot():
-    """Time against length, from results/distributed.json."""
-    data = load(ROOT / "results/distributed.json")
+def plot(rows, world, path):
     names = {"vanilla": "attention naive", "fused": "attention fused", "ring": "ring attention"}
-    curves = {}
-    for cell, name in names.items():
-        rows = [row for row in data["rows"] if f"{cell} causal" in row]
-        seconds = [row[f"{cell} causal"]["wall"] for row in rows]
-        curves[name] = [row["L"] for row in rows], seconds
-    label = f"seconds, causal, forward; the ring has {data['world']} ranks"
+    curves = {name: [] for name in names.values()}
+    for row, (cell, name) in itertools.product(rows, names.items()):
+        if f"{cell} causal" in row:
+            curves[name].append({"L": row["L"], **row[f"{cell} causal"]})
+    labels = {"wall": f"seconds, causal, forward; the ring has {world} ranks"}
     title = "The fused kernel saves most of the time, more ranks the rest"
-    draw_curves(ROOT / "results/distributed.png", title, {label: curves})
+    draw_curves(path, title, curves, "L", labels)
 
 
 # ---------------------------------------------------------------- command line
 
 
-def parse(argv):
+def parse():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--lengths", type=int, nargs="+", default=LENGTHS, help="lengths in tokens")
@@ -186,15 +180,12 @@ def parse(argv):
     add("--tokens", type=int, help="run once at this length, verified, instead")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="device for --tokens")
     add("--timeout", type=float, default=600, help="seconds until a rank is lost (600)")
-    add("--plot", action="store_true", help="draw results/distributed.png instead")
     add("--name", help="write results/NAME.json")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
-def main(argv=None):
-    args = parse(argv)
-    if args.plot:
-        return plot()
+def main():
+    args = parse()
     origin = provenance()
     with da.process_group(args.device, args.timeout) as (rank, world, device):
         if args.tokens:
@@ -209,10 +200,12 @@ def main(argv=None):
             name = "distributed_training" if args.backward else "distributed"
             rows = table(args, rank, world)
         if rank == 0:
-            origin["world"] = world
-            origin["threads"] = torch.get_num_threads()
-            origin["heads"] = [args.heads, args.heads, D_HEAD]
-            save(ROOT / f"results/{args.name or name}.json", {**origin, "rows": rows})
+            path = ROOT / f"results/{args.name or name}.json"
+            heads = [args.heads, args.heads, D_HEAD]
+            sizes = {"world": world, "threads": torch.get_num_threads(), "heads": heads}
+            save(path, {**origin, **sizes, "rows": rows})
+            if path.stem == "distributed":
+                plot(rows, world, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ layer (CPU only): efficiency = share of the FLOPs / share of the time.
 """
 
 import argparse
+import itertools
 import math
 import time
 from functools import partial
@@ -23,7 +24,7 @@ import torch
 from measured import ROOT, draw_curves, load, provenance, save
 from torch import nn
 
-from structured_ffn import KINDS, Grid, Merged, StructuredFFN, match, merged
+from structured_ffn import KINDS, Merged, StructuredFFN, match, merged
 
 WIDTHS = (256, 512, 1024, 2048)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -98,8 +99,8 @@ def thresholds(width):
     """Return {kind: [tokens for fc1, tokens for fc2]} up to which the dense product is faster."""
     found = {}
     for kind in KINDS:
-        layers = [m for m in build(kind, width).modules() if isinstance(m, Grid)]
-        found[kind] = [crossover(layer) for layer in layers]
+        ffn = build(kind, width)
+        found[kind] = [crossover(ffn.fc1), crossover(ffn.fc2)]
     return found
 
 
@@ -129,13 +130,14 @@ def efficiency(what, tokens, d_in=1024, d_out=4096):
     return result
 
 
-def cells(widths, tokens, layers):
+def cells(args):
     """Yield (section, key, function), cheap ones first."""
-    for what, n in layers:
-        yield "layer", f"{what}, {n}", partial(efficiency, what, n)
-    for width in widths:
+    if args.device == "cpu":
+        for what, n in LAYER:
+            yield "layer", f"{what}, {n}", partial(efficiency, what, n)
+    for width in args.widths:
         yield "thresholds", str(width), partial(thresholds, width)
-    sizes = [(width, n) for width in widths for n in tokens]
+    sizes = itertools.product(args.widths, args.tokens)
     for width, n in sorted(sizes, key=lambda size: size[0] ** 2 * size[1]):
         yield "ffn", f"{width}, {n}", partial(latency, width, n)
 
@@ -143,9 +145,8 @@ def cells(widths, tokens, layers):
 def show(result):
     for what, forms in result["layer"].items():
         for name, row in forms.items():
-            print(
-                f"layer, {what}: {name:<20}{row['ms']:9.2f} ms, efficiency {row['efficiency']:.2f}"
-            )
+            cost = f"{row['ms']:9.2f} ms, efficiency {row['efficiency']:.2f}"
+            print(f"layer, {what}: {name:<20}{cost}")
     for key, row in result["ffn"].items():
         speeds = [f"{form} {row[form + ' speed']:.2f}" for form in (*KINDS, "merged")]
         print(f"FFN, {key}: dense {row['dense']:.3f} ms, times as fast: {', '.join(speeds)}")
@@ -155,16 +156,16 @@ def show(result):
 
 def plot(result, path):
     """Speed over the number of tokens, one panel per width."""
-    sizes = [[*map(int, key.split(","))] for key in result["ffn"]]
-    panels = {}
-    for width in sorted({width for width, _ in sizes}):
-        tokens = sorted(n for w, n in sizes if w == width)
-        rows = [result["ffn"][f"{width}, {n}"] for n in tokens]
-        curves = {}
-        for form in (*KINDS, "merged"):
-            curves[form] = tokens, [row[f"{form} speed"] for row in rows]
-        panels[f"speed / dense FFN, width {width}"] = curves
-    draw_curves(path, "Structured FFNs are faster on many tokens", panels, xlabel="tokens")
+    rows = {form: [] for form in (*KINDS, "merged")}
+    widths = set()
+    for key, row in result["ffn"].items():
+        width, tokens = map(int, key.split(", "))
+        widths.add(width)
+        for form in rows:
+            rows[form].append({"tokens": tokens, width: row[f"{form} speed"]})
+    labels = {width: f"speed / dense FFN, width {width}" for width in sorted(widths)}
+    title = "Structured FFNs are faster on many tokens"
+    draw_curves(path, title, rows, "tokens", labels, xlabel="tokens")
 
 
 def main():
@@ -184,8 +185,7 @@ def main():
     result = {"layer": {}, "thresholds": {}, "ffn": {}} | load(args.out)
     result.pop("runs", None)
     origin = provenance() | {"device": args.device, "dtype": args.dtype}
-    layers = LAYER if args.device == "cpu" else []
-    for section, key, measure in cells(args.widths, args.tokens, layers):
+    for section, key, measure in cells(args):
         if key not in result[section]:
             result[section][key] = measure()
             save(args.out, result | origin)

@@ -8,11 +8,13 @@ by least squares of the logarithms.  Writes results/ffn_scaling.json run by run,
 """
 
 import argparse
+import itertools
 from dataclasses import replace
 
 import numpy as np
 from byte_lm import BATCH, L, LMConfig, corpus, count, held_out_loss, train
-from measured import ROOT, complete, draw_curves, save
+from judges import power
+from measured import ROOT, complete, draw_curves, save, select
 
 from structured_ffn import match
 
@@ -28,23 +30,17 @@ def cell(width, kind, bytes_a_weight):
     return config, steps, count(config, L)["flops"] * steps * BATCH * L
 
 
-def power(runs):
-    """The p of loss = constant / FLOPs^p, by least squares of the logarithms."""
-    flops = np.log([run["flops"] for run in runs])
-    loss = np.log([run["loss"] for run in runs])
-    return -float(np.polyfit(flops, loss, 1)[0])
-
-
 def plot(runs, powers, path):
     curves = {}
     for kind in KINDS:
-        mine = [run for run in runs if run["kind"] == kind]
-        flops = sorted({run["flops"] for run in mine})
-        loss = [np.mean([run["loss"] for run in mine if run["flops"] == x]) for x in flops]
-        curves[kind] = flops, loss
+        curves[kind] = []
+        mine = select(runs, kind=kind)
+        for flops in {run["flops"] for run in mine}:
+            losses = [run["loss"] for run in select(mine, flops=flops)]
+            curves[kind].append({"flops": flops, "loss": np.mean(losses)})
     fitted = ", ".join(f"{kind} {p:.3f}" for kind, p in powers.items())
-    panels = {"held-out loss (nats per byte)": curves}
-    draw_curves(path, f"Fitted powers: {fitted}", panels, xlabel="training FLOPs")
+    labels = {"loss": "held-out loss (nats per byte)"}
+    draw_curves(path, f"Fitted powers: {fitted}", curves, "flops", labels, "training FLOPs")
 
 
 def main():
@@ -62,18 +58,13 @@ def main():
         return {"loss": loss, "flops": flops, "params": params, "cpu_s": round(cpu, 1)}
 
     keys = []
-    for seed in range(args.seeds):
-        for width in WIDTHS:
-            for kind in KINDS:
-                _, steps, _ = cell(width, kind, args.bytes_a_weight)
-                key = {"kind": kind, "width": width, "seed": seed, "steps": steps, "lr": 3e-3}
-                keys.append(key)
+    for seed, width, kind in itertools.product(range(args.seeds), WIDTHS, KINDS):
+        _, steps, _ = cell(width, kind, args.bytes_a_weight)
+        keys.append({"kind": kind, "width": width, "seed": seed, "steps": steps, "lr": 3e-3})
     out = ROOT / "results/ffn_scaling.json"
     result = complete(out, keys, measure, {"L": L, "batch": BATCH})
     runs = result["runs"]
-    powers = {}
-    for kind in KINDS:
-        powers[kind] = power([run for run in runs if run["kind"] == kind])
+    powers = {kind: power(select(runs, kind=kind)) for kind in KINDS}
     save(out, result | {"powers": powers})
     for kind, p in powers.items():
         print(f"{kind}: loss falls with training FLOPs to the power {p:.4f}")

@@ -10,6 +10,7 @@ import math
 import statistics
 
 import numpy as np
+from measured import select
 
 HOLDS = "holds"
 PART = "holds in part"
@@ -65,7 +66,7 @@ def judged(signs):
 def losses(d):
     """{arm: held-out losses over the seeds, as an arm}."""
     names = dict.fromkeys(run["arm"] for run in d["runs"])
-    return {name: values([r["loss"] for r in d["runs"] if r["arm"] == name]) for name in names}
+    return {name: values([run["loss"] for run in select(d["runs"], arm=name)]) for name in names}
 
 
 def pairs(*names, digits=1, better=1):
@@ -92,12 +93,10 @@ def pairs(*names, digits=1, better=1):
 
 def gap(scratch, after, s4):
     """Pretraining removes most of the gap between the two models trained from scratch."""
-    text = (
-        f"Transformer {arm(scratch)} from scratch, {arm(after)} pretrained; S4 {arm(s4)} from "
-        "scratch: "
-    )
     before = s4["mean"] - scratch["mean"]
     left = s4["mean"] - after["mean"]
+    text = f"Transformer {arm(scratch)} from scratch, {arm(after)} pretrained; "
+    text += f"S4 {arm(s4)} from scratch: "
     if before <= 0:
         return text + "no gap to close", OPEN
     text += f"a gap of {before:.1f} points becomes {left:.1f}"
@@ -111,8 +110,8 @@ def lattice_gap(d):
 
 def task_gap(d):
     arms = d["arms"]
-    transformer = arms["Transformer, from scratch"], arms["Transformer, pretrained"]
-    return gap(*transformer, arms["S4, from scratch"])
+    scratch = arms["Transformer, from scratch"]
+    return gap(scratch, arms["Transformer, pretrained"], arms["S4, from scratch"])
 
 
 def redundant(d):
@@ -175,9 +174,8 @@ def generation(d):
     s4 = statistics.median(row["S4"]["tokens_a_second"] for row in d["rows"])
     ratio = {row["context"]: s4 / row["Transformer"]["tokens_a_second"] for row in d["rows"]}
     text = ", ".join(f"{r:.2g} at {context // 1024}k" for context, r in ratio.items())
-    text = (
-        f"throughput over a Transformer's with {d['settings']['cap_gib']:g} GiB of states: {text}"
-    )
+    gib = d["settings"]["cap_gib"]
+    text = f"throughput over a Transformer's with {gib:g} GiB of states: {text}"
     return text, verdict(max(ratio.values()) > 50, max(ratio.values()) > 1.2)
 
 
@@ -257,7 +255,7 @@ def merging(d):
 def best_arm(runs):
     """The learning rate with the lowest mean error, as an arm."""
     rates = {run["lr"] for run in runs}
-    arms = [values([run["error"] for run in runs if run["lr"] == lr]) for lr in rates]
+    arms = [values([run["error"] for run in select(runs, lr=lr)]) for lr in rates]
     return min(arms, key=lambda row: row["mean"])
 
 
@@ -268,26 +266,28 @@ def self_guided(d):
     for teacher in ("LowRank R 16", "BlockShuffle 4 x 4"):
         arms = {}
         for name in ("plain", "self-guided"):
-            where = {"teacher": teacher, "arm": name}
-            arms[name] = best_arm([run for run in d["runs"] if where.items() <= run.items()])
+            arms[name] = best_arm(select(d["runs"], teacher=teacher, arm=name))
         text.append(f"{teacher}: error {listed(arms, 3)}")
         signs.append(differs(arms["plain"], arms["self-guided"]))
     return "teacher-student, " + "; ".join(text), judged(signs)
 
 
+def power(runs):
+    """The p of loss = constant / FLOPs^p, by least squares of the logarithms."""
+    flops = np.log([run["flops"] for run in runs])
+    loss = np.log([run["loss"] for run in runs])
+    return -float(np.polyfit(flops, loss, 1)[0])
+
+
 def steeper(d):
     """The exponent of loss against FLOPs, fitted per seed."""
-    slopes = {"dense": [], "lowrank": [], "blockshuffle": []}
-    for kind, found in slopes.items():
-        for seed in sorted({run["seed"] for run in d["runs"]}):
-            where = {"kind": kind, "seed": seed}
-            runs = [run for run in d["runs"] if where.items() <= run.items()]
-            flops = np.log([run["flops"] for run in runs])
-            loss = np.log([run["loss"] for run in runs])
-            found.append(-float(np.polyfit(flops, loss, 1)[0]))
-    power = {kind: values(found) for kind, found in slopes.items()}
-    signs = [differs(power[kind], power["dense"]) for kind in ("lowrank", "blockshuffle")]
-    return f"exponent of loss against FLOPs: {listed(power, 3)}", judged(signs)
+    arms = {}
+    for kind in ("dense", "lowrank", "blockshuffle"):
+        runs = select(d["runs"], kind=kind)
+        seeds = sorted({run["seed"] for run in runs})
+        arms[kind] = values([power(select(runs, seed=seed)) for seed in seeds])
+    signs = [differs(arms[kind], arms["dense"]) for kind in ("lowrank", "blockshuffle")]
+    return f"exponent of loss against FLOPs: {listed(arms, 3)}", judged(signs)
 
 
 # ---------------------------------------------------------------- unified view, beyond
@@ -304,11 +304,8 @@ def longer_context(d):
 def million(d):
     row = d["rows"][0]
     tokens = row["setting"].split(" tokens")[0]
-    text = (
-        f"{tokens} causal tokens, one head, {d['world']} ranks: {row['wall']:.1f} s, "
-        f"error of sampled rows {row['error']:.1e}"
-    )
-    return text, verdict(row["error"] <= 2e-6)
+    text = f"{tokens} causal tokens, one head, {d['world']} ranks: {row['wall']:.1f} s, "
+    return text + f"error of sampled rows {row['error']:.1e}", verdict(row["error"] <= 2e-6)
 
 
 def parallel_attention(d):

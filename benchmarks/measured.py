@@ -102,12 +102,24 @@ def over_seeds(scores, digits=2):
     }
 
 
-def save(path, result):
-    """Write a results file; a process that is killed leaves the old one."""
-    path.parent.mkdir(exist_ok=True)
+def select(rows, **where):
+    """The rows with these values."""
+    return [row for row in rows if where.items() <= row.items()]
+
+
+def write(path, text):
+    """Write a text file; a process that is killed or a full disk leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".new")
-    unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def save(path, result):
+    write(path, json.dumps(result, indent=1) + "\n")
 
 
 def load(path):
@@ -123,7 +135,7 @@ def complete(path, keys, measure, settings):
     made_by = {name: origin[name] for name in ("commit", "hardware")}
     for key in keys:
         result = load(path)
-        if any(key.items() <= run.items() for run in result["runs"]):
+        if select(result["runs"], **key):
             continue
         run = key | measure(**key)
         print(*run.values(), flush=True)
@@ -148,18 +160,24 @@ def pyplot():
     return plt
 
 
-def draw_curves(path, title, panels, xlabel="length in tokens"):
-    """Draw one panel per entry of {y label: {method: (x, y)}}, log-log, ticks at all x."""
+def series(rows, x, y):
+    """(x values, y values) of the rows that have y, in the order of x."""
+    rows = [row for row in rows if row.get(y) is not None]
+    rows.sort(key=lambda row: row[x])
+    return [row[x] for row in rows], [row[y] for row in rows]
+
+
+def draw_curves(path, title, rows, x, labels, xlabel="length in tokens"):
+    """Draw rows {method: rows} against their x, log-log: one panel per entry of {y: label}."""
     plt = pyplot()
-    size = (2 + 4 * len(panels), 4)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
-    for ax, (label, curves) in zip(axes[0], panels.items(), strict=True):
-        ticks = set()
-        for name, (x, y) in curves.items():
-            ax.loglog(x, y, "o-", color=COLORS.get(name), label=name)
-            ticks.update(x)
-        ticks = sorted(ticks)
-        names = [f"{x // 1024}k" if x % 1024 == 0 else f"{x:.3g}" for x in ticks]
+    size = (2 + 4 * len(labels), 4)
+    figure, axes = plt.subplots(1, len(labels), figsize=size, layout="constrained", squeeze=False)
+    for ax, (y, label) in zip(axes[0], labels.items(), strict=True):
+        curves = {name: series(mine, x, y) for name, mine in rows.items()}
+        for name, curve in curves.items():
+            ax.loglog(*curve, "o-", color=COLORS.get(name), label=name)
+        ticks = sorted({tick for at, _ in curves.values() for tick in at})
+        names = [f"{n // 1024}k" if n % 1024 == 0 else f"{n:.3g}" for n in ticks]
         ax.set_xticks(ticks, names)
         ax.minorticks_off()
         ax.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))

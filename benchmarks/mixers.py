@@ -11,21 +11,22 @@ would exceed --max-seconds or --max-gib.
 
 "bare FFT" is irfft(rfft(u) rfft(K)) with plain autograd, channels first, and a free kernel K: what
 a convolution costs before a kernel is computed.  Attention has 4 heads and its projections.
-Cells are merged into results/mixers.json, so lengths can run one by one.
+Cells are merged into results/mixers.json, so lengths can run one by one.  mixers.png shows them.
 """
 
 import argparse
 import sys
 import time
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import torch
-from measured import ROOT, draw_curves, load, peak_bytes, provenance, save, usable_cpus
+from measured import ROOT, draw_curves, load, peak_bytes, provenance, save, select
 
 import attention
 import s4
 import sgconv
+from pathfinder import usable_cpus
 
 LENGTHS = [2**k for k in range(10, 17)]
 FORWARD_LENGTHS = [2**k for k in range(14, 21, 2)]
@@ -55,10 +56,8 @@ def build(name, width, L):
         return BareFFT(width, L)
     if name == "SGConv":
         return sgconv.SGConv(width, L, 64)
-    if name == "S4D":
-        return s4.S4D(width)
-    if name == "S4":
-        return s4.S4(width)
+    if name in ("S4", "S4D"):
+        return getattr(s4, name)(width)
     naive = {"attend": attention.attention_slow} if name == "attention naive" else {}
     return attention.Attention(width, 4, causal=True, **naive)
 
@@ -120,33 +119,32 @@ def measure(L, args, done):
     fork = sys.platform == "linux" and args.device == "cpu"
     context = get_context("fork" if fork else "spawn")
     cells = {}
-    workers = {}
+    pipes = {}
     for name in args.mixers:
         cells[name] = {"mixer": name, "L": L, **shape_of(args)}
         reason = reason_to_skip(name, L, args, done)
         if reason:
             cells[name]["left_out"] = reason
             continue
-        pipe, theirs = context.Pipe()
-        process = context.Process(target=worker, args=(name, L, args, theirs), daemon=True)
-        process.start()
-        workers[name] = process, pipe
-    for name, (_, pipe) in workers.items():
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=worker, args=(name, L, args, theirs), daemon=True).start()
+    for name, pipe in pipes.items():
         cells[name].update(pipe.recv(), seconds=float("inf"), cpu_seconds=float("inf"))
-    spent = dict.fromkeys(workers, 0.0)
+    spent = dict.fromkeys(pipes, 0.0)
     for turn in range(5 * args.rounds):
-        for name, (_, pipe) in workers.items():
+        for name, pipe in pipes.items():
             if turn >= args.rounds and spent[name] > 1:  # short passes get more rounds
                 continue
             pipe.send(True)
             row = pipe.recv()
-            cell = cells[name]
-            cell["seconds"] = min(cell["seconds"], row["seconds"])
-            cell["cpu_seconds"] = min(cell["cpu_seconds"], row["cpu_seconds"])
-            cell["gib"] = row["gib"]
             spent[name] += row["seconds"]
-    for process, pipe in workers.values():
+            cell = cells[name]
+            for clock in ("seconds", "cpu_seconds"):
+                cell[clock] = min(cell[clock], row[clock])
+            cell["gib"] = row["gib"]
+    for pipe in pipes.values():
         pipe.send(False)
+    for process in active_children():
         process.join()
     return list(cells.values())
 
@@ -155,32 +153,24 @@ def shape_of(args):
     return {k: getattr(args, k) for k in ("width", "batch", "forward", "device", "threads")}
 
 
-def print_cells(cells, clock):
-    print(f"{'L':>8}  {'mixer':16}{'ms':>9}{'over bare FFT':>15}{'GiB':>7}")
+def show(cells, clock):
+    print(f"{'L':>8}  {'mixer':16}{'ms':>9}{'GiB':>7}")
     for cell in cells:
-        if clock not in cell:
-            print(f"{cell['L']:8}  {cell['mixer']:16}{cell['left_out']}")
-            continue
-        over = f"{cell['over bare']:.2f}" if "over bare" in cell else "-"
-        ms = 1e3 * cell[clock]
-        print(f"{cell['L']:8}  {cell['mixer']:16}{ms:9.1f}{over:>15}{cell['gib']:7.2f}")
+        text = cell.get("left_out")
+        if clock in cell:
+            text = f"{1e3 * cell[clock]:9.1f}{cell['gib']:7.2f}"
+        print(f"{cell['L']:8}  {cell['mixer']:16}{text}")
 
 
 def plot(cells, clock, path):
-    """Time and memory over length."""
-    cells = sorted(cells, key=lambda cell: cell["L"])
-    labels = {"seconds": "seconds per pass", "cpu_seconds": "CPU seconds per pass"}
-    panels = {}
-    for key, label in ((clock, labels[clock]), ("gib", "peak memory, GiB")):
-        panels[label] = {}
-        for name in MIXERS:
-            shown = [cell for cell in cells if cell["mixer"] == name and key in cell]
-            panels[label][name] = [cell["L"] for cell in shown], [cell[key] for cell in shown]
-    what = "forward" if cells[0]["forward"] else "forward + backward"
-    draw_curves(path, f"Attention grows as L², the others almost as L ({what})", panels)
+    kind = "CPU seconds" if clock == "cpu_seconds" else "seconds"
+    labels = {clock: f"{kind} per pass", "gib": "peak memory, GiB"}
+    rows = {name: select(cells, mixer=name) for name in MIXERS}
+    title = "Attention grows as L², the others almost as L (forward + backward)"
+    draw_curves(path, title, rows, "L", labels)
 
 
-def parse(argv):
+def parse():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--lengths", type=int, nargs="+", help="lengths (1k to 64k; 16k to 1M with --forward)")
@@ -195,33 +185,29 @@ def parse(argv):
     add("--max-gib", type=float, default=6, help="skip larger naive attention")
     add("--out", type=Path, default=ROOT / "results" / "mixers.json", help="results file")
     add("--clock", choices=("wall", "cpu"), default="wall", help="time to print")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     args.lengths = sorted(args.lengths or (FORWARD_LENGTHS if args.forward else LENGTHS))
     convolutions = [name for name in MIXERS if "attention" not in name]
     args.mixers = args.mixers or (convolutions if args.forward else list(MIXERS))
     return args
 
 
-def main(argv=None):
-    args = parse(argv)
+def main():
+    args = parse()
     cells = load(args.out).get("cells", [])
     shape = shape_of(args)
     run = provenance()
     for L in args.lengths:
-        same = [cell for cell in cells if shape.items() <= cell.items()]
-        fresh = measure(L, args, same)
-        bare = [cell for cell in fresh if cell["mixer"] == "bare FFT" and "seconds" in cell]
-        for cell in fresh:
-            cell["run"] = run
-            if bare and "seconds" in cell:
-                cell["over bare"] = cell["seconds"] / bare[0]["seconds"]
-        replaced = [c for c in same if c["L"] == L and c["mixer"] in args.mixers]
+        same = select(cells, **shape)
+        replaced = [cell for cell in same if cell["L"] == L and cell["mixer"] in args.mixers]
+        fresh = [cell | {"run": run} for cell in measure(L, args, same)]
         cells = [cell for cell in cells if cell not in replaced] + fresh
         save(args.out, {"cells": cells})
     clock = {"wall": "seconds", "cpu": "cpu_seconds"}[args.clock]
-    same = [cell for cell in cells if shape.items() <= cell.items()]
-    print_cells(same, clock)
-    plot(same, clock, args.out.with_suffix(".png"))
+    same = select(cells, **shape)
+    show(same, clock)
+    if args.out.stem == "mixers" and not args.forward:
+        plot(same, clock, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

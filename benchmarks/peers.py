@@ -6,13 +6,13 @@
 
 Their layer is FFTConv of models/s4/s4.py, with its CUDA kernel if that is built (`setup.py build`
 in s4/extensions/kernels) and without its GELU.  Causal, width 256, d_state 64, float32, gradients
-of the input and all parameters.  "4 layers" is our S4Model with our mixers or with theirs.  On a
-GPU: medians of CUDA events, eager and captured in a CUDA graph, and the peak of allocated memory.
+of the input and all parameters.  "4 layers" is our S4Model with our mixers or with theirs.  Times
+are medians; on a GPU eager and captured in a CUDA graph, with the peak of allocated memory.
 """
 
 import argparse
-import ast
 import importlib.util
+import itertools
 import statistics
 import subprocess
 import sys
@@ -28,6 +28,7 @@ from s4 import S4, S4D, S4Config, S4Model
 WIDTH = 256
 D_STATE = 64
 BATCH = {1024: 16, 4096: 8, 16384: 4}  # by length
+LAYERS = ("S4", "S4D", "4 layers")
 
 
 def load_theirs(path):
@@ -37,23 +38,13 @@ def load_theirs(path):
         raise ValueError(f"--s4 {path} is no clone of state-spaces/s4: it has no models/s4/s4.py")
     kernels = path / "extensions" / "kernels"
     sys.path += map(str, [path, kernels, *kernels.glob("build/lib*")])
-    missing = set()
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        if isinstance(node, ast.ImportFrom):
-            names = [node.module]
-        for name in names:
-            package = name.split(".")[0]
-            if importlib.util.find_spec(package) is None:
-                missing.add(package)
-    if missing:
-        raise ValueError(f"{file} imports {', '.join(sorted(missing))}: install what is missing")
     spec = importlib.util.spec_from_file_location("their_s4", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules["their_s4"] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise ValueError(f"{file}: {error}; install what it imports") from error
     return module
 
 
@@ -86,20 +77,13 @@ def build(layer, whose, module, L):
 def median_ms(run, device, rounds):
     """Median time of a call, after calls that load and plan."""
     found = []
-    for i in range(rounds + 3):
+    for _ in range(rounds + 3):
         start = time.perf_counter()
-        if device == "cuda":
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            events[0].record()
         run()
-        ms = 1e3 * (time.perf_counter() - start)
         if device == "cuda":
-            events[1].record()
             torch.cuda.synchronize()
-            ms = events[0].elapsed_time(events[1])
-        if i >= 3:
-            found.append(ms)
-    return statistics.median(found)
+        found.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(found[3:])
 
 
 def captured(run):
@@ -146,7 +130,6 @@ def main():
     add = parser.add_argument
     add("--s4", type=Path, required=True, help="clone of state-spaces/s4")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="torch device (cpu)")
-    add("--lengths", type=int, nargs="+", choices=BATCH, help="lengths (all; 1024 on a CPU)")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no CUDA device on this machine")
@@ -156,18 +139,16 @@ def main():
     except ValueError as error:
         sys.exit(f"peers.py: {error}")
     # on a CPU their kernel needs 20 GiB at 16,384
-    lengths = args.lengths or ([1024] if args.device == "cpu" else [*BATCH])
+    lengths = [1024] if args.device == "cpu" else [*BATCH]
     rows = []
-    for L in lengths:
-        for layer in ("S4", "S4D", "4 layers"):
-            for whose in ("ours", "theirs"):
-                row = measure(layer, whose, module, L, args.device)
-                print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-                rows.append(row)
+    for L, layer, whose in itertools.product(lengths, LAYERS, ("ours", "theirs")):
+        row = measure(layer, whose, module, L, args.device)
+        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        rows.append(row)
     git = ["git", "-C", str(args.s4), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     about = {"their_commit": commit, "cuda_kernel": getattr(module, "has_cuda_extension", None)}
-    kind = "cpu" if args.device == "cpu" else "gpu"
+    kind = {"cpu": "cpu", "cuda": "gpu"}[args.device]
     save(ROOT / f"results/peers_{kind}.json", {**origin, **about, "rows": rows})
 
 

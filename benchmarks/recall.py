@@ -1,7 +1,6 @@
 """Delayed recall over up to 16k steps: S4 against a Transformer of equal size and training time.
 
     python benchmarks/recall.py                  run what is missing in results/recall.json
-    python benchmarks/recall.py --lengths 1024   the shortest length alone
     python benchmarks/recall.py --extra          also the Transformer with S4's steps, 1,024 tokens
 
 A sequence shows four symbols, each for L / 32 steps, then blanks; at the last step the model names
@@ -19,7 +18,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from measured import ROOT, complete, load, over_seeds, save
+from measured import ROOT, complete, load, over_seeds, save, select
 from torch import nn
 
 from attention import Transformer, TransformerConfig
@@ -115,8 +114,7 @@ def key(model, L, setting, seed, budget="seconds"):
 
 def best_setting(runs, model):
     """The setting with the best validation accuracy, at the shortest length with seed 0."""
-    where = {"model": model, "L": SHORTEST, "budget": "seconds", "seed": 0}
-    tried = [run for run in runs if where.items() <= run.items()]
+    tried = select(runs, model=model, L=SHORTEST, budget="seconds", seed=0)
     best = max(tried, key=lambda run: run["validation"])
     return best["positions"], best["lr"]
 
@@ -127,7 +125,7 @@ def table(runs):
     for L, model, budget in itertools.product(SECONDS, SETTINGS, ("seconds", "steps")):
         positions, lr = best_setting(runs, model)
         row = {"L": L, "model": model, "budget": budget, "positions": positions, "lr": lr}
-        mine = [run for run in runs if row.items() <= run.items()]
+        mine = select(runs, **row)
         if mine:
             row.update(over_seeds([run["test"] for run in mine], digits=4))
             row["steps"] = [run["steps"] for run in mine]
@@ -148,22 +146,21 @@ def main():
     def measure(model, L, positions, lr, seed, budget):
         if budget == "seconds":
             return train(model, L, positions, lr, seed, seconds=SECONDS[L])
-        s4 = [row for row in table(load(out)["runs"]) if (row["L"], row["model"]) == (L, "S4")]
-        return train(model, L, positions, lr, seed, steps=s4[0]["steps"][seed])
+        s4 = select(table(load(out)["runs"]), L=L, model="S4")[0]
+        return train(model, L, positions, lr, seed, steps=s4["steps"][seed])
 
     def run(keys):
-        settings = {"seconds": SECONDS, "clock": "CPU seconds, shared machine"}
-        return complete(out, keys, measure, settings)["runs"]
+        return complete(out, keys, measure, {"seconds": SECONDS})
 
     for model in SETTINGS:
-        runs = run([key(model, SHORTEST, setting, 0) for setting in SETTINGS[model]])
-    best = {model: best_setting(runs, model) for model in SETTINGS}
+        result = run([key(model, SHORTEST, setting, 0) for setting in SETTINGS[model]])
+    best = {model: best_setting(result["runs"], model) for model in SETTINGS}
     for L, seed in itertools.product(args.lengths, range(SEEDS)):
-        run([key(model, L, best[model], seed) for model in SETTINGS])
+        result = run([key(model, L, best[model], seed) for model in SETTINGS])
         if args.extra and L == SHORTEST:
-            run([key("Transformer", L, best["Transformer"], seed, "steps")])
-    rows = table(load(out)["runs"])
-    save(out, {**load(out), "rows": rows})
+            result = run([key("Transformer", L, best["Transformer"], seed, "steps")])
+    rows = table(result["runs"])
+    save(out, {**result, "rows": rows})
     for row in rows:
         print(*row.values())
 

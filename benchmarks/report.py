@@ -1,7 +1,6 @@
 """One HTML page about runs of pretrain.py: results, curves, settings.
 
-    python benchmarks/report.py runs/demo/seed0/*            writes runs/report.html
-    python benchmarks/report.py runs/a runs/b --out page.html
+    python benchmarks/report.py runs/demo/seed0/* --out runs/report.html
 
 The page is a single file without scripts or links to the network; pictures are inline.  Runs that
 differ only in the seed are also summarized as mean and standard deviation.  Needs matplotlib.
@@ -17,7 +16,7 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
-from measured import over_seeds, pyplot
+from measured import over_seeds, pyplot, write
 
 from checkpoint import versions
 
@@ -35,18 +34,19 @@ def read_run(folder):
     """Read a run's folder into a dict.  Raises ValueError if it is not one."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a run of pretrain.py: it has no config.json")
-    run = {"folder": folder, "metrics": [], "result": {}}
+    texts = {"result.json": "{}", "metrics.jsonl": ""}  # of a run that has just begun
+    for name in ("config.json", "result.json", "metrics.jsonl"):
+        if (folder / name).exists():
+            texts[name] = (folder / name).read_text("utf-8")
+    # the last line of a running process may be cut
+    lines = [line for line in texts["metrics.jsonl"].splitlines() if line.endswith("}")]
     try:
-        run["config"] = json.loads((folder / "config.json").read_text("utf-8"))
-        if (folder / "result.json").exists():
-            run["result"] = json.loads((folder / "result.json").read_text("utf-8"))
-        if (folder / "metrics.jsonl").exists():
-            for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines():
-                if line.endswith("}"):  # the last line of a running process may be cut
-                    run["metrics"].append(json.loads(line))
+        config = json.loads(texts["config.json"])
+        result = json.loads(texts["result.json"])
+        metrics = [json.loads(line) for line in lines]
     except ValueError as error:
         raise ValueError(f"{folder} has a damaged file: {error}") from error
-    return run
+    return {"folder": folder, "config": config, "result": result, "metrics": metrics}
 
 
 # ---------------------------------------------------------------- tables
@@ -85,13 +85,13 @@ def table_of_seeds(runs):
     groups = {}
     for number, run in enumerate(runs, 1):
         if "test" in run["result"]:
-            same = {k: v for k, v in run["config"].items() if k not in ("seed", "out", "resume")}
+            same = run["config"] | {"seed": None, "out": None, "resume": None}
             groups.setdefault(json.dumps(same, sort_keys=True), {})[number] = run["result"]["test"]
     rows = []
     for group in groups.values():
         if len(group) > 1:
             row = [", ".join(map(str, group))]
-            for name in next(iter(group.values())):
+            for name in ("loss", "accuracy"):
                 test = over_seeds([result[name] for result in group.values()], digits=4)
                 row.append(f"{name} {test['mean']} ± {test['spread']}")
             rows.append(row)
@@ -166,14 +166,9 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--out", default="runs/report.html", type=Path, help="file to write")
     args = parser.parse_args(argv)
-    unfinished = args.out.with_name(args.out.name + ".new")
     try:
-        text = page([read_run(folder) for folder in args.runs])
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(args.out)
+        write(args.out, page([read_run(folder) for folder in args.runs]))
     except (ValueError, OSError) as error:
-        unfinished.unlink(missing_ok=True)
         sys.exit(f"report.py: {error}")
     print(f"wrote {args.out}, {args.out.stat().st_size / 1e3:,.0f} kB")
 

@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
-from measured import ROOT, draw_curves, peak_bytes, provenance, save
+from measured import ROOT, draw_curves, peak_bytes, provenance, save, select
 
 import s4
 
@@ -132,7 +132,7 @@ def make(form, layer, L):
     return bare_convolution(layer, L)
 
 
-def cell(form, width, L, args):
+def measure(form, width, L, args):
     """{seconds, mib, error} of one form, in this process."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -157,47 +157,36 @@ def cell(form, width, L, args):
 
 
 def plot(cells, path):
-    panels = {}
     labels = {
         "seconds": "forward + backward, seconds",
         "mib": "peak memory, MiB",
         "error": "relative error, float32",
     }
-    for key, label in labels.items():
-        panels[label] = {}
-        for form in FORMS:
-            rows = [row for row in cells if row["form"] == form and row["width"] == 16]
-            rows = [row for row in rows if row.get(key)]
-            panels[label][form] = [row["L"] for row in rows], [row[key] for row in rows]
-    draw_curves(path, "The two-level kernel costs about as much as the convolution", panels)
+    rows = {form: select(cells, form=form, width=16) for form in FORMS}
+    title = "The two-level kernel costs about as much as the convolution"
+    draw_curves(path, title, rows, "L", labels)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
-    parser.add_argument("--max-gib", type=float, default=3.0, help="leave out larger cells")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     wanted = [(form, 16, L) for L in args.lengths for form in FORMS]
-    wanted += [(form, 256, 16384) for form in FORMS[2:] if 16384 in args.lengths]
+    if 16384 in args.lengths:
+        wanted += [(form, 256, 16384) for form in FORMS[2:]]
     origin = provenance()
     cells = []
     print(f"{'form':22} {'D':>4} {'L':>6} {'ms':>9} {'MiB':>8} {'error':>9}")
     for form, width, L in wanted:
-        row = {"form": form, "width": width, "L": L}
-        cells.append(row)
-        print(f"{form:22} {width:4} {L:6}", end=" ", flush=True)
-        gib = 5 * 8 * width * 64 * L / 2 / 2**30  # of the naive form's quotients, with gradients
-        if form == "naive Cauchy" and gib > args.max_gib:
-            row["left_out"] = f"about {gib:.1f} GiB"
-            print(f"  left out: {row['left_out']}")
-            continue
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-            row.update(fresh.submit(cell, form, width, L, args).result())
+            row = fresh.submit(measure, form, width, L, args).result()
+        cells.append({"form": form, "width": width, "L": L, **row})
         error = f"{row['error']:9.1e}" if row["error"] else ""
-        print(f"{1e3 * row['seconds']:9.1f} {row['mib']:8.1f} {error}")
+        text = f"{1e3 * row['seconds']:9.1f} {row['mib']:8.1f} {error}"
+        print(f"{form:22} {width:4} {L:6} {text}", flush=True)
     result = origin | {"threads": args.threads, "clock": args.clock, "cells": cells}
     save(ROOT / "results/s4_kernel.json", result)
     plot(cells, ROOT / "results/s4_kernel.png")

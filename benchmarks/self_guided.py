@@ -12,10 +12,10 @@ import itertools
 import time
 from functools import partial
 
-import numpy as np
+import judges
 import torch
 import torch.nn.functional as F
-from measured import ROOT, complete, save
+from measured import ROOT, complete, select
 from torch import nn
 
 from structured_ffn import BlockShuffle, Grid, Guide, LowRank, StructuredFFN
@@ -83,20 +83,13 @@ def teacher_student(linear, teacher, guide, lr, steps, seed):
 
 def cells(seeds, steps):
     """Return the runs, each as its name in the result file, the most telling first."""
-    found = []
-
-    def add(teacher, arm, lr, seed):
-        found.append({"teacher": teacher, "arm": arm, "lr": lr, "seed": seed, "steps": steps})
-
-    for seed, teacher, lr in itertools.product(range(seeds), TEACHERS, RATES):
-        for arm in ("plain", "self-guided", "stochastic"):
-            add(teacher, arm, lr, seed)
-    for seed in range(seeds):
-        for teacher in TEACHERS:
-            add(teacher, "dense", 4e-3, seed)
-        for arm in ("plain", "self-guided"):
-            add("dense, LowRank R 16 student", arm, 4e-3, seed)
-    return found
+    found = [*itertools.product(TEACHERS, RATES, ("plain", "self-guided", "stochastic"))]
+    found += [(teacher, 4e-3, "dense") for teacher in TEACHERS]
+    found += [("dense, LowRank R 16 student", 4e-3, arm) for arm in ("plain", "self-guided")]
+    runs = []
+    for seed, (teacher, lr, arm) in itertools.product(range(seeds), found):
+        runs.append({"teacher": teacher, "arm": arm, "lr": lr, "seed": seed, "steps": steps})
+    return runs
 
 
 def run(teacher, arm, lr, seed, steps):
@@ -112,32 +105,16 @@ def run(teacher, arm, lr, seed, steps):
     return {"error": error, "cpu_s": round(time.process_time() - start, 1)}
 
 
-def means(runs):
-    """Return {teacher: {arm: {lr: mean error over the seeds, "best": the least of them}}}."""
-    rows = {}
-    for run in runs:
-        errors = rows.setdefault(run["teacher"], {}).setdefault(run["arm"], {})
-        errors.setdefault(f"{run['lr']:g}", []).append(run["error"])
-    for arms in rows.values():
-        for arm, errors in arms.items():
-            mean = {lr: float(np.mean(e)) for lr, e in errors.items()}
-            arms[arm] = mean | {"best": min(mean.values())}
-    return rows
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=1500, help="optimizer steps per run (1500)")
     parser.add_argument("--seeds", type=int, default=2, help="seeds (2)")
     args = parser.parse_args()
     out = ROOT / "results/self_guided.json"
-    result = complete(out, cells(args.seeds, args.steps), run, {})
-    rows = means(result["runs"])
-    save(out, result | {"means": rows})
-    for teacher, arms in rows.items():
-        for arm, errors in arms.items():
-            rates = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
-            print(f"{teacher:30}{arm:14}{rates}")
+    runs = complete(out, cells(args.seeds, args.steps), run, {})["runs"]
+    for teacher, arm in dict.fromkeys((run["teacher"], run["arm"]) for run in runs):
+        best = judges.best_arm(select(runs, teacher=teacher, arm=arm))
+        print(f"{teacher:30}{arm:14}{judges.arm(best, 4)}")
 
 
 if __name__ == "__main__":

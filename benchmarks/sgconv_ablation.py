@@ -14,11 +14,12 @@ results/sgconv_ablation.json run by run.
 
 import math
 import time
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measured import ROOT, complete, over_seeds, save
+from measured import ROOT, complete, over_seeds, save, select
 from torch import nn
 
 import lra_data
@@ -114,7 +115,7 @@ def measure(data, arm, seed, lr, steps):
 
 def best_rate(runs):
     """The learning rate with the best validation accuracy of the published kernel at seed 0."""
-    tried = [run for run in runs if run["arm"] == "as published" and run["seed"] == 0]
+    tried = select(runs, arm="as published", seed=0)
     return max(tried, key=lambda run: run["validation"])["lr"]
 
 
@@ -124,19 +125,16 @@ def main():
     out = ROOT / "results/sgconv_ablation.json"
     settings = {"task": "lattice", "L": data.train.tokens.shape[1], "width": 64, "layers": 2}
 
-    def run(arm, seed, lr, steps):
-        return measure(data, arm, seed, lr, steps)
+    def run(keys):
+        keys = [{"arm": arm, "seed": seed, "lr": lr, "steps": STEPS} for arm, seed, lr in keys]
+        return complete(out, keys, partial(measure, data), settings)
 
-    def key(arm, seed, lr):
-        return {"arm": arm, "seed": seed, "lr": lr, "steps": STEPS}
-
-    rates = [key("as published", 0, lr) for lr in RATES]
-    lr = best_rate(complete(out, rates, run, settings)["runs"])
-    keys = [key(arm, seed, lr) for seed in range(SEEDS) for arm in ARMS]
-    result = complete(out, keys, run, settings)
+    rates = run([("as published", 0, lr) for lr in RATES])
+    lr = best_rate(rates["runs"])
+    result = run([(arm, seed, lr) for seed in range(SEEDS) for arm in ARMS])
     rows = {}
     for arm in ARMS:
-        mine = [run for run in result["runs"] if run["arm"] == arm and run["lr"] == lr]
+        mine = select(result["runs"], arm=arm, lr=lr)
         rows[arm] = over_seeds([100 * run["test"] for run in mine])
         rows[arm]["train_loss"] = [run["train_loss"] for run in mine]
         rows[arm]["kernel_parameters"] = mine[0]["kernel_parameters"]

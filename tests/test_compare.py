@@ -24,16 +24,11 @@ def trained(monkeypatch):
     seen = []
 
     def train(config, position):
-        seen.append(config.out)
-        accuracy = 0.5 + 0.1 * config.seed
-        result = {
-            "test": {"accuracy": accuracy},
-            "finetune": {"accuracy": accuracy},
-            "commit": "abc",
-            "speed": {"seconds": 1.0},
-            "parameters": 3,
-            "config": compare.asdict(config),
-        }
+        seen.append(Path(config.out).name)
+        assert config.resume
+        score = {"accuracy": 0.5 + 0.1 * config.seed}
+        result = {"test": score, "finetune": score, "commit": "abc", "speed": {"seconds": 1.0}}
+        result.update(parameters=3, config=compare.asdict(config))
         Path(config.out).mkdir(parents=True)
         Path(config.out, "result.json").write_text(json.dumps(result))
         return result
@@ -43,39 +38,41 @@ def trained(monkeypatch):
     return seen
 
 
-def test_mean_and_spread_over_the_seeds(trained, tmp_path):
-    arms = {"a": Config(), "b, wide": Config(d_model=128)}
+def test_mean_and_spread_over_the_seeds_and_finished_runs_are_not_trained_again(trained, tmp_path):
+    arms = {"a": Config(pretrained="w-{seed}.pt"), "b, wide": Config(d_model=128)}
+    compare.compare(arms, [0], str(tmp_path))
     rows = compare.compare(arms, [0, 1, 3], str(tmp_path))
+    assert trained == ["a-0", "b-wide-0", "a-1", "a-3", "b-wide-1", "b-wide-3"]
     assert rows["a"]["test"] == [50, 60, 80] and rows["a"]["mean"] == 63.33
     assert rows["a"]["spread"] == round(float(np.std([50, 60, 80], ddof=1)), 2)
-    assert rows["b, wide"]["settings"]["d_model"] == 128 and len(trained) == 6
-
-
-def test_finished_runs_are_not_trained_again(trained, tmp_path):
-    compare.compare({"a": Config()}, [0], str(tmp_path))
-    compare.compare({"a": Config()}, [0, 1], str(tmp_path))
-    assert [Path(out).name for out in trained] == ["a-0", "a-1"]
+    assert rows["a"]["validation"] == [50, 60, 80] and rows["a"]["settings"]["d_state"] == 64
+    assert rows["a"]["settings"]["pretrained"] == "w-0.pt"
+    assert rows["b, wide"]["settings"]["d_model"] == 128
 
 
 def test_a_finished_run_with_other_settings_is_refused(trained, tmp_path):
-    compare.compare({"a": Config()}, [0], str(tmp_path))
+    def run(**own):
+        compare.compare({"a": Config(**own)}, [0], str(tmp_path))
+
+    run()
     with pytest.raises(ValueError, match=r"a-0/result.json has other settings: d_model \d+ -> 8;"):
-        compare.compare({"a": Config(d_model=8)}, [0], str(tmp_path))
+        run(d_model=8)
     (tmp_path / "a-0" / "result.json").write_text("{")
     with pytest.raises(ValueError, match=r"a-0/result.json is not the result of a run"):
-        compare.compare({"a": Config()}, [0], str(tmp_path))
+        run()
+    for names, seeds in [(["a b", "a-b"], [0]), (["a"], [0, 0])]:
+        with pytest.raises(ValueError, match="would share a folder"):
+            compare.compare(dict.fromkeys(names, Config()), seeds, str(tmp_path / "other"))
+    assert trained == ["a-0"]
 
 
-@pytest.mark.parametrize("names, seeds", [(["a b", "a-b"], [0]), (["a"], [0, 0])])
-def test_two_runs_never_share_a_folder(trained, tmp_path, names, seeds):
-    with pytest.raises(ValueError, match="would share a folder"):
-        compare.compare(dict.fromkeys(names, Config()), seeds, str(tmp_path))
-    assert not trained
-
-
-def test_an_arm_is_a_name_and_flags_of_pretrain():
-    name, config = compare.parse_arm("S4 wide: --model s4 --d-model 128")
-    assert (name, config.model, config.d_model) == ("S4 wide", "s4", 128)
+def test_own_data_chose_the_loss_of_a_finished_run(trained, tmp_path):
+    path = tmp_path / "result.json"
+    config = Config(task="my.csv", out=str(tmp_path))
+    path.write_text(json.dumps({"config": compare.asdict(config) | {"loss": "ce"}}))
+    assert compare.run(config)["config"]["loss"] == "ce"
+    with pytest.raises(ValueError, match="has other settings: loss"):
+        compare.run(Config(task="my.csv", out=str(tmp_path), loss="l1"))
 
 
 @pytest.mark.parametrize(
@@ -89,6 +86,8 @@ def test_an_arm_is_a_name_and_flags_of_pretrain():
     ],
 )
 def test_nonsense_on_the_command_line_is_refused_in_one_line(monkeypatch, arms, message):
+    config = compare.parse_arms(["S4 wide: --model s4 --d-model 128"])["S4 wide"]
+    assert (config.model, config.d_model) == ("s4", 128)
     flags = [word for arm in arms for word in ("--arm", arm)]
     monkeypatch.setattr(sys, "argv", ["compare.py", "--name", "x", *flags])
     monkeypatch.setattr(compare, "compare", lambda *args: pytest.fail("it was run"))
@@ -144,43 +143,33 @@ def test_all_arms_of_fashion_mnist_take_the_steps_of_their_budget():
 
 @pytest.mark.parametrize("task", gpu.TASKS)
 def test_all_arms_of_a_task_on_a_gpu_take_the_same_steps(task):
-    arms = []
+    steps = gpu.TASKS[task][1]
     for model in gpu.RATES:
-        for how in ("from scratch", "pretrained"):
-            arms.append(gpu.arm(task, model, how, device="cpu"))
-    assert {steps_of(config) for config in arms} == {gpu.TASKS[task][1]}
-    assert {config.batch_size for config in arms} == {128}
-    assert [config.objective for config in arms] == ["none", "masked"] * 2
-    assert steps_of(gpu.arm(task, "s4", "pretrained", share=0.1)) == gpu.TASKS[task][1] // 10
+        for how, objective in (("from scratch", "none"), ("pretrained", "masked")):
+            config = gpu.arm(task, model, how, device="cpu")
+            found = steps_of(config), config.batch_size, config.objective
+            assert found == (steps, 128, objective)
+    assert steps_of(gpu.arm(task, "s4", "pretrained", share=0.1)) == steps // 10
 
 
 def test_a_step_that_is_done_is_not_repeated(tmp_path, monkeypatch, capsys):
     ran = []
+
+    def run(words, cwd):
+        ran.append(words[1])
+        return compare.argparse.Namespace(returncode=len(ran) == 1)
+
     monkeypatch.setattr(gpu, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu, "prepare", lambda args: gpu.RUNS.mkdir(exist_ok=True))
     monkeypatch.setattr(gpu, "train", lambda task, workers, device: ran.append(task))
-
-    class Done:
-        returncode = 0
-
-    def run(words, cwd):
-        ran.append(" ".join(words[1:3]))
-        Done.returncode = len(ran) == 1
-        return Done
-
     monkeypatch.setattr(gpu.subprocess, "run", run)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "tests", "peers", "listops", "--device", "cpu"])
     with pytest.raises(SystemExit, match="failed: tests; the same command tries them again"):
         gpu.main()
     gpu.main()
-    assert ran == ["benchmarks/claims.py gpu-tests", "listops", "benchmarks/claims.py gpu-tests"]
+    assert ran == ["benchmarks/claims.py", "listops", "benchmarks/claims.py"]
     assert "peers: left out, it needs --s4" in capsys.readouterr().out
-
-
-def test_a_pretrained_path_follows_the_seed(trained, tmp_path):
-    rows = compare.compare({"a": Config(pretrained="w-{seed}.pt")}, [4], str(tmp_path))
-    assert rows["a"]["settings"]["pretrained"] == "w-4.pt"
 
 
 def test_only_processors_that_may_be_used_count(monkeypatch):

@@ -55,19 +55,21 @@ def test_every_layer_is_timed_beside_theirs(clone, monkeypatch):
 
 
 def test_their_layer_is_a_mixer_without_its_activation(clone):
-    layer = peers.Theirs(peers.load_theirs(clone), "dplr", 8)
+    module = peers.load_theirs(clone)
+    layer = peers.build("S4D", "theirs", module, 8)
     x = torch.randn(2, 8, peers.WIDTH)
     torch.testing.assert_close(layer(x), x * layer.conv.D[:, 0])
-    four = peers.build("4 layers", "theirs", peers.load_theirs(clone), 8)
+    four = peers.build("4 layers", "theirs", module, 8)
     assert [type(block.mixer) for block in four.blocks] == [peers.Theirs] * 4
+    assert [type(peers.build(k, "ours", module, 8)).__name__ for k in ("S4", "S4D")] == [
+        "S4",
+        "S4D",
+    ]
 
 
-def test_a_wrong_path_ends_in_one_line(tmp_path, monkeypatch):
+def test_a_wrong_path_and_a_missing_import_end_in_one_line(clone, monkeypatch):
     with pytest.raises(SystemExit, match=r"^peers.py: --s4 .* has no models/s4/s4.py$"):
-        run(monkeypatch, tmp_path)
-
-
-def test_missing_imports_are_named_in_one_line(clone, monkeypatch):
-    (clone / "models/s4/s4.py").write_text("import no_such_b\nfrom no_such_a.x import y\n" + FAKE)
-    with pytest.raises(SystemExit, match=r"^peers.py: .* imports no_such_a, no_such_b: install"):
+        run(monkeypatch, clone / "models")
+    (clone / "models/s4/s4.py").write_text("from no_such_module.x import y\n" + FAKE)
+    with pytest.raises(SystemExit, match=r"^peers.py: .*No module named .no_such_module.; install"):
         run(monkeypatch, clone)

@@ -25,10 +25,6 @@ RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
 FILES = sorted((ROOT / "results").glob("*.json"))
 
 
-def load(name):
-    return json.loads((ROOT / f"results/{name}.json").read_text(encoding="utf-8"))
-
-
 # ---------------------------------------------------------------- README.md
 
 
@@ -47,11 +43,10 @@ def test_the_measured_numbers_of_the_front_page_are_those_of_the_results():
     """All of them: nine of the demonstration and one per claim that has a number."""
     block = re.search(r"\n\n```\n(.*?)```", README, re.S)[1]
     assert block.rstrip().splitlines() == list(results_page.demo_screen())
-    sentences = results_page.front_page_numbers()
-    assert [text for text in sentences if text not in README.replace("\n", " ")] == []
     prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|^\|.*\|$", "", README, flags=re.S | re.M)
     prose = prose[: prose.index("## Citations")].replace("\n", " ")
-    for text in sentences:
+    for text in results_page.front_page_numbers():
+        assert text in README.replace("\n", " ")
         prose = prose.replace(text, "")
     decimals = re.findall(r"\d+\.\d+(?!\d*\))", prose)
     assert decimals == [], "a number of the front page that no test compares"
@@ -76,33 +71,11 @@ def test_every_file_and_picture_it_names_exists(text):
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_every_picture_is_linked():
+def test_every_picture_and_every_results_file_is_linked():
     pictures = {path.name for path in (ROOT / "results").glob("*.png")}
     assert pictures == set(re.findall(r"\(results/(\w+\.png)\)", README + RESULTS))
-
-
-def flags_of(script):
-    """The flags in a script's source; those of pretrain.py are the fields of Config."""
-    source = (ROOT / script).read_text(encoding="utf-8")
-    flags = set(re.findall(r'"(--[a-z][a-z-]*)"', source))
-    if script == "pretrain.py":
-        flags |= {"--" + field.name.replace("_", "-") for field in fields(Config)}
-        flags |= {"--settings", "--print-config", "--check"}
-    return flags
-
-
-def test_every_flag_of_the_front_page_exists():
-    commands = re.findall(r"^((?:python|torchrun) .*?)(?:  +#.*)?$", README, re.M)
-    commands += re.findall(r"`((?:python|torchrun) [^`]*)`", README)
-    seen = 0
-    for command in commands:
-        scripts = re.findall(r"(?:benchmarks/)?[a-z_0-9]+\.py", command)
-        if scripts:
-            options = command.partition(scripts[0])[2]
-            flags = set(re.findall(r"(?<=\s)--[a-z][a-z-]*", options))
-            assert flags <= flags_of(scripts[0]), command
-            seen += len(flags)
-    assert seen > 10
+    named = set(re.findall(r"\(results/(\w+\.json)\)", RESULTS))
+    assert {path.name for path in FILES} <= named | {claim.file for claim in claims.CLAIMS}
 
 
 # ---------------------------------------------------------------- RESULTS.md and results/
@@ -117,9 +90,8 @@ def origins(content):
     if isinstance(content, dict):
         if "commit" in content:
             yield content
-        for value in content.values():
-            yield from origins(value)
-    elif isinstance(content, list):
+        content = [*content.values()]
+    if isinstance(content, list):
         for value in content:
             yield from origins(value)
 
@@ -134,10 +106,55 @@ def test_every_results_file_names_its_command_and_commit(path):
             assert origin.get("hardware") or origin.get("cpu")
 
 
-def test_every_results_file_is_on_the_page():
-    named = set(re.findall(r"\(results/(\w+)\.json\)", RESULTS))
-    named |= {claim.file.removesuffix(".json") for claim in claims.CLAIMS}
-    assert {path.stem for path in FILES} - named == set()
+def commands():
+    """Every command of the front page, of a results file or of a row of the table."""
+    yield from re.findall(r"^((?:python|torchrun) .*?)(?:  +#.*)?$", README, re.M)
+    yield from re.findall(r"`((?:python|torchrun) [^`]*)`", README)
+    for path in FILES:
+        for origin in origins(json.loads(path.read_text(encoding="utf-8"))):
+            yield origin.get("command", "")
+    yield from map(claims.command_of, claims.CLAIMS)
+
+
+def flags_of(script):
+    """The flags in a script's source; those of pretrain.py are the fields of Config."""
+    source = (ROOT / script).read_text(encoding="utf-8")
+    flags = set(re.findall(r'"(--[a-z][a-z0-9-]*)"', source))
+    if script == "pretrain.py":
+        flags |= {"--" + field.name.replace("_", "-") for field in fields(Config)}
+        flags |= {"--settings", "--print-config", "--check"}
+    return flags
+
+
+def test_a_command_names_a_script_and_flags_that_exist():
+    seen = 0
+    for command in commands():
+        script = re.search(r"(?:benchmarks/)?[a-z_0-9]+\.py", command)
+        if script and "pytest" not in command:
+            options = re.sub(r"'.*?'", "", command[script.end() :])  # without arms of compare.py
+            flags = set(re.findall(r"(?<=\s)--[a-z][a-z0-9-]*", options))
+            assert flags <= flags_of(script[0]), command
+            seen += len(flags)
+    assert seen > 100
+
+
+def test_runs_that_a_results_file_has_are_not_measured_again(tmp_path):
+    ran = []
+
+    def measure(arm, seed):
+        ran.append((arm, seed))
+        return {"loss": 10 * seed}
+
+    path = tmp_path / "new" / "x.json"
+    keys = [{"arm": "a", "seed": 1}, {"arm": "a", "seed": 2}, {"arm": "b", "seed": 1}]
+    measured.complete(path, keys[:1], measure, {})
+    result = measured.complete(path, keys, measure, {"L": 4})
+    assert ran == [("a", 1), ("a", 2), ("b", 1)] and result["L"] == 4
+    assert [run["loss"] for run in measured.select(result["runs"], arm="a")] == [10, 20]
+    assert all(run["commit"] == result["commit"] for run in result["runs"])
+    assert measured.load(path) == result and list(path.parent.iterdir()) == [path]
+    assert measured.series(result["runs"], "seed", "loss") == ([1, 1, 2], [10, 10, 20])
+    assert measured.series([{"x": 1}, {"x": 2, "y": 0}], "x", "y") == ([2], [0])
 
 
 # ---------------------------------------------------------------- claims
@@ -146,87 +163,77 @@ def test_every_results_file_is_on_the_page():
 def test_a_row_repeats_the_command_that_made_its_file():
     for claim in claims.CLAIMS:
         content = claim.content()
-        if "command" in content:  # else a file of cells, each with its own
+        if claim.command and "command" in content:  # else a file of cells, each with its own
             made = shlex.split(content["command"])
-            repeats = measured.essential(shlex.split(claims.command_of(claim)))
-            assert sorted(made) == sorted(repeats), claim.name
+            assert sorted(made) == sorted(measured.essential(shlex.split(claim.command)))
 
 
-def commands():
-    """Every command of a results file or of a row of the table."""
-    for path in FILES:
-        for origin in origins(json.loads(path.read_text(encoding="utf-8"))):
-            yield origin.get("command", "")
-    yield from map(claims.command_of, claims.CLAIMS)
+def test_a_row_is_measured_only_when_asked_and_a_failed_command_keeps_the_old_file(
+    capsys, monkeypatch, tmp_path
+):
+    ran = []
 
+    def run(words, cwd, **options):
+        assert cwd == tmp_path and not row.path.exists()
+        ran.append(words[1:])
+        if "x.py" in words:
+            raise RuntimeError
+        if "pytest" not in words:
+            row.path.write_text('{"passed": 9, "failed": 0}')
+        return subprocess.CompletedProcess(words, 0, stdout="7 passed, 2 skipped in 3 s")
 
-def test_a_command_names_a_script_and_flags_that_exist():
-    for command in commands():
-        words = shlex.split(command)
-        for script in [word for word in words if word.startswith("benchmarks/")]:
-            options = words[words.index(script) + 1 :]
-            flags = {word for word in options if re.fullmatch("--[a-z-]+", word)}
-            assert flags <= flags_of(script), command
+    def row_of(command):
+        return claims.Claim("x", "", "", "", "x.json", judges.tests_pass, command=command)
 
-
-def test_a_finished_row_says_that_nothing_was_run(capsys, monkeypatch):
-    monkeypatch.setattr(claims, "measure", lambda claim: pytest.fail("it was run"))
-    row = next(claim for claim in claims.CLAIMS if claim.name == "context")
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    monkeypatch.setattr(claims, "provenance", dict)
+    monkeypatch.setattr(claims.subprocess, "run", run)
+    (tmp_path / "results").mkdir()
+    row = row_of("")
+    with pytest.raises(SystemExit, match=r"results/x.json, which names its command, is missing"):
+        claims.update(row, anew=False)
+    old = {"passed": 1, "failed": 2, "command": "python x.py", "date": "2026-11-01"}
+    row.path.write_text(json.dumps(old))
     claims.update(row, anew=False)
     shown = capsys.readouterr().out
-    assert "nothing was run" in shown and "--anew" in shown
-
-
-def test_a_row_measured_again_shows_old_and_new(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(claims, "ROOT", tmp_path)
-    row = claims.Claim("x", "", "", "", "python x.py", "x.json", judges.tests_pass)
-    (tmp_path / "results").mkdir()
-    row.path.write_text('{"passed": 1, "failed": 2}')
-    monkeypatch.setattr(
-        claims, "measure", lambda claim: claim.path.write_text('{"passed": 9, "failed": 0}')
-    )
+    assert "nothing was run" in shown and "--anew" in shown and "2026-11-01" in shown and not ran
+    with pytest.raises(RuntimeError):
+        claims.update(row, anew=True)
+    assert row.content() == old
+    row = row_of("torchrun y.py")
     claims.update(row, anew=True)
     shown = capsys.readouterr().out
     assert "before: does not hold here: 1 tests pass" in shown and "9 tests pass" in shown
+    row.path.unlink()
+    row = row_of("python -m pytest z.py")
+    claims.update(row, anew=False)
+    counts = {"passed": 7, "failed": 0, "skipped": 2, "returncode": 0, "seconds": 0}
+    assert {"command": row.command, **counts}.items() <= row.content().items()
+    assert ran == [["x.py"], ["-m", "torch.distributed.run", "y.py"], ["-m", "pytest", "z.py"]]
 
 
-def test_a_failed_command_keeps_the_old_file(monkeypatch, tmp_path):
-    def fail(claim):
-        raise RuntimeError("no")
+def test_verdicts_by_hand():
+    """A difference counts beyond two standard errors; tests that did not run prove nothing."""
 
-    monkeypatch.setattr(claims, "ROOT", tmp_path)
-    monkeypatch.setattr(claims, "measure", fail)
-    row = claims.Claim("x", "", "", "", "python x.py", "x.json", judges.tests_pass)
-    (tmp_path / "results").mkdir()
-    row.path.write_text('{"passed": 1, "failed": 2}')
-    with pytest.raises(RuntimeError):
-        claims.measure_anew(row)
-    assert json.loads(row.path.read_text())["failed"] == 2
+    def an_arm(mean, spread=0.5, seeds=3):
+        return {"mean": float(mean), "spread": spread, "test": [float(mean)] * seeds}
 
-
-def an_arm(mean, spread=0.5, seeds=3):
-    return {"mean": float(mean), "spread": spread, "test": [float(mean)] * seeds}
-
-
-@pytest.mark.parametrize("mean, verdict", [(70, judges.NOT), (75, judges.PART), (79, judges.HOLDS)])
-def test_the_verdict_follows_the_gap_that_is_left(mean, verdict):
-    arms = {"S4-scratch": an_arm(80), "Transformer-scratch": an_arm(70)}
-    arms["Transformer-masked"] = an_arm(mean)
-    assert judges.lattice_gap({"arms": arms})[1] == verdict
-
-
-def test_a_difference_counts_beyond_two_standard_errors():
+    for after, verdict in [(70, judges.NOT), (75, judges.PART), (79, judges.HOLDS)]:
+        arms = {"S4-scratch": an_arm(80), "Transformer-scratch": an_arm(70)}
+        arms["Transformer-masked"] = an_arm(after)
+        assert judges.lattice_gap({"arms": arms})[1] == verdict
+    arms = {"S4-scratch": an_arm(80), "diagonal-scratch": an_arm(70)}
+    for after, verdict in [(81, judges.PART), (84, judges.HOLDS)]:  # 4 or 1 of 10 points are left
+        arms |= {"S4-masked": an_arm(85), "diagonal-masked": an_arm(after)}
+        assert judges.redundant({"arms": arms})[1] == verdict
+    arms = {"0 %": an_arm(70), "25 %": an_arm(75), "50 %": an_arm(80)}
+    assert judges.modest_share({"arms": arms})[1] == judges.PART  # a half of the best gain
     assert judges.differs(an_arm(80.01, 5.0), an_arm(80.0, 5.0)) == 0
     assert judges.differs(an_arm(81, 0.5), an_arm(80, 0.5)) == 1  # 2.4 standard errors
     assert judges.differs(an_arm(80, 0.5), an_arm(81, 0.5)) == -1
     assert judges.differs(an_arm(81, 0.7), an_arm(80, 0.7)) == 0  # 1.7
     assert judges.differs(an_arm(90, None, 1), an_arm(10)) == 0  # one seed tells nothing
-
-
-@pytest.mark.parametrize(
-    "passed, failed, code, verdict",
-    [(3, 0, 0, judges.HOLDS), (0, 0, 0, judges.NOT), (3, 1, 1, judges.NOT), (3, 0, 2, judges.NOT)],
-)
-def test_tests_that_did_not_run_prove_nothing(passed, failed, code, verdict):
-    content = {"passed": passed, "failed": failed, "returncode": code}
-    assert judges.tests_pass(content)[1] == verdict
+    for passed, failed, code in [(0, 0, 0), (3, 1, 1), (3, 0, 2), (3, 0, 0)]:
+        content = {"passed": passed, "failed": failed, "returncode": code}
+        verdict = judges.HOLDS if (passed, failed, code) == (3, 0, 0) else judges.NOT
+        assert judges.tests_pass(content)[1] == verdict
