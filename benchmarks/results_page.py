@@ -129,7 +129,7 @@ def step_time():
     names = ("", "_gpu", "_gpu_pathfinder", "_gpu_pathfinder_s4", "_gpu_million")
     names += ("_h100_listops", "_h100_pathfinder")
     head = ["file", "settings, stage", "ms per step", "share of forward, backward, optimizer"]
-    head += ["GiB", "M tokens/s"]
+    head += ["GiB", "M tokens/s", "if the GPU never waited", "if memory were the limit"]
     rows = []
     for name in measured(*[f"step_time{name}" for name in names]):
         for row in load(name)["rows"]:
@@ -138,7 +138,8 @@ def step_time():
             cells = [name, f"{model}, {row['stage']}{steps}", f"{row['ms']['total']:.0f}"]
             cells.append("–" if row.get("eager") is False else f"{row['share']:.1f} %")
             cells.append(number(row.get("peak_memory_gib"), ".1f"))
-            cells.append(number(row.get("tokens_per_s"), ".2f", 1e6))
+            for key in ("tokens_per_s", "tokens_per_s_busy", "tokens_per_s_memory"):
+                cells.append(number(row.get(key), ".2f", 1e6))
             rows.append(cells)
     yield from table(head, rows)
     compiled = load("step_time_gpu_compile")["rows"]

@@ -7,8 +7,11 @@
 The parts are data (make_batch), forward (loss_sums), backward, optimizer (clipping and AdamW), and
 the rest of the loop (order, seeds, learning rate, metrics).  The first steps of a stage are left
 out because they allocate memory, the last one because it validates.  On a GPU the clock waits for
-the device before and after each part, so nothing overlaps.  Parts are those of eager steps; a step
-as a CUDA graph has only data and rest.
+the device before and after each part, so nothing overlaps, and a second run gives two bounds:
+tokens/s if the GPU never waited (torch.profiler's sum of kernel times), and if it only moved bytes
+at 3 TB/s.  The bytes are an estimate: what autograd keeps for backward is written and read, and so
+are gradients of the same size; weights, gradients and AdamW's moments are passed over ten times.
+Parts and bounds are those of eager steps; a step as a CUDA graph has only data and rest.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import statistics
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -39,17 +43,25 @@ PARTS = {
 }
 ALL = (*PARTS, "rest", "total")
 WARM_UP = 3  # steps left out
+BANDWIDTH = 3e12  # bytes per second
 SMALL = ["settings/listops-transformer-small.json", "settings/listops-s4-small.json"]
 
 
 class Clock:
-    """Seconds of each part and number of tokens: one dict per step."""
+    """Seconds of each part and number of tokens: one dict per step.
 
-    def __init__(self, config):
+    profile: note kernel times and bytes of each stage too, which slows the parts down.
+    """
+
+    def __init__(self, config, profile=False):
         self.cuda = torch.device(config.device).type == "cuda"
+        self.profile = profile
         # what a graph contains cannot be timed, and its parts run once only
         self.parts = ["data"] if pretrain.uses_graphs(config) else [*PARTS]
         self.steps = []
+        self.busy = {}  # ms of kernels per step, by stage
+        self.kept = {}  # bytes kept for backward per step, by stage
+        self.bytes = 0
 
     def now(self):
         if self.cuda:
@@ -70,6 +82,12 @@ class Clock:
 
         return call
 
+    def keep(self, tensor):
+        """Count a tensor that autograd keeps, unless it is a parameter or an input."""
+        if not tensor.is_leaf:
+            self.bytes += tensor.nbytes
+        return tensor
+
     def counted(self, steps):
         """Run.steps, which times each step from its number to the next."""
 
@@ -80,7 +98,15 @@ class Clock:
                 yield step
                 self.steps[-1]["total"] = self.now() - start
 
-        return call
+        def profiled(run, stage, first, last):
+            self.bytes = 0
+            with torch.profiler.profile() as found:
+                yield from call(run, stage, first, last)
+            us = sum(event.self_device_time_total for event in found.key_averages())
+            self.busy[stage] = us / 1e3 / (last - first)
+            self.kept[stage] = self.bytes / (last - first)
+
+        return profiled if self.profile else call
 
     def attached(self):
         """A context in which the parts of pretrain.fit are timed; validation is skipped."""
@@ -92,6 +118,9 @@ class Clock:
         stack.enter_context(patch.object(Run, "steps", self.counted(Run.steps)))
         score = {"loss": 0.0, "accuracy": 0.0}
         stack.enter_context(patch.object(pretrain, "evaluate", lambda *args: score))
+        if self.profile:
+            hooks = torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor)
+            stack.enter_context(hooks)
         return stack
 
 
@@ -112,6 +141,18 @@ def measure(config):
         row["rest"] = row["total"] - sum(row[part] for part in PARTS)
         rows[stage] = row
     return rows, result["speed"]["peak_memory"]
+
+
+def bounds(config):
+    """Return {stage: (ms of kernels, ms to move the bytes)}, the least that a step can take."""
+    clock = Clock(config, profile=True)
+    with clock.attached():
+        parameters = pretrain.train(config)["parameters"]
+    found = {}
+    for stage, busy in clock.busy.items():
+        moved = 4 * clock.kept[stage] + 10 * 4 * parameters
+        found[stage] = busy, 1e3 * moved / BANDWIDTH
+    return found
 
 
 def share(row):
@@ -140,14 +181,19 @@ def measure_all(given, name, compiled, eager=False):
     """Print and return the rows of one setting, one per stage."""
     with tempfile.TemporaryDirectory() as folder:
         options = {**given, "settings": name, "compile": compiled, "eager": eager}
-        config, _ = resolve({**options, "out": folder + "/run"})
+        config, _ = resolve({**options, "out": f"{folder}/timed"})
         found, peak = measure(config)
+        least = bounds(replace(config, out=f"{folder}/profiled")) if eager else {}
     rows = []
     for stage, ms in found.items():
         tokens = ms.pop("tokens")
         row = {"settings": name, "compile": compiled, "stage": stage, "ms": ms}
         row.update(share=share(ms), peak_memory_gib=peak / 2**30)
         row["tokens_per_s"] = 1e3 * tokens / ms["total"]
+        if stage in least:
+            busy, memory = least[stage]
+            row["tokens_per_s_busy"] = 1e3 * tokens / busy
+            row["tokens_per_s_memory"] = 1e3 * tokens / memory
         if config.device == "cuda":
             row["eager"] = eager
         rows.append(row)

@@ -31,7 +31,7 @@ SLOW = {  # where a nap of 20 ms is put -> the part that must show it
 }
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def small(monkeypatch):
     data = lra_data.load("lattice", n_train=8, n_val=8, n_test=8)
     monkeypatch.setattr(lra_data, "load", lambda *args, **options: data)
@@ -39,7 +39,7 @@ def small(monkeypatch):
 
 
 @pytest.mark.parametrize("part", SLOW)
-def test_a_nap_shows_in_its_part(part, small, monkeypatch, tmp_path):
+def test_a_nap_shows_in_its_part(part, monkeypatch, tmp_path):
     owner, name = SLOW[part]
     function = getattr(owner, name)
 
@@ -54,11 +54,25 @@ def test_a_nap_shows_in_its_part(part, small, monkeypatch, tmp_path):
     assert [getattr(owner, name) for owner, name in patched] == before
     assert peak > 2**20
     for row in found.values():
-        assert row["tokens"] == 4 * small.train.tokens.shape[1]
         assert row[part] >= 20 and all(row[other] > 0 for other in SLOW)  # a lower bound, no race
         assert sum(row[other] for other in SLOW) == pytest.approx(row["total"])
         inside = row["forward"] + row["backward"] + row["optimizer"]
         assert step_time.share(row) == pytest.approx(100 * inside / row["total"])
+
+
+def test_tokens_and_what_is_kept_for_backward_are_counted(small, tmp_path):
+    found, _ = step_time.measure(replace(TINY, out=str(tmp_path / "a")))
+    L = small.train.tokens.shape[1]
+    assert [row["tokens"] for row in found.values()] == [4 * L, 4 * L]
+    clock = step_time.Clock(TINY, profile=True)
+    with clock.attached():
+        x = torch.ones(3, 5, dtype=torch.float64, requires_grad=True)
+        (x * x).sigmoid().square().sum()  # keeps x, a leaf, and the sigmoid for two gradients
+    assert clock.bytes == 2 * 8 * 15
+    least = step_time.bounds(replace(TINY, out=str(tmp_path / "b")))
+    activations = 4 * L * 8 * 4  # bytes of one (B, L, D)
+    for _, memory in least.values():
+        assert memory > 1e3 * 4 * 10 * activations / step_time.BANDWIDTH
 
 
 def test_of_steps_as_graphs_only_data_are_timed():
