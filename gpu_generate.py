@@ -109,12 +109,12 @@ def pick(logits, temperature):
 def generate(model, prompt, n, head, temperature=0.0, graphs=None):
     """Continue prompt (B, L) by n tokens, (B, n) int64, as model.generate does.
 
-    ValueError without a CUDA device.
+    ValueError if the model is not on a CUDA device.
     """
     if not temperature >= 0 or n < 1 or prompt.numel() == 0:
         found = f"temperature {temperature}, n {n}, prompt {tuple(prompt.shape)}"
         raise ValueError(f"expected temperature >= 0, n >= 1 and a prompt, got {found}")
-    graphs = graphs or Graphs()
+    graphs = graphs or Graphs(prompt.device)
     features, state = model.prefill(prompt, model.initial_state(len(prompt)))
     decoder = decoder_of(model, state, n)
     token = pick(head(features[:, -1]), temperature)
@@ -128,9 +128,9 @@ def generate(model, prompt, n, head, temperature=0.0, graphs=None):
             return token.copy_(pick(head(features), temperature))
 
         if graph in replays:
-            tokens.append(replays[graph]())
+            replays[graph]()
         else:  # a token of its own, which loads what cannot be recorded
             graphs.rehearse(next_token)
-            tokens.append(token.clone())
             replays[graph] = graphs.record(next_token)
+        tokens.append(token.clone())
     return torch.stack(tokens, 1)
