@@ -94,25 +94,19 @@ def test_graphs_use_a_stream_of_their_own_on_the_device_of_the_model(monkeypatch
     graphs.rehearse(cuda.function)
     replay = graphs.record(cuda.function)
     assert replay() is cuda.function.return_value
+    names = [name for name, _, _ in cuda.mock_calls]
+    assert names == [
+        "graph_pool_handle", "Stream", "current_stream",
+        "Stream().wait_stream", "stream", "stream().__enter__", "function", "stream().__exit__",
+        "current_stream().wait_stream",
+        "CUDAGraph", "graph", "graph().__enter__", "function", "graph().__exit__",
+        "CUDAGraph().replay",
+    ]  # fmt: skip
     stream = cuda.Stream.return_value
-    nothing = (None, None, None)
-    assert cuda.mock_calls == [
-        mock.call.graph_pool_handle(),
-        mock.call.Stream("cuda:1"),
-        mock.call.current_stream(stream.device),
-        mock.call.Stream().wait_stream(cuda.current_stream.return_value),
-        mock.call.stream(stream),
-        mock.call.stream().__enter__(),
-        mock.call.function(),
-        mock.call.stream().__exit__(*nothing),
-        mock.call.current_stream().wait_stream(stream),
-        mock.call.CUDAGraph(),
-        mock.call.graph(cuda.CUDAGraph.return_value, pool=graphs.pool, stream=stream),
-        mock.call.graph().__enter__(),
-        mock.call.function(),
-        mock.call.graph().__exit__(*nothing),
-        mock.call.CUDAGraph().replay(),
-    ]
+    cuda.Stream.assert_called_with("cuda:1")
+    cuda.current_stream.assert_called_with(stream.device)
+    cuda.stream.assert_called_with(stream)
+    cuda.graph.assert_called_with(cuda.CUDAGraph.return_value, pool=graphs.pool, stream=stream)
 
 
 def test_an_optimizer_saved_on_a_gpu_continues_on_a_cpu():
@@ -166,26 +160,21 @@ def loss_and_gradients(name, model, **settings):
     return sums, torch.cat(gradients), batch
 
 
-@pytest.mark.parametrize("name", ["symbols", "one step later", "values"])
-def test_a_loss_of_fixed_shape_is_the_loss_over_the_positions_that_count(name, monkeypatch):
-    sums, gradients, batch = loss_and_gradients(name, "s4")
-    assert 0 < batch.where.sum() < batch.where.numel()
-    monkeypatch.setattr(pretrain, "uses_graphs", lambda config: True)
-    fixed_sums, fixed_gradients, _ = loss_and_gradients(name, "s4")
-    assert torch.allclose(fixed_sums, sums, rtol=1e-14, atol=0, equal_nan=True)
-    assert rel_err(fixed_gradients, gradients) < 1e-13
-
-
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", DATA)
-def test_padding_to_a_multiple_changes_rounding_only(name, model):
+def test_padding_and_fixed_shapes_change_rounding_only(name, model, monkeypatch):
     sums, gradients, batch = loss_and_gradients(name, model)
     padded_sums, padded_gradients, padded = loss_and_gradients(name, model, pad_to=16)
     assert batch.x.shape[1] == 9 and padded.x.shape[1] == 16 and not padded.keep[:, 9:].any()
     if batch.where is not None:
+        assert 0 < batch.where.sum() < batch.where.numel()
         assert torch.equal(padded.where[:, :9], batch.where)  # the masks of the unpadded batch
     assert torch.allclose(padded_sums, sums, rtol=1e-11, atol=0, equal_nan=True)
     assert rel_err(padded_gradients, gradients) < 1e-10
+    monkeypatch.setattr(pretrain, "uses_graphs", lambda config: True)
+    fixed_sums, fixed_gradients, _ = loss_and_gradients(name, model, pad_to=16)
+    assert torch.allclose(fixed_sums, padded_sums, rtol=1e-14, atol=0, equal_nan=True)
+    assert rel_err(fixed_gradients, padded_gradients) < 1e-13
 
 
 def test_batches_are_padded_to_multiples_but_not_beyond_the_longest_example():
@@ -193,61 +182,49 @@ def test_batches_are_padded_to_multiples_but_not_beyond_the_longest_example():
     assert pretrain.pad_batch(batch, 64, 1000).x.shape == (2, 128)
     assert pretrain.pad_batch(batch, 64, 110).x.shape == (2, 110)
     assert pretrain.pad_batch(batch, 50, 1000) is batch
-    config = Config(device="cpu")
-    assert config.multiple() == 1
-    assert replace(config, device="cuda:1").multiple() == 64
-    assert replace(config, device="cuda", pad_to=8).multiple() == 8
 
 
-@pytest.mark.parametrize(("device", "eager", "graphs"), [
-    ("cuda", False, True), ("cuda:0", False, True), ("cuda", True, False), ("cpu", False, False),
+@pytest.mark.parametrize(("device", "eager", "graphs", "multiple"), [
+    ("cuda", False, True, 64), ("cuda:1", False, True, 64), ("cuda", True, False, 64),
+    ("cpu", False, False, 1),
 ])  # fmt: skip
-def test_graphs_are_for_one_gpu_unless_eager(device, eager, graphs):
+def test_graphs_are_for_one_gpu_unless_eager(device, eager, graphs, multiple):
     config = Config(device=device, eager=eager)
     assert pretrain.uses_graphs(config) is graphs
     assert not pretrain.uses_graphs(replace(config, sequence_parallel="ring"))
-
-
-@pytest.fixture
-def recorders(monkeypatch):
-    """Runs on a CPU go the way of graphs, on 20 examples of length 7, 8 and 9."""
-    runs.load_small(monkeypatch, runs.symbols(np.arange(20) % 3 + 7))
-    made = []
-
-    def new(device):
-        made.append(tape.Tape())
-        return made[-1]
-
-    monkeypatch.setattr(gpu_step, "Graphs", new)
-    monkeypatch.setattr(gpu_step, "prepare", prepare_as_on_a_gpu)
-    monkeypatch.setattr(pretrain, "uses_graphs", lambda config: not config.eager)
-    return made
+    assert config.multiple() == multiple
+    assert replace(config, pad_to=8).multiple() == 8
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_run_with_captured_steps_is_the_run_without(model, recorders, tmp_path):
-    options = {"dropout": 0.1, "accumulate": 2, "precision": "float64", "model": model}
-    captured = runs.run(tmp_path, "captured", **options)
-    assert [recorder.recorded for recorder in recorders] == [2, 2]  # lengths 8 and 9, full batches
-    eager = runs.run(tmp_path, "eager", eager=True, **options)
-    assert len(recorders) == 2
-    for stage in ("pretrain", "finetune", "test"):
-        assert captured[stage]["loss"] == pytest.approx(eager[stage]["loss"], rel=1e-9)
+def test_a_run_with_captured_steps_is_the_run_without_also_resumed(model, tmp_path, monkeypatch):
+    """20 examples of length 7, 8 and 9; all batches of 8 have a graph, which are two lengths."""
+    runs.load_small(monkeypatch, runs.symbols(np.arange(20) % 3 + 7))
+    recorders = []
 
-
-def test_a_resumed_run_with_captured_steps_ends_in_the_same_bits(recorders, tmp_path, monkeypatch):
-    options = {"dropout": 0.1, "model": "s4"}
-    runs.run(tmp_path, "whole", **options)
-    save = pretrain.Run.save
+    def new(device):
+        recorders.append(tape.Tape())
+        return recorders[-1]
 
     def stop(run, step, parts, best):
         save(run, step, parts, best)
         if run.stage == "finetune":
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(gpu_step, "Graphs", new)
+    monkeypatch.setattr(gpu_step, "prepare", prepare_as_on_a_gpu)
+    monkeypatch.setattr(pretrain, "uses_graphs", lambda config: not config.eager)
+    options = {"dropout": 0.1, "accumulate": 2, "precision": "float64", "model": model}
+    captured = runs.run(tmp_path, "captured", **options)
+    assert [recorder.recorded for recorder in recorders] == [2, 2]
+    eager = runs.run(tmp_path, "eager", eager=True, **options)
+    assert len(recorders) == 2
+    for stage in ("pretrain", "finetune", "test"):
+        assert captured[stage]["loss"] == pytest.approx(eager[stage]["loss"], rel=1e-9)
+    save = pretrain.Run.save
     monkeypatch.setattr(pretrain.Run, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         runs.run(tmp_path, "cut", **options)
     monkeypatch.setattr(pretrain.Run, "save", save)
     runs.run(tmp_path, "cut", resume=True, **options)
-    runs.same(runs.bits(tmp_path / "whole"), runs.bits(tmp_path / "cut"))
+    runs.same(runs.bits(tmp_path / "captured"), runs.bits(tmp_path / "cut"))
