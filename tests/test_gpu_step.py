@@ -124,6 +124,9 @@ def test_an_optimizer_saved_on_a_gpu_continues_on_a_cpu():
     optimizer.step()
     set_lr(group, 0.25)
     assert group["lr"] == 0.25
+    group["lr"] = lr = torch.tensor(0.1)  # which a graph reads
+    set_lr(group, 0.25)
+    assert group["lr"] is lr and lr.item() == 0.25
 
 
 # ---------------------------------------------------------------- in pretrain.py
