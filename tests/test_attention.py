@@ -343,36 +343,30 @@ def test_a_cache_is_continued_once_and_refuses_another_batch():
 def test_states_of_s4_stay_valid():
     net, tokens = model(lambda c, i: S4(c.d_model, 8), causal=True), draw_tokens(2, 9)
     start = net.initial_state(2)
-    before = list(start[0])
     first, state = net.prefill(tokens, start)
     again, _ = net.prefill(tokens, start)
     assert torch.equal(first, again) and rel_err(first, net(tokens)) < 1e-11
-    assert all(a is b for a, b in zip(start[0], before, strict=True)) and state[1] == 9
+    assert state[1] == 9
 
 
 def test_memory_of_prefill_is_linear_in_the_prompt(monkeypatch):
-    """65,536 tokens after 8 in the cache; the kernel runs for one chunk in 16, the rest is 0."""
+    """2,048 tokens after 8 in the cache: no mask has more than 256 rows."""
     torch.manual_seed(0)
     layer = Attention(2, 1, causal=True).double()
-    x = draw(1, 65544, 2)
+    x = draw(1, 2056, 2)
     _, state = layer.prefill(x[:, :8], layer.initial_state(1))
     kernel = F.scaled_dot_product_attention
-    masks, computed = [], []
+    rows = []
 
-    def some_chunks(q, k, v, mask, **options):
-        masks.append(mask.numel())
-        if len(masks) % 16:
-            return torch.zeros_like(q)
-        computed.append(k.shape[2] - 1)  # the last query of this chunk
+    def noted(q, k, v, mask, **options):
+        rows.append(len(mask))
         return kernel(q, k, v, mask, **options)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", some_chunks)
-    y, _ = layer.prefill(x[:, 8:], state)
-    assert max(masks) <= 256 * 65544 and computed[-1] == 65543
-    q, k, v = layer.project(x, torch.arange(65544))
-    for t in computed:
-        out = attention_slow(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1])
-        assert rel_err(y[:, t - 8], layer.out(out.flatten(1))) < 1e-11
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", noted)
+        y, _ = layer.prefill(x[:, 8:], state)
+    assert rows == [256] * 8
+    assert rel_err(y, layer(x)[:, 8:]) < 1e-13
 
 
 # ---------------------------------------------------------------- generation
