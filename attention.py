@@ -150,10 +150,12 @@ def attention(q, k, v, causal=False, keep=None):
 
 
 def repeat_heads(q, k, v, keep):
-    """Repeat each head of k and v for its H / G heads of q."""
+    """Check the shapes; repeat each head of k and v for its H / G heads of q."""
     check_shapes(q, k, v, keep)
     group = q.shape[1] // k.shape[1]
-    return k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    k = k.repeat_interleave(group, dim=1)
+    v = v.repeat_interleave(group, dim=1)
+    return k, v
 
 
 def check_shapes(q, k, v, keep):

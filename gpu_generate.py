@@ -12,6 +12,8 @@ little as they can:
 Not included: prompts of unequal length.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -34,10 +36,13 @@ class S4Decoder:
         for block, (x, E, B_bar, C) in zip(model.blocks, state, strict=True):
             D_skip = block.mixer.D_skip[:, None, None]  # (D, 1, 1)
             to_x = torch.cat([E, B_bar], -1)  # x' - x = E x + B_bar u
-            to_y = torch.cat([C + C @ E, C @ B_bar + D_skip - 1], -1)  # y - u = C x' + D u - u
+            of_x = C + C @ E
+            of_u = C @ B_bar + D_skip - 1
+            to_y = torch.cat([of_x, of_u], -1)  # y - u = C x' + D u - u
             W = torch.cat([to_x, to_y], 1).mT.contiguous()  # (D, N+1, N+1)
             now = F.pad(x.transpose(0, 1), (0, 1)).contiguous()  # (D, B, N+1)
-            self.layers.append((block, W, [now, torch.empty_like(now)]))
+            later = torch.empty_like(now)
+            self.layers.append((block, W, [now, later]))
 
     def graph(self, i):
         """Which graph token i needs: the buffers change places."""
@@ -68,11 +73,13 @@ class TransformerDecoder:
         self.layers = []
         for block, cache in zip(model.blocks, caches, strict=True):
             room = (0, 0, 0, self.capacity - cache.k.shape[2])  # perhaps negative
-            self.layers.append((block, F.pad(cache.k, room), F.pad(cache.v, room)))
+            keys = F.pad(cache.k, room)
+            values = F.pad(cache.v, room)
+            self.layers.append((block, keys, values))
 
     def graph(self, i):
         """How many positions token i may have to read."""
-        windows = -(-(self.past + i + 1) // WINDOW)
+        windows = math.ceil((self.past + i + 1) / WINDOW)
         return min(windows * WINDOW, self.capacity)
 
     def __call__(self, token, graph):
@@ -85,7 +92,8 @@ class TransformerDecoder:
             k = keys[:, :, :graph]
             v = values[:, :, :graph]
             out = F.scaled_dot_product_attention(q, k, v, there, enable_gqa=True)  # (B, H, 1, E)
-            h = h + block.mixer.out(out.transpose(1, 2).flatten(2))  # as Block.forward
+            out = out.transpose(1, 2).flatten(2)  # (B, 1, D)
+            h = h + block.mixer.out(out)  # as Block.forward
             h = h + block.ffn(block.norm_ffn(h))
         self.position += 1
         return self.model.norm(h)[:, 0]
@@ -109,12 +117,12 @@ def pick(logits, temperature):
 def generate(model, prompt, n, head, temperature=0.0, graphs=None):
     """Continue prompt (B, L) by n tokens, (B, n) int64, as model.generate does.
 
-    ValueError without a CUDA device.
+    ValueError if the model is not on a CUDA device.
     """
     if not temperature >= 0 or n < 1 or prompt.numel() == 0:
         found = f"temperature {temperature}, n {n}, prompt {tuple(prompt.shape)}"
         raise ValueError(f"expected temperature >= 0, n >= 1 and a prompt, got {found}")
-    graphs = graphs or Graphs()
+    graphs = graphs or Graphs(prompt.device)
     features, state = model.prefill(prompt, model.initial_state(len(prompt)))
     decoder = decoder_of(model, state, n)
     token = pick(head(features[:, -1]), temperature)
@@ -124,13 +132,13 @@ def generate(model, prompt, n, head, temperature=0.0, graphs=None):
         graph = decoder.graph(i)
 
         def next_token(graph=graph):
-            features = decoder(token, graph)
-            return token.copy_(pick(head(features), temperature))
+            logits = head(decoder(token, graph))
+            token.copy_(pick(logits, temperature))
 
         if graph in replays:
-            tokens.append(replays[graph]())
+            replays[graph]()
         else:  # a token of its own, which loads what cannot be recorded
             graphs.rehearse(next_token)
-            tokens.append(token.clone())
             replays[graph] = graphs.record(next_token)
+        tokens.append(token.clone())
     return torch.stack(tokens, 1)

@@ -15,7 +15,6 @@ of a step once and then repeats them, in the same memory.  So, in a step that is
 Not included: steps of several processes, whose messages would have to be part of the graph.
 """
 
-import warnings
 from functools import partial
 
 import torch
@@ -47,28 +46,32 @@ def set_lr(group, lr):
 class Graphs:
     """Records functions as CUDA graphs.  They share memory: only one of them runs at a time."""
 
-    def __init__(self):
-        if not torch.cuda.is_available():
-            raise ValueError("CUDA graphs need a CUDA device, and PyTorch finds none here")
+    def __init__(self, device="cuda"):
+        if torch.device(device).type != "cuda":
+            raise ValueError(f"CUDA graphs need a model on a CUDA device, not on {device}")
         self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream()  # the default stream cannot be recorded
+        self.stream = torch.cuda.Stream(device)  # the default stream cannot be recorded
 
     def rehearse(self, function):
         """Call the function: what is loaded at the first call cannot be recorded."""
-        self.stream.wait_stream(torch.cuda.current_stream())
+        caller = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(caller)
         with torch.cuda.stream(self.stream):
             function()
-        torch.cuda.current_stream().wait_stream(self.stream)
+        caller.wait_stream(self.stream)
 
     def record(self, function):
-        """Record the launches of function() without running them.  Returns replay() -> tensor."""
+        """Record the launches of function() without running them.
+
+        Returns replay() -> what function() returned; the next replay of any graph may overwrite it.
+        """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             out = function()
 
         def replay():
             graph.replay()
-            return out.clone()  # the next replay of any graph may write there
+            return out
 
         return replay
 
@@ -78,14 +81,15 @@ class CapturedStep:
 
     step: batch, a NamedTuple of tensors and None -> tensor.  It may change what is in the state
     dicts of `model` and `optimizer` (AdamW), and torch's generators; nothing else.
-    ValueError without a CUDA device.
+    Load checkpoints into them before: graphs keep to the tensors that they were recorded with.
+    ValueError if the model is not on a CUDA device.
     """
 
     def __init__(self, step, model, optimizer, graphs=None):
         self.step = step
         self.model = model
         self.optimizer = optimizer
-        self.graphs = graphs or Graphs()
+        self.graphs = graphs or Graphs(next(model.parameters()).device)
         self.recorded = {}  # shapes -> buffers, replay
 
     def __call__(self, batch):
@@ -99,7 +103,7 @@ class CapturedStep:
         for buffer, t in zip(buffers, batch, strict=True):
             if t is not None:
                 buffer.copy_(t)
-        return replay()
+        return replay().clone()
 
     def rehearse(self, step):
         """Take the step, then undo it."""
@@ -109,8 +113,7 @@ class CapturedStep:
             kept += state.values()
         copies = [t.clone() for t in kept]
         gpus = range(torch.cuda.device_count())
-        with torch.random.fork_rng(gpus), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # AdamW prefers not to be called outside a graph
+        with torch.random.fork_rng(gpus):
             self.graphs.rehearse(step)
         for t, copy in zip(kept, copies, strict=True):
             t.copy_(copy)

@@ -9,17 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 
 import attention
 import checkpoint
 import dist_attention
 import gpu_generate
+import gpu_step
 import lra_data
 import pretrain
 import s4
 import sgconv
 import structured_ffn
+from s4 import rel_err
 from settings import Config
 
 pytestmark = [
@@ -28,12 +31,6 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parent.parent
 HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
-
-
-def rel_err(a, b):
-    a, b = (x.detach().double().cpu() for x in (a, b))
-    assert a.shape == b.shape and b.abs().max() > 0
-    return float((a - b).abs().max() / b.abs().max())
 
 
 @pytest.mark.parametrize(
@@ -72,38 +69,6 @@ def test_blocks_of_attention_are_those_of_float64(dtype, limit, shape, causal):
     assert max(map(rel_err, grads, wanted)) < 2 * limit
 
 
-def capture(run):
-    """A CUDA graph of run(), and what it writes: FFT plans and workspaces must be there before."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
-    return graph, results
-
-
-@pytest.mark.parametrize("kind", [s4.S4, s4.S4D, s4.DLR])
-def test_a_mixer_in_a_cuda_graph_is_the_eager_one(kind):
-    """Forward and backward, captured once and replayed with another input."""
-    torch.manual_seed(0)
-    layer = kind(16).cuda()
-    x = torch.randn(2, 1000, 16, device="cuda", requires_grad=True)
-    inputs = [x, *layer.parameters()]
-
-    def run():
-        y = layer(x)
-        return [y, *torch.autograd.grad(y.square().sum(), inputs)]
-
-    graph, captured = capture(run)
-    with torch.no_grad():
-        x.copy_(torch.randn_like(x))
-    graph.replay()
-    assert max(map(rel_err, captured, run())) < 1e-5
-
-
 @pytest.mark.parametrize("kind", [s4.S4, s4.S4D, s4.DLR, sgconv.SGConv])
 def test_layers_are_those_of_the_cpu(kind):
     torch.manual_seed(0)
@@ -118,30 +83,36 @@ def test_layers_are_those_of_the_cpu(kind):
     assert errors[0] < 1e-5 and max(errors) < 1e-4
 
 
+LAYERS = {
+    "S4": lambda causal: s4.S4(16, bidirectional=not causal),
+    "S4D": lambda causal: s4.S4D(16, bidirectional=not causal),
+    "DLR": lambda causal: s4.DLR(16, bidirectional=not causal),
+    "SGConv": lambda causal: sgconv.SGConv(16, 1000, 8, bidirectional=not causal),
+    "attention": lambda causal: attention.Attention(16, 2, causal, rope=True),
+}
+
+
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("kind", ["attention", "sgconv"])
-def test_attention_and_sgconv_run_in_a_cuda_graph(kind, causal):
-    """Forward and backward, captured once, replayed on another input and another mask."""
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_in_a_cuda_graph_is_the_eager_one(kind, causal):
+    """Forward and backward, recorded once, replayed on another input and another mask."""
     torch.manual_seed(0)
-    if kind == "attention":
-        layer = attention.Attention(16, 2, causal, rope=True).cuda()
-    else:
-        layer = sgconv.SGConv(16, 64, 8, bidirectional=not causal).cuda()
-    x = torch.randn(2, 64, 16, device="cuda", requires_grad=True)
-    keep = torch.ones(2, 64, dtype=torch.bool, device="cuda")
+    layer = LAYERS[kind](causal).cuda()
+    x = torch.randn(2, 1000, 16, device="cuda", requires_grad=True)
+    keep = torch.ones(2, 1000, dtype=torch.bool, device="cuda")
 
     def run():
         y = layer(x, keep)
         grads = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
-        return [y, *grads]
+        return [y.detach(), *grads]
 
-    graph, captured = capture(run)
+    graphs = gpu_step.Graphs()  # FFT plans and workspaces must be there before
+    graphs.rehearse(run)
+    replay = graphs.record(run)
     with torch.no_grad():
         x.normal_()
-        keep[1, 40:] = False
-    graph.replay()
-    for ours, eager in zip(captured, run(), strict=True):
-        assert rel_err(ours, eager) < 1e-5
+        keep[1, 600:] = False
+    assert max(map(rel_err, replay(), run())) < 1e-5
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -172,14 +143,9 @@ def run(folder, **settings):
 
 @pytest.fixture
 def small(monkeypatch):
-    """train() on a lattice of 96 examples, or on 64 short trees of ListOps with padding."""
+    """train() on a lattice of 96 examples, or on 64 texts of symbols with padding."""
     lattice = lra_data.load("lattice", n_train=96, n_val=16, n_test=16)
-    rng = np.random.RandomState(0)
-    lengths = rng.randint(20, 60, 64).astype(np.int32)
-    tokens = rng.randint(0, 7, (64, 60)).astype(np.uint8)
-    tokens[np.arange(60) >= lengths[:, None]] = 0
-    split = lra_data.Split(tokens, rng.randint(0, 2, 64).astype(np.int64), lengths)
-    padded = lra_data.Data("symbols", split, split, split, 7, 2)
+    padded = runs.symbols(np.random.RandomState(0).randint(20, 61, 64))
     monkeypatch.setattr(
         lra_data, "load", lambda task, data_dir: {"lattice": lattice}.get(task, padded)
     )
@@ -206,7 +172,7 @@ def test_losses_are_those_of_the_cpu(small, tmp_path, model):
 
 @pytest.mark.parametrize("model", ["transformer", "s4"])
 def test_an_interrupted_run_ends_in_the_same_bits(small, tmp_path, monkeypatch, model):
-    whole = run(tmp_path / "whole", model=model, dropout=0.1)
+    run(tmp_path / "whole", model=model, dropout=0.1)
     log = checkpoint.Run.log
 
     def kill(self, step, *rest):
@@ -218,12 +184,8 @@ def test_an_interrupted_run_ends_in_the_same_bits(small, tmp_path, monkeypatch, 
         patch.setattr(checkpoint.Run, "log", kill)
         with pytest.raises(RuntimeError, match="killed"):
             run(tmp_path / "cut", model=model, dropout=0.1)
-    cut = run(tmp_path / "cut", model=model, dropout=0.1, resume=True)
-    assert {k: cut[k] for k in ("pretrain", "finetune", "test")} == {
-        k: whole[k] for k in ("pretrain", "finetune", "test")
-    }
-    a, b = (checkpoint.load(tmp_path / n / "checkpoint.pt")["model"] for n in ("whole", "cut"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    run(tmp_path / "cut", model=model, dropout=0.1, resume=True)
+    runs.same(runs.bits(tmp_path / "whole"), runs.bits(tmp_path / "cut"))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -238,12 +200,16 @@ def test_ten_captured_steps_are_ten_eager_ones(small, tmp_path, model, pad_to, d
         run(folder, task="listops", eager=eager, **options)
         state = checkpoint.load(folder / "checkpoint.pt")
         weights.append({**state["model"], **state["head"]})
+        for name in weights[-1]:
+            if name.endswith("qkv.bias"):
+                weights[-1][name][32:64] = 0  # of keys: no softmax sees it, so it learns rounding
     for name in weights[0]:
         assert rel_err(weights[1][name], weights[0][name]) < 1e-12, name
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("kind", ["S4", "Transformer"])
-def test_generation_by_graphs_gives_the_tokens_of_the_model(kind):
+def test_generation_by_graphs_gives_the_tokens_of_the_model(kind, temperature):
     torch.manual_seed(0)
     sizes = {"d_model": 32, "n_layers": 2, "vocab_size": 50, "causal": True}
     if kind == "S4":
@@ -253,8 +219,10 @@ def test_generation_by_graphs_gives_the_tokens_of_the_model(kind):
     model = model.cuda().double()
     head = torch.nn.Linear(32, 50).cuda().double()
     prompt = torch.randint(0, 50, (3, 40), device="cuda")
-    want = model.generate(prompt, 60, head)
-    assert torch.equal(gpu_generate.generate(model, prompt, 60, head), want)
+    torch.manual_seed(1)
+    want = model.generate(prompt, 60, head, temperature)
+    torch.manual_seed(1)
+    assert torch.equal(gpu_generate.generate(model, prompt, 60, head, temperature), want)
 
 
 @pytest.mark.parametrize(("model", "parts"), [("s4", 1), ("diagonal", 2)])

@@ -1,8 +1,8 @@
-"""Generation by graphs without a GPU: a recorder that calls anew stands in for CUDA graphs."""
+"""Generation by graphs without a GPU: a tape of operations stands in for CUDA graphs."""
 
 import pytest
 import torch
-from test_gpu_step import Again
+from tape import Tape
 from torch import nn
 
 import gpu_generate
@@ -48,7 +48,7 @@ def test_tokens_are_those_of_the_model(name, temperature, monkeypatch):
     want = model.generate(prompt, 20, head, temperature)
     assert len(set(want.flatten().tolist())) > 2
     torch.manual_seed(1)
-    graphs = Again()
+    graphs = Tape()
     assert torch.equal(generate(model, prompt, 20, head, temperature, graphs), want)
     # S4: two buffers; Transformer: 13 + 20 positions, in windows that end at 16, 24, 32 and 33
     assert graphs.recorded == (2 if isinstance(model, S4Model) else 3)
@@ -75,6 +75,6 @@ def test_one_product_keeps_the_digits_of_the_recurrence():
 @pytest.mark.parametrize("wrong", [{"n": 0}, {"temperature": -1}, {"prompt": torch.zeros(2, 0)}])
 def test_nonsense_is_refused(wrong):
     model, head, prompt = build("S4")
-    arguments = {"prompt": prompt, "n": 2, "head": head, "graphs": Again(), **wrong}
+    arguments = {"prompt": prompt, "n": 2, "head": head, "graphs": Tape(), **wrong}
     with pytest.raises(ValueError, match="expected temperature"):
         generate(model, **arguments)

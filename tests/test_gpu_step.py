@@ -1,11 +1,13 @@
-"""CapturedStep without a GPU: a recorder that calls the step anew stands in for CUDA graphs."""
+"""CapturedStep without a GPU: a tape of operations stands in for CUDA graphs (see tape.py)."""
 
 from dataclasses import replace
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
 import runs
+import tape
 import torch
 from torch import nn
 
@@ -21,27 +23,21 @@ class Batch(NamedTuple):
     keep: torch.Tensor | None
 
 
-class Again:
-    """In place of Graphs: calls the function whenever a graph would be replayed."""
-
-    def __init__(self):
-        self.recorded = 0
-
-    def rehearse(self, function):
-        function()
-
-    def record(self, function):
-        self.recorded += 1
-        return lambda: function().clone()
+def prepare_as_on_a_gpu(optimizer, *_):
+    """On a CPU, fused AdamW does not want to be capturable, but is."""
+    for group in optimizer.param_groups:
+        group["fused"] = True
+        group["lr"] = torch.tensor(float(group["lr"]))
 
 
 def training(captured):
-    """Ten steps with batches of two shapes; returns losses, weights and optimizer state."""
+    """Ten steps with batches of two shapes; returns losses, weights, optimizer state, recorder."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.LayerNorm(8), nn.Linear(8, 1))
     model.double()
     model[2].bias.requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    prepare_as_on_a_gpu(optimizer)
     batches = []
     for i in range(10):
         x = torch.randn(3 + i % 2, 4, dtype=torch.float64)
@@ -53,9 +49,9 @@ def training(captured):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach().clone()
+        return loss.detach()
 
-    graphs = Again()
+    graphs = tape.Tape()
     step = CapturedStep(take_step, model, optimizer, graphs) if captured else take_step
     losses = []
     for i, batch in enumerate(batches):
@@ -63,41 +59,54 @@ def training(captured):
         for group in optimizer.param_groups:
             set_lr(group, 0.1 / (i + 1))
         losses.append(step(batch))
-    states = [optimizer.state[p] for p in model.parameters() if p in optimizer.state]
-    tensors = [*losses, *model.parameters()]
-    for state in states:
+    tensors = [*losses, *model.parameters(), *[batch.x for batch in batches]]
+    for state in optimizer.state.values():
         tensors += state.values()
     return tensors, graphs.recorded
 
 
 def test_captured_steps_equal_plain_steps_to_the_bit():
+    """Also the batches are the same: buffers are the graph's, not the caller's."""
     plain, _ = training(captured=False)
     captured, recorded = training(captured=True)
     assert recorded == 4  # two lengths, with a mask and without
-    assert len(plain) == len(captured)
     for a, b in zip(plain, captured, strict=True):
         assert torch.equal(a, b)
 
 
-def test_a_replay_reads_the_buffers_not_the_batch_that_was_recorded():
-    seen = []
+@pytest.mark.parametrize("step", [
+    lambda batch: batch.x[batch.keep], lambda batch: batch.x * batch.x.sum().item(),
+])  # fmt: skip
+def test_the_tape_refuses_what_waits_for_the_gpu(step):
     model = nn.Linear(1, 1)
     optimizer = torch.optim.AdamW(model.parameters())
-    step = CapturedStep(lambda batch: seen.append(batch) or batch.x + 0, model, optimizer, Again())
-    first = torch.tensor([1.0])
-    second = torch.tensor([2.0])
-    step(Batch(first, None))
-    assert step(Batch(second, None)).item() == 2.0
-    assert seen[-1].x is seen[0].x
-    assert (first.item(), second.item()) == (1.0, 2.0)  # the caller's own stay as they were
+    step = CapturedStep(step, model, optimizer, tape.Tape())
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        step(Batch(torch.ones(2), torch.tensor([True, False])))
 
 
-def test_without_a_gpu_graphs_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="need a CUDA device"):
-        Graphs()
-    with pytest.raises(ValueError, match="need a CUDA device"):
-        CapturedStep(None, None, None)
+def test_graphs_use_a_stream_of_their_own_on_the_device_of_the_model(monkeypatch):
+    with pytest.raises(ValueError, match="need a model on a CUDA device, not on cpu"):
+        CapturedStep(None, nn.Linear(1, 1), None)
+    cuda = mock.MagicMock()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    graphs = Graphs("cuda:1")
+    graphs.rehearse(cuda.function)
+    replay = graphs.record(cuda.function)
+    assert replay() is cuda.function.return_value
+    names = [name for name, _, _ in cuda.mock_calls]
+    assert names == [
+        "graph_pool_handle", "Stream", "current_stream",
+        "Stream().wait_stream", "stream", "stream().__enter__", "function", "stream().__exit__",
+        "current_stream().wait_stream",
+        "CUDAGraph", "graph", "graph().__enter__", "function", "graph().__exit__",
+        "CUDAGraph().replay",
+    ]  # fmt: skip
+    stream = cuda.Stream.return_value
+    cuda.Stream.assert_called_with("cuda:1")
+    cuda.current_stream.assert_called_with(stream.device)
+    cuda.stream.assert_called_with(stream)
+    cuda.graph.assert_called_with(cuda.CUDAGraph.return_value, pool=graphs.pool, stream=stream)
 
 
 def test_an_optimizer_saved_on_a_gpu_continues_on_a_cpu():
@@ -113,16 +122,11 @@ def test_an_optimizer_saved_on_a_gpu_continues_on_a_cpu():
     (group,) = optimizer.param_groups
     assert type(group["lr"]) is float and not group["fused"] and not group["capturable"]
     optimizer.step()
-
-
-def test_set_lr_keeps_a_tensor_which_a_graph_reads():
-    lr = torch.tensor(0.1)
-    group = {"lr": lr}
-    set_lr(group, 0.25)
-    assert group["lr"] is lr and lr.item() == 0.25
-    group = {"lr": 0.1}
     set_lr(group, 0.25)
     assert group["lr"] == 0.25
+    group["lr"] = lr = torch.tensor(0.1)  # which a graph reads
+    set_lr(group, 0.25)
+    assert group["lr"] is lr and lr.item() == 0.25
 
 
 # ---------------------------------------------------------------- in pretrain.py
@@ -159,26 +163,21 @@ def loss_and_gradients(name, model, **settings):
     return sums, torch.cat(gradients), batch
 
 
-@pytest.mark.parametrize("name", ["symbols", "one step later", "values"])
-def test_a_loss_of_fixed_shape_is_the_loss_over_the_positions_that_count(name, monkeypatch):
-    sums, gradients, batch = loss_and_gradients(name, "s4")
-    assert 0 < batch.where.sum() < batch.where.numel()
-    monkeypatch.setattr(pretrain, "uses_graphs", lambda config: True)
-    fixed_sums, fixed_gradients, _ = loss_and_gradients(name, "s4")
-    assert torch.allclose(fixed_sums, sums, rtol=1e-14, atol=0, equal_nan=True)
-    assert rel_err(fixed_gradients, gradients) < 1e-13
-
-
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", DATA)
-def test_padding_to_a_multiple_changes_rounding_only(name, model):
+def test_padding_and_fixed_shapes_change_rounding_only(name, model, monkeypatch):
     sums, gradients, batch = loss_and_gradients(name, model)
     padded_sums, padded_gradients, padded = loss_and_gradients(name, model, pad_to=16)
     assert batch.x.shape[1] == 9 and padded.x.shape[1] == 16 and not padded.keep[:, 9:].any()
     if batch.where is not None:
+        assert 0 < batch.where.sum() < batch.where.numel()
         assert torch.equal(padded.where[:, :9], batch.where)  # the masks of the unpadded batch
     assert torch.allclose(padded_sums, sums, rtol=1e-11, atol=0, equal_nan=True)
     assert rel_err(padded_gradients, gradients) < 1e-10
+    monkeypatch.setattr(pretrain, "uses_graphs", lambda config: True)
+    fixed_sums, fixed_gradients, _ = loss_and_gradients(name, model, pad_to=16)
+    assert torch.allclose(fixed_sums, padded_sums, rtol=1e-14, atol=0, equal_nan=True)
+    assert rel_err(fixed_gradients, padded_gradients) < 1e-13
 
 
 def test_batches_are_padded_to_multiples_but_not_beyond_the_longest_example():
@@ -186,63 +185,49 @@ def test_batches_are_padded_to_multiples_but_not_beyond_the_longest_example():
     assert pretrain.pad_batch(batch, 64, 1000).x.shape == (2, 128)
     assert pretrain.pad_batch(batch, 64, 110).x.shape == (2, 110)
     assert pretrain.pad_batch(batch, 50, 1000) is batch
-    config = Config(device="cpu")
-    assert config.multiple() == 1
-    assert replace(config, device="cuda:1").multiple() == 64
-    assert replace(config, device="cuda", pad_to=8).multiple() == 8
 
 
-@pytest.mark.parametrize(("device", "eager", "graphs"), [
-    ("cuda", False, True), ("cuda:0", False, True), ("cuda", True, False), ("cpu", False, False),
+@pytest.mark.parametrize(("device", "eager", "graphs", "multiple"), [
+    ("cuda", False, True, 64), ("cuda:1", False, True, 64), ("cuda", True, False, 64),
+    ("cpu", False, False, 1),
 ])  # fmt: skip
-def test_graphs_are_for_one_gpu_unless_eager(device, eager, graphs):
+def test_graphs_are_for_one_gpu_unless_eager(device, eager, graphs, multiple):
     config = Config(device=device, eager=eager)
     assert pretrain.uses_graphs(config) is graphs
     assert not pretrain.uses_graphs(replace(config, sequence_parallel="ring"))
+    assert config.multiple() == multiple
+    assert replace(config, pad_to=8).multiple() == 8
 
 
-def pretend(monkeypatch):
-    """Let runs on a CPU go the way of graphs."""
+@pytest.mark.parametrize("model", MODELS)
+def test_a_run_with_captured_steps_is_the_run_without_also_resumed(model, tmp_path, monkeypatch):
+    """20 examples of length 7, 8 and 9; all batches of 8 have a graph, which are two lengths."""
+    runs.load_small(monkeypatch, runs.symbols(np.arange(20) % 3 + 7))
     recorders = []
 
-    def new():
-        recorders.append(Again())
+    def new(device):
+        recorders.append(tape.Tape())
         return recorders[-1]
-
-    monkeypatch.setattr(gpu_step, "Graphs", new)
-    monkeypatch.setattr(pretrain, "uses_graphs", lambda config: not config.eager)
-    prepare = gpu_step.prepare
-    monkeypatch.setattr(gpu_step, "prepare", lambda optimizer, *_: prepare(optimizer, "cpu", False))
-    return recorders
-
-
-def test_a_run_with_captured_steps_is_the_run_without(tmp_path, monkeypatch):
-    runs.load_small(monkeypatch, runs.symbols(np.arange(20) % 3 + 7))
-    recorders = pretend(monkeypatch)
-    options = {"dropout": 0.1, "accumulate": 2, "precision": "float64", "model": "s4"}
-    captured = runs.run(tmp_path, "captured", **options)
-    assert [recorder.recorded for recorder in recorders] == [2, 2]  # lengths 8 and 9, full batches
-    eager = runs.run(tmp_path, "eager", eager=True, **options)
-    assert len(recorders) == 2
-    for stage in ("pretrain", "finetune", "test"):
-        assert captured[stage]["loss"] == pytest.approx(eager[stage]["loss"], rel=1e-9)
-
-
-def test_a_resumed_run_with_captured_steps_ends_in_the_same_bits(tmp_path, monkeypatch):
-    runs.load_small(monkeypatch, runs.symbols(np.arange(20) % 3 + 7))
-    pretend(monkeypatch)
-    options = {"dropout": 0.1, "model": "s4"}
-    runs.run(tmp_path, "whole", **options)
-    save = pretrain.Run.save
 
     def stop(run, step, parts, best):
         save(run, step, parts, best)
         if run.stage == "finetune":
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(gpu_step, "Graphs", new)
+    monkeypatch.setattr(gpu_step, "prepare", prepare_as_on_a_gpu)
+    monkeypatch.setattr(pretrain, "uses_graphs", lambda config: not config.eager)
+    options = {"dropout": 0.1, "accumulate": 2, "precision": "float64", "model": model}
+    captured = runs.run(tmp_path, "captured", **options)
+    assert [recorder.recorded for recorder in recorders] == [2, 2]
+    eager = runs.run(tmp_path, "eager", eager=True, **options)
+    assert len(recorders) == 2
+    for stage in ("pretrain", "finetune", "test"):
+        assert captured[stage]["loss"] == pytest.approx(eager[stage]["loss"], rel=1e-9)
+    save = pretrain.Run.save
     monkeypatch.setattr(pretrain.Run, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         runs.run(tmp_path, "cut", **options)
     monkeypatch.setattr(pretrain.Run, "save", save)
     runs.run(tmp_path, "cut", resume=True, **options)
-    runs.same(runs.bits(tmp_path / "whole"), runs.bits(tmp_path / "cut"))
+    runs.same(runs.bits(tmp_path / "captured"), runs.bits(tmp_path / "cut"))
