@@ -89,6 +89,14 @@ def test_sinusoids_are_those_of_the_paper(D):
     assert rel_err(made, table) < 1e-9
 
 
+def test_float32_at_length_4096():
+    q, k, v = q_k_v(1, 1, 4096, 4096, 64)
+    out = at.attention(q.float(), k.float(), v.float(), causal=True)
+    for i in (0, 1, 2047, 4095):
+        ref = attention_slow(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1])
+        assert rel_err(out[:, :, i : i + 1], ref) < 1e-5
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("lengths", [(9, 5), (5, 9), (6, 6), (12, 8), (8, 12)])
 @CAUSAL_OR_NOT
@@ -265,6 +273,12 @@ def test_positions_place_the_tokens(rope):
         assert rel_err(net(tokens[:, order], positions=order + 1000), y) < 1e-11
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_tokens_of_any_integer_type(dtype):
+    net, tokens = model(), draw_tokens(2, 7)
+    assert torch.equal(net(tokens.to(dtype)), net(tokens))
+
+
 def test_factories_build_the_sublayers():
     class Still(nn.Module):
         def forward(self, x, keep=None):
@@ -350,23 +364,28 @@ def test_states_of_s4_stay_valid():
 
 
 def test_memory_of_prefill_is_linear_in_the_prompt(monkeypatch):
-    """2,048 tokens after 8 in the cache: no mask has more than 256 rows."""
+    """65,536 tokens after 8 in the cache; the kernel runs for one chunk in 16, the rest is 0."""
     torch.manual_seed(0)
     layer = Attention(2, 1, causal=True).double()
-    x = draw(1, 2056, 2)
+    x = draw(1, 65544, 2)
     _, state = layer.prefill(x[:, :8], layer.initial_state(1))
     kernel = F.scaled_dot_product_attention
-    rows = []
+    masks, computed = [], []
 
-    def noted(q, k, v, mask, **options):
-        rows.append(len(mask))
+    def some_chunks(q, k, v, mask, **options):
+        masks.append(mask.numel())
+        if len(masks) % 16:
+            return torch.zeros_like(q)
+        computed.append(k.shape[2] - 1)  # the last query of this chunk
         return kernel(q, k, v, mask, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(F, "scaled_dot_product_attention", noted)
-        y, _ = layer.prefill(x[:, 8:], state)
-    assert rows == [256] * 8
-    assert rel_err(y, layer(x)[:, 8:]) < 1e-13
+    monkeypatch.setattr(F, "scaled_dot_product_attention", some_chunks)
+    y, _ = layer.prefill(x[:, 8:], state)
+    assert max(masks) <= 256 * 65544 and computed[-1] == 65543
+    q, k, v = layer.project(x, torch.arange(65544))
+    for t in computed:
+        out = attention_slow(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1])
+        assert rel_err(y[:, t - 8], layer.out(out.flatten(1))) < 1e-11
 
 
 # ---------------------------------------------------------------- generation
