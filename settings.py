@@ -139,6 +139,8 @@ class Config:
 
 
 MAY_BE_ZERO = ("seed", "warmup", "weight_decay", "dropout")
+LARGEST = 1e9  # more is a slip, and overflows in float32
+SMALLEST = 1e-30  # of what must be positive: less is 0 in float32
 FRACTIONS = ("mask_ratio", "warmup", "dropout")
 
 
@@ -156,9 +158,10 @@ def misfit(f, value):
         return None
     if f.name in FRACTIONS and not value < 1:
         return "a fraction below 1"
+    largest = math.inf if f.name == "seed" else LARGEST
     if f.name in MAY_BE_ZERO:
-        return None if 0 <= value < math.inf else "0 or more"
-    return None if 0 < value < math.inf else "a positive number"
+        return None if 0 <= value <= largest else f"0 or more, up to {largest:g}"
+    return None if SMALLEST <= value <= largest else f"a positive number up to {largest:g}"
 
 
 # ---------------------------------------------------- the table of published hyperparameters
