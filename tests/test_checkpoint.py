@@ -143,6 +143,8 @@ def test_a_damaged_checkpoint_never_replaces_the_sound_one(tmp_path, monkeypatch
     with pytest.raises(RuntimeError, match="killed"):
         run(tmp_path, "a", resume=True)
     assert not newest.exists() and previous.read_bytes() == saved
+    with pytest.raises(RuntimeError, match="killed"):  # there is no newest one now
+        run(tmp_path, "a", resume=True)
     previous.write_bytes(b"half")
     with pytest.raises(ValueError, match=r"previous is not a file of weights"):
         run(tmp_path, "a", resume=True)
@@ -206,6 +208,19 @@ def test_a_new_folder_is_not_left_behind_if_the_data_fail(tmp_path, monkeypatch)
     with pytest.raises(RuntimeError, match="killed"):
         run(tmp_path, "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_metrics_are_means_over_every_ten_steps(tmp_path):
+    with checkpoint.Run(tmp_path / "a", {}) as a:
+        for step in a.steps("pretrain", 0, 35):
+            count = 0 if step < 19 else 1  # positions that were masked
+            a.log(step, torch.tensor([step * count, count, count / 2]).double(), 1)
+    text = (tmp_path / "a" / "metrics.jsonl").read_text("utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["step"] for line in lines] == [10, 20, 30]
+    assert [line["loss"] for line in lines] == [0, 19, 24.5]
+    assert [line["accuracy"] for line in lines] == [0, 0.5, 0.5]
+    checkpoint.lock(tmp_path / "a").close()  # the run has released its lock
 
 
 def test_a_finished_run_is_replaced_only_with_overwrite(tmp_path, monkeypatch):
