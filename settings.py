@@ -139,7 +139,8 @@ class Config:
 
 
 MAY_BE_ZERO = ("seed", "warmup", "weight_decay", "dropout")
-LARGEST = 1e9  # more is a slip, and overflows in float32
+LARGEST = {int: 1e9, float: 1e30}  # more does not fit into a machine, or into float32
+LARGEST_DECAY = 1e6  # the optimizer multiplies it by the learning rate
 SMALLEST = 1e-30  # of what must be positive: less is 0 in float32
 FRACTIONS = ("mask_ratio", "warmup", "dropout")
 
@@ -158,9 +159,10 @@ def misfit(f, value):
         return None
     if f.name in FRACTIONS and not value < 1:
         return "a fraction below 1"
-    largest = math.inf if f.name == "seed" else LARGEST
     if f.name in MAY_BE_ZERO:
+        largest = math.inf if f.name == "seed" else LARGEST_DECAY
         return None if 0 <= value <= largest else f"0 or more, up to {largest:g}"
+    largest = LARGEST[f.type]
     return None if SMALLEST <= value <= largest else f"a positive number up to {largest:g}"
 
 
