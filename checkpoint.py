@@ -23,6 +23,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -38,13 +39,24 @@ LOG_EVERY = 10  # steps; the losses are read from the device only this often
 def save(path, state):
     """torch.save that writes all of the file or nothing; the old file stays as *.previous."""
     temporary = path.with_name(path.name + ".new")
-    with open(temporary, "wb") as file:
+    with naming(path), open(temporary, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
     if path.exists():
         os.replace(path, path.with_name(path.name + ".previous"))
     os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Let errors of writing, such as "No space left on device", name the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except RuntimeError as error:  # of torch.save, after such an error
+        raise OSError(f"{path} could not be written: {shorten(str(error), 160)}") from error
 
 
 def load(path):
@@ -121,6 +133,20 @@ def check_free(folder, replace=False):
     if any(Path(folder).glob("checkpoint.pt*")):
         how = "pass --resume to continue it or choose another --out"
         raise ValueError(f"{folder} contains an unfinished run: {how}")
+
+
+def check_out(folder, replace=False):
+    """`check_free`, and OSError if a run cannot write to the folder.  Leaves nothing in it."""
+    check_free(folder, replace)
+    if ranks()[0] > 0:
+        return
+    folder = Path(folder)
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+    if is_new:
+        folder.rmdir()
 
 
 class Run:
@@ -206,7 +232,8 @@ class Run:
             about = {"config": self.about["settings"], "data": self.about["data"], "speed": speed}
             self.result.update(about, **self.versions)
             write_json(self.folder / "result.json", self.result)
-        self.metrics.close()
+        with naming(self.folder / "metrics.jsonl"):
+            self.metrics.close()  # fails again if a write to it has failed
         self.lock.close()
 
     def interrupt(self, number, _):
@@ -320,7 +347,8 @@ def lock(folder):
 
 def write_json(path, content):
     temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    with naming(path):
+        temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     os.replace(temporary, path)
 
 

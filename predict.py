@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import trange
 
+import batches
 import checkpoint
 import own_data
 import pretrain
@@ -45,16 +46,16 @@ class Predictor(nn.Module):
         self.model = model
         self.head = head
         self.config = config
-        self.about = about  # what the run knows of its data (pretrain.identity)
+        self.about = about  # what the run knows of its data (batches.identity)
 
     def forward(self, x, lengths=None):
-        raw, keep = pretrain.trim(*self.checked(x, lengths))
+        raw, keep = batches.trim(*self.checked(x, lengths))
         x = pretrain.inputs(raw, None, self.about)
         with pretrain.autocast(self.config, x):
             out = pretrain.outputs(self.model, self.head, x, keep, None, self.config)
         if self.about["y_mean"] is None:
             return out
-        return pretrain.in_units_of_y(out, self.about)
+        return batches.in_units_of_y(out, self.about)
 
     def checked(self, x, lengths):
         """x (B, L[, C]) on the device and lengths (B,) on the host, checked; a pair becomes two."""

@@ -139,6 +139,9 @@ class Config:
 
 
 MAY_BE_ZERO = ("seed", "warmup", "weight_decay", "dropout")
+LARGEST = {int: 1e9, float: 1e30}  # more does not fit into a machine, or into float32
+LARGEST_DECAY = 1e6  # the optimizer multiplies it by the learning rate
+SMALLEST = 1e-30  # of what must be positive: less is 0 in float32
 FRACTIONS = ("mask_ratio", "warmup", "dropout")
 
 
@@ -157,8 +160,10 @@ def misfit(f, value):
     if f.name in FRACTIONS and not value < 1:
         return "a fraction below 1"
     if f.name in MAY_BE_ZERO:
-        return None if 0 <= value < math.inf else "0 or more"
-    return None if 0 < value < math.inf else "a positive number"
+        largest = math.inf if f.name == "seed" else LARGEST_DECAY
+        return None if 0 <= value <= largest else f"0 or more, up to {largest:g}"
+    largest = LARGEST[f.type]
+    return None if SMALLEST <= value <= largest else f"a positive number up to {largest:g}"
 
 
 # ---------------------------------------------------- the table of published hyperparameters

@@ -107,6 +107,7 @@ def pretrain_losses(model, folder):
     """Ten losses of pretrain.fit in float64: closed-form weights, all 24 examples in each batch."""
     import torch
 
+    import batches
     import lra_data
     import pretrain
 
@@ -118,8 +119,8 @@ def pretrain_losses(model, folder):
     tokens = (np.sin(0.7 * n + 0.9 * t**1.1) > 0).astype(np.uint8)
     split = lra_data.Split(tokens, np.zeros(24, np.int64), np.full(24, 16, np.int32))
     data = lra_data.Data("closed form", split, split, split, 2, 2)
-    about = pretrain.identity(data)
-    resident = pretrain.resident(split, about, "cpu")
+    about = batches.identity(data)
+    resident = batches.resident(split, about, "cpu")
     body = pretrain.build_model(config, about).double()
     head = pretrain.build_head("pretrain", config, about).double()
     with torch.no_grad():

@@ -143,6 +143,8 @@ def test_a_damaged_checkpoint_never_replaces_the_sound_one(tmp_path, monkeypatch
     with pytest.raises(RuntimeError, match="killed"):
         run(tmp_path, "a", resume=True)
     assert not newest.exists() and previous.read_bytes() == saved
+    with pytest.raises(RuntimeError, match="killed"):  # there is no newest one now
+        run(tmp_path, "a", resume=True)
     previous.write_bytes(b"half")
     with pytest.raises(ValueError, match=r"previous is not a file of weights"):
         run(tmp_path, "a", resume=True)
@@ -160,6 +162,65 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(path, {"step": 2})
     assert checkpoint.load(path) == {"step": 1}
+
+
+FULL = Path("/dev/full")
+WRITTEN = "config.json pretrained.pt checkpoint.pt model.pt result.json metrics.jsonl"
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("name", WRITTEN.split())
+def test_a_full_disk_is_reported_with_the_file(name, tmp_path, monkeypatch):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / f"{name}.new").symlink_to(FULL)
+    if name == "metrics.jsonl":
+        monkeypatch.setattr(checkpoint.Run, "open_files", metrics_on_a_full_disk)
+    with pytest.raises(OSError, match="No space left") as error:
+        run(tmp_path, "a", resume=True)
+    assert error.value.filename == str(folder / name)
+
+
+def metrics_on_a_full_disk(self, size):
+    self.metrics = open(FULL, "ab")
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file", "dangling link", "long name", "refused"])
+def test_an_unusable_folder_is_noticed_before_the_data_are_loaded(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "load_data", lambda config: die())
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    names = {"file": "file", "below a file": "file/a", "dangling link": "link", "refused": "a"}
+    name = names.get(kind, "a" * 300)
+
+    def refuse(dir):
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+
+    if kind == "refused":
+        monkeypatch.setattr(checkpoint.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OSError) as error:
+        run(tmp_path, name)
+    assert name.split("/")[0] in str(error.value.filename)
+
+
+def test_a_new_folder_is_not_left_behind_if_the_data_fail(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "load_data", lambda config: die())
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path, "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_metrics_are_means_over_every_ten_steps(tmp_path):
+    with checkpoint.Run(tmp_path / "a", {}) as a:
+        for step in a.steps("pretrain", 0, 35):
+            count = 0 if step < 19 else 1  # positions that were masked
+            a.log(step, torch.tensor([step * count, count, count / 2]).double(), 1)
+    text = (tmp_path / "a" / "metrics.jsonl").read_text("utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["step"] for line in lines] == [10, 20, 30]
+    assert [line["loss"] for line in lines] == [0, 19, 24.5]
+    assert [line["accuracy"] for line in lines] == [0, 0.5, 0.5]
+    checkpoint.lock(tmp_path / "a").close()  # the run has released its lock
 
 
 def test_a_finished_run_is_replaced_only_with_overwrite(tmp_path, monkeypatch):

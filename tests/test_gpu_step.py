@@ -11,6 +11,7 @@ import tape
 import torch
 from torch import nn
 
+import batches
 import gpu_step
 import pretrain
 from gpu_step import CapturedStep, Graphs, prepare, set_lr
@@ -147,12 +148,12 @@ def loss_and_gradients(name, model, **settings):
     options = {**runs.TINY, **options, **settings}
     stage = options.pop("stage", "pretrain")
     data = make()
-    about = {**pretrain.identity(data), "max_len": 64}
+    about = {**batches.identity(data), "max_len": 64}
     config = Config(model=model, precision="float64", **options)
-    config = pretrain.fitted(config, about)
+    config = batches.fitted(config, about)
     body = pretrain.initial_model(config, about)
     head = pretrain.initial_head(stage, body, config, about)
-    split = pretrain.resident(data.train, about, "cpu")
+    split = batches.resident(data.train, about, "cpu")
     if stage == "pretrain":
         split = split.documents()
     generator = pretrain.seeded(config, 1)

@@ -13,11 +13,12 @@ import runs
 import torch
 from runs import TINY, lattice, load_small, numbers, pairs, regression, run, symbols
 
+import batches
 import checkpoint
 import lra_data
 import pretrain
 import sgconv
-from pretrain import identity
+from batches import draw, identity
 from settings import Config
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +30,7 @@ def small_lattice(monkeypatch):
 
 
 def resident(data, split):
-    return pretrain.resident(getattr(data, split), identity(data), "cpu")
+    return batches.resident(getattr(data, split), identity(data), "cpu")
 
 
 def batch_of(data, stage="pretrain", seed=0, **settings):
@@ -152,9 +153,9 @@ def test_sgconv_has_the_published_kernel_of_its_task(task, width, decay):
 
 def test_own_data_are_denoised_as_their_kind_unless_settings_say_otherwise():
     for data, kind in ((symbols([9]), (0.15, "ce")), (numbers(), (0.5, "l1"))):
-        config = pretrain.fitted(Config(task="own"), identity(data))
+        config = batches.fitted(Config(task="own"), identity(data))
         assert (config.mask_ratio, config.loss) == kind
-    gray = pretrain.fitted(Config(task="own", mask_ratio=0.3, loss="ce"), identity(numbers(C=1)))
+    gray = batches.fitted(Config(task="own", mask_ratio=0.3, loss="ce"), identity(numbers(C=1)))
     assert (gray.mask_ratio, gray.loss) == (0.3, "ce")
 
 
@@ -164,7 +165,7 @@ def test_own_data_are_denoised_as_their_kind_unless_settings_say_otherwise():
 def test_every_epoch_holds_every_example_once():
     lengths = np.random.RandomState(0).randint(1, 500, 1000)
     steps = -(-1000 // 8)
-    batches = list(itertools.islice(pretrain.draw(lengths, 8, 3), 3 * steps))
+    batches = list(itertools.islice(draw(lengths, 8, 3), 3 * steps))
     for epoch in range(3):
         seen = np.concatenate(batches[epoch * steps : (epoch + 1) * steps])
         assert np.array_equal(np.sort(seen), np.arange(1000))
@@ -173,7 +174,7 @@ def test_every_epoch_holds_every_example_once():
 
 def test_bucketing_leaves_little_padding():
     lengths = np.random.RandomState(0).randint(500, 2000, 4096)
-    batches = itertools.islice(pretrain.draw(lengths, 16, 0), 256)
+    batches = itertools.islice(draw(lengths, 16, 0), 256)
     assert sum(lengths[i].max() * len(i) for i in batches) < 1.05 * lengths.sum()
 
 
@@ -269,7 +270,7 @@ def test_regression_learns_standardized_targets(target_loss):
     config, batch = batch_of(data, "finetune", target_loss=target_loss)
     y = data.train.labels.astype(np.float64)
     assert np.allclose(batch.target, (y - y.mean(0)) / y.std(0), atol=1e-9)
-    assert np.allclose(pretrain.in_units_of_y(batch.target, identity(data)), y, rtol=1e-9)
+    assert np.allclose(batches.in_units_of_y(batch.target, identity(data)), y, rtol=1e-9)
     model = pretrain.build_model(config, identity(data))
     head = pretrain.build_head("finetune", config, identity(data))
     loss, sums = pretrain.loss_sums(model, head, batch, config)
@@ -288,7 +289,7 @@ def test_r2_and_absolute_error_are_those_of_all_examples(monkeypatch):
     found = pretrain.evaluate(model, head, resident(data, "test"), "finetune", config)
     _, batch = batch_of(replace(data, train=data.test), "finetune")
     out = pretrain.outputs(model, head, batch.x, batch.keep, None, config)
-    guess = pretrain.in_units_of_y(out, identity(data)).detach().numpy()
+    guess = batches.in_units_of_y(out, identity(data)).detach().numpy()
     y = data.test.labels.astype(np.float64)
     r2 = 1 - ((guess - y) ** 2).sum(0) / ((y - y.mean(0)) ** 2).sum(0)
     assert found["r2"] == pytest.approx(r2.mean(), rel=1e-5)

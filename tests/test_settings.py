@@ -226,7 +226,7 @@ def test_every_task_has_its_own_mask_ratio_and_loss():
         l1 = task in ("image-real", "scifar", "speech", "speech-8k")
         assert Config(task=task).loss == ("l1" if l1 else "ce")
     own, origin = resolve({"task": "pathology.csv"})
-    assert (own.mask_ratio, own.loss) == (None, None)  # see pretrain.fitted
+    assert (own.mask_ratio, own.loss) == (None, None)  # see batches.fitted
     assert origin["loss"] == "your own data: (0.15, 'ce') if symbols, (0.5, 'l1') if values"
 
 
@@ -249,6 +249,10 @@ def test_every_task_has_its_own_mask_ratio_and_loss():
         ({"clip": float("inf")}, "clip inf: expected a positive number"),
         ({"weight_decay": -1.0}, "weight_decay -1.0: expected 0 or more"),
         ({"n_layers": 0}, "n_layers 0: expected a positive number"),
+        ({"pretrain_lr": 1e38}, "pretrain_lr 1e\\+38: expected a positive number up to 1e\\+30"),
+        ({"dt_min": 1e-320}, "dt_min 1e-320: expected a positive number"),
+        ({"pictures": 2**63}, "pictures 9223372036854775808: expected a positive number up to"),
+        ({"weight_decay": 1e38}, "weight_decay 1e\\+38: expected 0 or more, up to 1e\\+06"),
         ({"model": "s4", "rope": True}, "'s4' has no rope"),
         ({"pooling": "max", "sequence_parallel": "ring"}, "use pooling 'mean'"),
         ({"dropout": 0.1, "sequence_parallel": "ulysses"}, "dropout 0"),
@@ -269,6 +273,8 @@ def test_print_config_says_where_each_value_comes_from(capsys):
     assert " 7 " in shown["seed"] and "command line" in shown["seed"]
     assert "default" in shown["n_heads"] and "C.3" in shown["mask_ratio"]
     assert "batch norm" in shown["differs"]
+    pretrain.main(["--settings", "lattice-s4", "--print-config"])
+    assert capsys.readouterr().out.endswith("differs from the source: -\n")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,158 @@
+"""A split on the device, and the random batches drawn from it (pretrain.py).
+
+    load_data -> identity -> resident (a split on the device, once) -> draw (indices) -> gather
+
+B counts sequences: a pair of documents is two of them, with one label.
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+import lra_data
+from settings import OWN_SYMBOLS, OWN_VALUES
+
+# Settings that are options of lra_data.load, and their names there.
+OPTIONS = {
+    "source": "source",
+    "pictures": "n",
+    "text_column": "text_column",
+    "label_column": "label_column",
+    "characters": "characters",
+    "max_len": "max_len",
+}
+
+
+def load_data(config):
+    """The task as arrays.  ValueError if there is no such task, or if it has no such option."""
+    given = [name for name in OPTIONS if getattr(config, name)]
+    options = {OPTIONS[name]: getattr(config, name) for name in given}
+    try:
+        return lra_data.load(config.task, data_dir=config.data_dir, **options)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ValueError(f"task {config.task} does not take all of: {', '.join(given)}") from error
+
+
+def identity(data):
+    """What a run keeps of its data: enough to refuse other data and to rebuild its model."""
+    names = "name n_classes classes vocab_size symbols mean std y_mean y_std"
+    about = {name: getattr(data, name) for name in names.split()}
+    splits = [data.train, data.val, data.test]
+    for name, split in zip(lra_data.SPLITS, splits, strict=True):
+        about[name] = list(split.tokens.shape)  # (n, L), (n, L, C) or (n, 2, L)
+    axis = -1 if data.mean is None else 1  # of tokens
+    about["n_channels"] = None if data.mean is None else about["train"][2]
+    about["pairs"] = data.train.lengths.ndim == 2
+    about["min_len"] = int(min(split.lengths.min() for split in splits))
+    about["max_len"] = max(split.tokens.shape[axis] for split in splits)
+    about["checksum"] = lra_data.checksum(data)
+    return about
+
+
+def fitted(config, about):
+    """Config with a mask ratio and loss for these data.  ValueError if it does not fit them."""
+    ratio, loss = OWN_SYMBOLS if about["mean"] is None else OWN_VALUES
+    losses = [loss]
+    if about["n_channels"] == 1 and about["vocab_size"]:
+        losses = ["ce", "l1"]  # gray levels are symbols and numbers
+    config = replace(config, mask_ratio=config.mask_ratio or ratio, loss=config.loss or loss)
+    if config.objective != "none" and config.loss not in losses:
+        raise ValueError(f"loss {config.loss!r} does not fit task {config.task}: use --loss")
+    short, long = about["min_len"], about["max_len"]
+    if config.compile and config.model != "transformer" and short < long:
+        many = f"for each length from {short} to {long}"
+        raise ValueError(f"compile: {config.model} would be compiled {many}, drop it")
+    return config
+
+
+def resident(split, about, device):
+    """A split on the device, regression targets standardized."""
+    tokens = torch.from_numpy(np.ascontiguousarray(split.tokens)).to(device)
+    labels = torch.from_numpy(split.labels).to(device)
+    if about["y_mean"] is not None:
+        labels = standardize(labels, about)
+    return Resident(tokens, labels, np.asarray(split.lengths), about)
+
+
+@dataclass
+class Resident:
+    """A split, so that a batch is a draw of indices."""
+
+    tokens: torch.Tensor  # (n, L) symbols, (n, L, C) numbers, or (n, 2, L) symbols of pairs
+    labels: torch.Tensor  # (n,) classes or (n, k) targets
+    lengths: np.ndarray  # (n,) or (n, 2), on the host: they decide the order of batches
+    about: dict  # see `identity`
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def longest(self):
+        """(n,) length of each example, or of the longer document of each pair."""
+        return self.lengths.reshape(len(self), -1).max(1)
+
+    def subset(self, n):
+        """The first n examples of one fixed random order, so that subsets are nested."""
+        if not 0 < n <= len(self):
+            raise ValueError(f"labels {n}: the training split has {len(self)} examples")
+        chosen = np.random.RandomState(42).permutation(len(self))[:n]
+        lengths = self.lengths[chosen]
+        return Resident(self.tokens[chosen], self.labels[chosen], lengths, self.about)
+
+    def documents(self):
+        """Pairs as twice as many single documents: denoising needs no pairs."""
+        if self.lengths.ndim == 1:
+            return self
+        tokens = self.tokens.flatten(0, 1)
+        labels = self.labels.repeat_interleave(2, 0)
+        return Resident(tokens, labels, self.lengths.reshape(-1), self.about)
+
+    def gather(self, index):
+        """Examples, cut to the longest: raw (B, L[, C]), keep (B, L) bool or None (no padding)."""
+        raw = self.tokens[torch.from_numpy(index).to(self.tokens.device)]
+        if self.lengths.ndim == 2:
+            raw = raw.flatten(0, 1)
+        return trim(raw, self.lengths[index].reshape(-1))
+
+
+def trim(raw, lengths):
+    """Cut (B, L[, C]) to the longest of lengths (B,), on the host: raw and keep (see `gather`)."""
+    L = int(lengths.max())
+    raw = raw[:, :L]
+    if lengths.min() == L:
+        return raw, None  # attention can use its fastest kernel
+    lengths = torch.from_numpy(lengths).to(raw.device)
+    return raw, torch.arange(L, device=raw.device) < lengths[:, None]
+
+
+def standardize(y, about):
+    """y (n, k) -> float64 targets of mean 0 and standard deviation 1 in training."""
+    y = y.double()
+    return (y - y.new_tensor(about["y_mean"])) / y.new_tensor(about["y_std"])
+
+
+def in_units_of_y(target, about):
+    """The inverse of `standardize`."""
+    target = target.double()
+    return target * target.new_tensor(about["y_std"]) + target.new_tensor(about["y_mean"])
+
+
+def draw(lengths, batch_size, *seed):
+    """Yield the indices of each step, without end, as a function of the seed (integers) alone.
+
+    An epoch is a random permutation, cut into pools of 64 batches. Each pool is sorted by length
+    and cut into batches, which are shuffled: every example once, with little padding.
+    """
+    for epoch in itertools.count():
+        rng = np.random.default_rng([*seed, epoch])
+        pools = max(1, len(lengths) // (64 * batch_size))
+        batches = []
+        for pool in np.array_split(rng.permutation(len(lengths)), pools):
+            pool = pool[np.argsort(lengths[pool], kind="stable")]
+            for first in range(0, len(pool), batch_size):
+                batches.append(pool[first : first + batch_size])
+        for i in rng.permutation(len(batches)):
+            yield batches[i]
