@@ -267,26 +267,29 @@ class CircularConv(torch.autograd.Function):
     """Circular convolution with period n of real u (B, D, L) and k (D, m).  Returns (B, D, L).
 
     Its backward stays with real FFTs; autograd's own takes complex ones, twice the time and memory.
-    First derivatives only.
     """
 
+    generate_vmap_rule = True  # torch.func
+
     @staticmethod
-    def forward(ctx, u, k, n):
-        U = torch.fft.rfft(u, n)  # (B, D, n/2 + 1)
-        K_f = torch.fft.rfft(k, n)  # (D, n/2 + 1)
-        ctx.save_for_backward(U, K_f)
-        ctx.lengths = (n, u.shape[-1], k.shape[-1])
-        return torch.fft.irfft(U * K_f, n)[..., : u.shape[-1]]
+    def forward(u, k, n):
+        Y = torch.fft.rfft(u, n) * torch.fft.rfft(k, n)  # (B, D, n/2 + 1)
+        return torch.fft.irfft(Y, n)[..., : u.shape[-1]]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        u, k, ctx.n = inputs
+        ctx.save_for_backward(u, k)
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():  # once_differentiable is silent where u has another path
-            raise ValueError("the convolution has no second derivatives (create_graph=True)")
-        U, K_f = ctx.saved_tensors
-        n, u_length, k_length = ctx.lengths
-        G = torch.fft.rfft(grad, n)  # (B, D, n/2 + 1)
-        grad_k = torch.fft.irfft((G * U.conj()).sum(0), n)[..., :k_length]
-        grad_u = torch.fft.irfft(G.mul_(K_f.conj()), n)[..., :u_length]  # in place: G is large
+        u, k = ctx.saved_tensors
+        n = ctx.n
+        U = torch.fft.rfft(u, n)  # (B, D, n/2 + 1)
+        K_f = torch.fft.rfft(k, n)  # (D, n/2 + 1)
+        G = torch.fft.rfft(grad, n)
+        grad_u = torch.fft.irfft(G * K_f.conj(), n)[..., : u.shape[-1]]
+        grad_k = torch.fft.irfft((G * U.conj()).sum(0), n)[..., : k.shape[-1]]
         return grad_u, grad_k, None
 
 
@@ -321,19 +324,30 @@ def check_input(x, keep, d_model):
         raise ValueError(f"expected bool keep {tuple(x.shape[:2])}, got {got}")
 
 
+def parameter_dtype():
+    """Return the default dtype, but float32 if that is a half precision."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
 def per_channel(v, d_model):
-    """Return v (N/2,) as a parameter (D, N/2), or (D, N/2, 2) if complex, in float32."""
+    """Return v (N/2,) as a parameter (D, N/2), or (D, N/2, 2) if complex."""
     v = torch.tensor(v)
     if v.is_complex():
         v = torch.view_as_real(v)
-    return nn.Parameter(torch.stack([v] * d_model).float())
+    return nn.Parameter(torch.stack([v] * d_model).to(parameter_dtype()))
+
+
+def as_complex(p):
+    """Read a parameter (..., 2) as complex (...), also where FSDP has cast it to half precision."""
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    return torch.view_as_complex(p.to(dtype))
 
 
 def log_uniform(low, high, *shape):
     """Return a parameter whose values are uniform between log low and log high."""
     fits = 0 < low <= high < math.inf
     require(fits, f"expected finite 0 < dt_min <= dt_max, got {low} and {high}")
-    u = torch.rand(shape, dtype=torch.float32)
+    u = torch.rand(shape, dtype=parameter_dtype())
     return nn.Parameter(math.log(low) + u * math.log(high / low))
 
 
@@ -341,6 +355,7 @@ class State(NamedTuple):
     """Recurrent state and the discretized system; make a new one after changing parameters.
 
     To keep x over training steps: layer.initial_state(B)._replace(x=state.x.detach()).
+    To load saved ones with weights_only=True: torch.serialization.add_safe_globals([s4.State]).
     """
 
     x: torch.Tensor  # (B, D, N)
@@ -374,9 +389,9 @@ class StateSpace(nn.Module):
     def add_output(self):
         """Add C, complex with variance 1, and D."""
         shape = (1 + self.bidirectional, *self.frequency.shape)
-        C = torch.randn(shape, dtype=torch.complex64)
+        C = torch.randn(shape, dtype=parameter_dtype().to_complex())
         self.C = nn.Parameter(torch.view_as_real(C))  # (n, D, N/2, 2)
-        self.D_skip = nn.Parameter(torch.randn(self.d_model, dtype=torch.float32))
+        self.D_skip = nn.Parameter(torch.randn(self.d_model, dtype=parameter_dtype()))
 
     def _apply(self, fn, recurse=True):
         """Move and convert, but stay in float32 under .half() and .bfloat16()."""
@@ -391,13 +406,13 @@ class StateSpace(nn.Module):
         """Return the recurrence: E (D, N, N) and B_bar (D, N, 1) in float64, C (D, n, N)."""
         log_A, B_bar = self.discretize(rate)
         E = as_matrix(torch.expm1(log_A))
-        C = output_rows(torch.view_as_complex(self.C))
+        C = output_rows(as_complex(self.C))
         return E, coordinates(B_bar)[..., None], C.transpose(0, 1)
 
     def impulse_response(self, L, rate):
         """Return K (n, D, L)."""
         log_A, B_bar = self.discretize(rate)
-        return diagonal_kernel(log_A, B_bar, torch.view_as_complex(self.C), L)
+        return diagonal_kernel(log_A, B_bar, as_complex(self.C), L)
 
     def time_step(self, rate):
         """Return dt (D, 1) float64."""
@@ -414,14 +429,14 @@ class StateSpace(nn.Module):
     def forward(self, x, keep=None, rate=1.0):
         """x (B, L, D), keep (B, L) bool, False at padding -> (B, L, D)."""
         check_input(x, keep, self.d_model)
-        u = x.to(self.C.dtype)
+        K = self.kernel(x.shape[1], rate)
+        u = x.to(K.dtype)
         if keep is not None:
             u = u.masked_fill(~keep[..., None], 0)
-        K = self.kernel(x.shape[1], rate)
         lags = K[0] if self.bidirectional else K  # (D, L): lags 0, 1, ...
         lags[:, 0] += self.D_skip  # D joins K, which saves a pass over the activations
         y = fft_conv(u, K)  # y = K * u + D u
-        return y.to(x.dtype)
+        return y.to(x.dtype).contiguous()  # else the buffer of the FFT, twice as long, lives on
 
     def initial_state(self, batch, rate=1.0):
         """Return the State before the first token.  ValueError if bidirectional."""
@@ -500,7 +515,7 @@ class S4(StateSpace):
         B = self.B.double().flatten(-2)[..., None]  # (D, N, 1)
         dt = self.time_step(rate)
         E, B_bar = bilinear(Lam, P, B, dt)
-        C = output_rows(torch.view_as_complex(self.C))
+        C = output_rows(as_complex(self.C))
         return E, B_bar, C.transpose(0, 1)
 
     def impulse_response(self, L, rate):
@@ -523,7 +538,7 @@ class S4D(StateSpace):
 
     def discretize(self, rate):
         Lam = eigenvalues(self.log_decay, self.frequency)
-        B = torch.view_as_complex(self.B)
+        B = as_complex(self.B)
         dt = self.time_step(rate)
         log_A = dt * Lam
         return log_A, torch.expm1(log_A) / Lam * B  # expm1: exact for small dt Lam

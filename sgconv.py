@@ -149,26 +149,29 @@ class CircularConv(torch.autograd.Function):  # same as s4.py:CircularConv
     """Circular convolution with period n of real u (B, D, L) and k (D, m).  Returns (B, D, L).
 
     Its backward stays with real FFTs; autograd's own takes complex ones, twice the time and memory.
-    First derivatives only.
     """
 
+    generate_vmap_rule = True  # torch.func
+
     @staticmethod
-    def forward(ctx, u, k, n):
-        U = torch.fft.rfft(u, n)  # (B, D, n/2 + 1)
-        K_f = torch.fft.rfft(k, n)  # (D, n/2 + 1)
-        ctx.save_for_backward(U, K_f)
-        ctx.lengths = (n, u.shape[-1], k.shape[-1])
-        return torch.fft.irfft(U * K_f, n)[..., : u.shape[-1]]
+    def forward(u, k, n):
+        Y = torch.fft.rfft(u, n) * torch.fft.rfft(k, n)  # (B, D, n/2 + 1)
+        return torch.fft.irfft(Y, n)[..., : u.shape[-1]]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        u, k, ctx.n = inputs
+        ctx.save_for_backward(u, k)
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():  # once_differentiable is silent where u has another path
-            raise ValueError("the convolution has no second derivatives (create_graph=True)")
-        U, K_f = ctx.saved_tensors
-        n, u_length, k_length = ctx.lengths
-        G = torch.fft.rfft(grad, n)  # (B, D, n/2 + 1)
-        grad_k = torch.fft.irfft((G * U.conj()).sum(0), n)[..., :k_length]
-        grad_u = torch.fft.irfft(G.mul_(K_f.conj()), n)[..., :u_length]  # in place: G is large
+        u, k = ctx.saved_tensors
+        n = ctx.n
+        U = torch.fft.rfft(u, n)  # (B, D, n/2 + 1)
+        K_f = torch.fft.rfft(k, n)  # (D, n/2 + 1)
+        G = torch.fft.rfft(grad, n)
+        grad_u = torch.fft.irfft(G * K_f.conj(), n)[..., : u.shape[-1]]
+        grad_k = torch.fft.irfft((G * U.conj()).sum(0), n)[..., : k.shape[-1]]
         return grad_u, grad_k, None
 
 
@@ -277,7 +280,7 @@ class SGConv(nn.Module):
         if keep is not None:
             x = x.masked_fill(~keep[..., None], 0)
         K = self.kernel(x.shape[1])
-        y = fft_conv(x.to(K.dtype), K) + self.D_skip * x  # y = k * u + D_skip u
+        y = self.D_skip * x + fft_conv(x.to(K.dtype), K)  # in this order: laid out like x
         return y.to(x.dtype)
 
     def initial_state(self, batch):

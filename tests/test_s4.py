@@ -1,6 +1,7 @@
 """s4.py: golden values, kernels, layers, recurrent mode, states, the model, planted faults."""
 
 import copy
+import io
 import json
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
+from torch.nn.utils import parameters_to_vector
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import s4
@@ -19,8 +21,9 @@ from s4 import DLR, S4, S4D, S4Config, S4Model, rel_err, s4_mixer, s4d_mixer
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = json.loads((ROOT / "tests/golden/s4.json").read_text())
-SLOW = pytest.mark.slow
 KINDS = pytest.mark.parametrize("kind", [S4, S4D, DLR])
+HIPPO_KINDS = pytest.mark.parametrize("kind", [S4, S4D])
+HIPPO_MIXERS = pytest.mark.parametrize("mixer", [s4_mixer, s4d_mixer])
 MIXERS = pytest.mark.parametrize("mixer", [s4_mixer, s4d_mixer, s4.dlr_mixer])
 
 
@@ -61,17 +64,6 @@ def legs_system(N, C, dt):
     return Lam, P, B, C[None], torch.tensor([[dt]], dtype=torch.float64)
 
 
-def recurrence(layer, L):
-    """The kernel of a float64 layer one step at a time: (D, L)."""
-    E, x, C = layer.system()
-    out = []
-    for _ in range(L):
-        out.append((C @ x)[:, 0, 0])
-        x = torch.baddbmm(x, E, x)
-        x = torch.where(x.abs() < 1e-200, 0.0, x)  # numbers below 1e-308 are slow
-    return torch.stack(out, -1)
-
-
 def stream(module, x, sizes):
     """Run x in pieces through the recurrent mode.  Returns y (B, L, D) and the state."""
     state = module.initial_state(len(x))
@@ -86,6 +78,10 @@ def stream(module, x, sizes):
     return torch.cat(out, 1), state
 
 
+def causal_model(mixer=s4_mixer, **sizes):
+    return S4Model(S4Config(d_model=8, d_state=8, causal=True, **sizes), mixer).double()
+
+
 # ---------------------------------------------------------------- HiPPO
 
 
@@ -97,22 +93,10 @@ def test_hippo_matrix_by_hand():
     assert rel_err(B, np.array([1, r3, r5, r7])) < 1e-14
 
 
-FREQUENCIES = {
-    4: [0.556501115084, 4.603293007067],
-    8: [0.427488712286, 1.957794150903, 5.354208515031, 19.857410370971],
-    16: [0.352017915889, 80.9660809245133],
-    64: [0.263856931111, 0.905859410025, 1.702968166581, 2.625654767152, 1303.2738429811975],
-}
-
-
-@pytest.mark.parametrize("N", FREQUENCIES)
-def test_normal_form_has_known_frequencies_and_rebuilds_hippo(N):
-    """Up to N = 8 all frequencies, above that the lowest and the highest."""
+@pytest.mark.parametrize("N", [4, 64])
+def test_the_normal_form_rebuilds_hippo(N):
     A, B = s4.hippo_legs(N)
     Lam, P, B_half, V = s4.nplr_legs(N)
-    want = np.array(FREQUENCIES[N])
-    got = np.sort(Lam.imag)
-    assert np.allclose(np.append(got[: len(want) - 1], got[-1]), want, rtol=1e-9, atol=0)
     assert (B_half.real > 0).all() and abs(B_half.imag).max() < 1e-12  # no solver's own phases
     U = np.concatenate([V, V.conj()], 1)  # (N, N)
     q = s4.both(P)
@@ -121,15 +105,6 @@ def test_normal_form_has_known_frequencies_and_rebuilds_hippo(N):
     assert np.abs(back.imag).max() < 1e-10
     assert rel_err(back.real, A) < 1e-11
     assert rel_err((U @ s4.both(B_half)).real, B) < 1e-12
-
-
-@pytest.mark.parametrize("t", [0.01, 0.3, 2.0])
-def test_memory_is_made_of_legendre_polynomials(t):
-    """(e^{tA} B)_n = e^{-t} sqrt(2n+1) P_n(2 e^{-t} - 1): knows nothing of normal forms."""
-    A, B = s4.hippo_legs(16)
-    basis = np.polynomial.legendre.legvander(2 * np.exp(-t) - 1, 15)  # (16,)
-    got = torch.matrix_exp(t * torch.from_numpy(A)) @ torch.from_numpy(B)
-    assert rel_err(got, np.exp(-t) * np.sqrt(2 * np.arange(16) + 1) * basis.ravel()) < 1e-11
 
 
 @pytest.mark.parametrize("dt", [1e-4, 1e-2, 1.0, 10.0])
@@ -153,7 +128,7 @@ def test_golden_kernels_of_others():
     assert rel_err(K[0, 0], np.array(bilinear)) < 1e-11
     hold = [0.387011208635, 0.350341187798, 0.300984952682]
     hold += [0.244020162256, 0.184808923753, 0.128456683586]
-    layer = S4D(1, 4).double()
+    layer = S4D(1, 4, dt_min=0.1, dt_max=0.1).double()
     layer.log_dt.data.fill_(np.log(0.1))
     layer.frequency.data.copy_(torch.tensor([0, np.pi], dtype=torch.float64))
     layer.log_decay.data.fill_(np.log(0.5))
@@ -174,12 +149,17 @@ def test_golden_kernels():
 
 @pytest.mark.parametrize("L", [1, 2, 3, 5, 255, 256, 1000, 1024])
 def test_two_level_kernel_equals_powers(L):
-    C = np.cos(np.arange(16))
-    want = s4.kernel_ref(*s4.bilinear_ref(*s4.hippo_legs(16), 0.02), C, L)
-    Lam, P, B, exact_C, dt = legs_system(16, C, 0.02)
+    """Two complex random systems, two directions; float64 and float32."""
+    Lam, P, B, C, dt = random_system(2, 8, n=2)
+    want = np.zeros((2, 2, L))
+    for d in range(2):
+        lam, p, b = [s4.both(v[d].numpy()) for v in (Lam, P, B)]
+        A_bar, B_bar = s4.bilinear_ref(np.diag(lam) - np.outer(p, p.conj()), b, dt[d].numpy())
+        for n in range(2):
+            want[n, d] = s4.kernel_ref(A_bar, B_bar, s4.both(C[n, d].numpy()), L)
     for dtype, limit in ((torch.complex128, 1e-11), (torch.complex64, 5e-6)):
-        K = kernel(Lam, P, B, exact_C.to(dtype), dt, L)
-        assert K.dtype == dtype.to_real() and rel_err(K[0, 0], want) < limit
+        K = kernel(Lam, P, B, C.to(dtype), dt, L)
+        assert K.dtype == dtype.to_real() and rel_err(K, want) < limit
 
 
 @torch.no_grad()
@@ -189,7 +169,13 @@ def test_float32_at_length_16384(kind, single, L=16384):
     layer = kind(4, 64)
     layer.log_dt.copy_(torch.tensor([1e-4, 1e-3, 1e-2, 1e-1]).log())
     double = copy.deepcopy(layer).double()
-    exact = recurrence(double, L)
+    E, x, C = double.system()
+    exact = []
+    for _ in range(L):
+        exact.append((C @ x)[:, 0, 0])
+        x = torch.baddbmm(x, E, x)
+        x = torch.where(x.abs() < 1e-200, 0.0, x)  # numbers below 1e-308 are slow
+    exact = torch.stack(exact, -1)
     for K, limit in ((layer.kernel(L), single), (double.kernel(L), 1e-11)):
         error = (K - exact).norm(dim=-1) / exact.norm(dim=-1)
         assert error.max() < limit
@@ -205,10 +191,10 @@ def test_the_first_power_is_taken_in_float64(L=16384):
 
 
 @KINDS
-@pytest.mark.parametrize(("bidirectional", "L"), [(False, 9), (True, 10)])
+@pytest.mark.parametrize(("bidirectional", "L"), [(False, 5), (True, 6)])
 def test_gradcheck(kind, bidirectional, L):
-    """Kernel, convolution and skip, for the input and every parameter."""
-    layer = kind(2, 6, bidirectional).double()
+    """First and second derivatives by the input and every parameter."""
+    layer = kind(2, 4, bidirectional).double()
     names = [name for name, _ in layer.named_parameters()]
     values = [p.detach().clone().requires_grad_() for p in layer.parameters()]
 
@@ -217,29 +203,29 @@ def test_gradcheck(kind, bidirectional, L):
 
     x = randn(2, L, 2).requires_grad_()
     assert gradcheck(run, [x, *values])
+    assert gradgradcheck(run, [x, *values])
     grads = torch.autograd.grad(run(x, *values).square().sum(), values)
     assert all(grad.abs().max() > 0 for grad in grads)
 
 
-def test_kernel_does_not_depend_on_the_basis():
-    """Phases of the eigenvectors, the choice within a pair, the order, a rotation of the states."""
-    Lam, P, B, C, dt = random_system(3, 8, n=2)
-    K = kernel(Lam, P, B, C, dt, 50)
-    phase = torch.polar(torch.ones(4).double(), torch.arange(4).double())
-    other = torch.tensor([True, False, True, False])
-    conjugated = [torch.where(other, v.conj(), v) for v in (Lam, P, B, C)]
-    reordered = [v.flip(-1) for v in (Lam, P, B, C)]
-    assert rel_err(kernel(Lam, phase * P, phase * B, C / phase, dt, 50), K) < 1e-12
-    assert rel_err(kernel(*conjugated, dt, 50), K) < 1e-12
-    assert rel_err(kernel(*reordered, dt, 50), K) < 1e-12
-    Q = np.linalg.qr(np.random.RandomState(0).randn(64, 64))[0]
-    A, B = s4.hippo_legs(64)
-    C = np.cos(np.arange(64))
-    rotated = s4.kernel_ref(*s4.bilinear_ref(Q @ A @ Q.T, Q @ B, 0.01), Q @ C, 50)
-    assert rel_err(kernel(*legs_system(64, C, 0.01), 50)[0, 0], rotated) < 1e-11
+@KINDS
+def test_torch_func_gives_gradients_per_example_and_jacobians(kind):
+    layer = kind(3, 4).double()
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    x = randn(2, 9, 3)
+
+    def loss(parameters, x):
+        return functional_call(layer, parameters, x[None]).square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for b in range(2):
+        want = torch.autograd.grad(layer(x[b : b + 1]).square().sum(), layer.parameters())
+        assert max(rel_err(grads[n][b], g) for n, g in zip(parameters, want, strict=True)) < 1e-12
+    want = torch.autograd.functional.jacobian(layer, x)
+    assert rel_err(torch.func.jacrev(layer)(x), want) < 1e-12
 
 
-@pytest.mark.parametrize("kind", [S4, S4D])
+@HIPPO_KINDS
 @pytest.mark.parametrize("extreme", [-800.0, 800.0])
 def test_extreme_decays_leave_kernel_and_gradient_finite(kind, extreme):
     layer = kind(2, 8).double()
@@ -272,48 +258,29 @@ def test_cauchy_kernels_of_the_benchmark(monkeypatch, L):
 
 
 @KINDS
-def test_forward_changes_no_parameter_and_a_shorter_kernel_is_a_prefix(kind):
-    layer = kind(3, 8).double()
-    before = copy.deepcopy(layer.state_dict())
-    layer(randn(1, 500, 3))
-    layer(randn(1, 5, 3))
-    assert all(torch.equal(before[name], p) for name, p in layer.state_dict().items())
-    twin = kind(3, 8).double()
-    twin.load_state_dict(before)
-    assert torch.equal(twin.kernel(100), layer.kernel(100))
-    assert rel_err(layer.kernel(100)[:, :37], layer.kernel(37)) < 1e-13
-
-
-@KINDS
-def test_every_parameter_has_a_channel_axis(kind):
-    layer = kind(5, 8, bidirectional=True)
-    for name, p in layer.named_parameters():
-        assert p.shape[layer.channel_axes.get(name, 0)] == 5
-
-
-@KINDS
-def test_lags_of_a_bidirectional_layer(kind):
+def test_a_bidirectional_layer(kind):
     """An impulse at position 4: row 0 answers from 4 on, row 1 at 3, 2, 1, 0."""
     layer = kind(2, 8, bidirectional=True).double()
+    before = copy.deepcopy(layer.state_dict())
     x = torch.zeros(1, 9, 2, dtype=torch.float64)
     x[0, 4] = 1
     K = layer.kernel(9)
     want = torch.cat([K[1, :, :4].flip(-1), K[0, :, :5]], -1)  # (D, 9)
     want[:, 4] += layer.D_skip
     assert rel_err(layer(x)[0].T, want) < 1e-12
+    assert rel_err(layer.kernel(100)[..., :9], K) < 1e-13
+    for name, p in layer.named_parameters():
+        assert torch.equal(p, before[name])  # forward changes none
+        assert p.shape[layer.channel_axes.get(name, 0)] == 2
 
 
-@pytest.mark.parametrize("kind", [S4, S4D])
+@HIPPO_KINDS
 @pytest.mark.parametrize("rate", [0.5, 2.0])
-def test_rate_scales_the_step(kind, rate):
+def test_rate_scales_the_step_and_keeps_the_integral(kind, rate):
     layer = kind(4, 16, dt_min=0.05, dt_max=0.1).double()
     shifted = copy.deepcopy(layer)
     shifted.log_dt.data += np.log(rate)
-    x = randn(1, 50, 4)
-    y, _ = layer.prefill(x, layer.initial_state(1, rate))
     assert rel_err(layer.kernel(50, rate), shifted.kernel(50)) < 1e-12
-    assert rel_err(layer(x, rate=rate), shifted(x)) < 1e-12
-    assert rel_err(y, shifted(x)) < 1e-10
     integral = layer.kernel(2000).sum(-1)
     assert rel_err(layer.kernel(2000, rate).sum(-1), integral) < 1e-6
 
@@ -338,9 +305,9 @@ def test_a_plain_recurrence_starts_as_its_docstring_says():
     decay = layer.log_decay.exp()
     want = 2 * torch.pi * torch.arange(4) / 8
     assert rel_err(layer.frequency, want.expand(200, 4)) < 1e-6
-    assert decay.min() >= 0.01 * 0.9999 and decay.max() <= 0.5 * 1.0001
-    assert decay.min() < 0.02 and decay.max() > 0.4 and len(decay.unique()) > 700
+    assert 0.01 * 0.9999 <= decay.min() < 0.02 and 0.4 < decay.max() <= 0.5 * 1.0001
     assert abs(layer.log_decay.mean() - np.log(0.01 * 0.5) / 2) < 0.15  # log-uniform
+    assert len(decay.unique()) > 700
 
 
 FREE = """_conj _reshape_alias _to_empty _unsafe_view alias as_strided detach empty empty_like
@@ -384,9 +351,10 @@ def test_forward_and_backward_read_no_value_back(kind):
     assert "_local_scalar_dense" in operations.names
 
 
-def test_a_layer_is_made_on_one_device():
+@KINDS
+def test_a_layer_is_made_on_one_device(kind):
     with torch.device("meta"):
-        assert all(p.is_meta for p in S4(3, 4).parameters())
+        assert all(p.is_meta for p in kind(3, 4).parameters())
 
 
 # ---------------------------------------------------------------- precision
@@ -404,6 +372,29 @@ def test_half_precision_does_not_round_the_dynamics(kind, dtype):
     assert y.dtype == dtype and rel_err(y, layer(x.float())) < 1e-2
     streamed, _ = half[0].prefill(x, half[0].initial_state(2))
     assert streamed.dtype == dtype and rel_err(streamed, y) < 1e-2
+
+
+@KINDS
+def test_parameters_cast_from_outside_are_rounded_and_nothing_else(kind):
+    """As by FSDP with param_dtype=bfloat16."""
+    layer = kind(4, 8)
+    cast = {name: p.detach().bfloat16() for name, p in layer.named_parameters()}
+    x = torch.randn(2, 30, 4)
+    y = functional_call(layer, cast, x)
+    layer.load_state_dict(cast)
+    assert torch.equal(y, layer(x))
+
+
+@KINDS
+def test_parameters_follow_the_default_dtype(kind):
+    first = parameters_to_vector(kind(4, 8).parameters())
+    assert first.dtype == torch.float32
+    try:
+        for default, dtype in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
+            torch.set_default_dtype(default)
+            assert {p.dtype for p in kind(4, 8).parameters()} == {dtype}
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @KINDS
@@ -425,69 +416,49 @@ def test_autocast_rounds_no_kernel_and_no_state(kind):
 
 
 @KINDS
-@pytest.mark.parametrize("sizes", [1, 300, [1, 299], [64, 64, 64, 64, 44], [7, 130, 163]])
+@pytest.mark.parametrize("sizes", [1, 300, [1, 299], [64, 64, 64, 64, 44], [7, 0, 130, 163]])
 def test_any_chunking_is_the_convolution(kind, sizes):
+    """Also its gradient."""
     layer = kind(4, 64)
     x = torch.randn(2, 300, 4)
     y, state = stream(layer, x, sizes)
     assert rel_err(y, layer(x)) < 1e-5
     assert state.x.shape == (2, 4, 64)  # N numbers per channel
-    y, state = stream(layer.double(), x.double(), sizes)
-    assert rel_err(y, layer(x.double())) < 1e-10
-    assert rel_err(state.x, stream(layer, x.double(), 1)[1].x) < 1e-12
-
-
-def test_an_empty_piece_changes_no_state():
-    layer = S4(4, 8)
-    _, state = layer.prefill(torch.randn(2, 5, 4), layer.initial_state(2))
-    y, after = layer.prefill(torch.randn(2, 0, 4), state)
-    assert y.shape == (2, 0, 4)
-    assert torch.equal(after.x, state.x)
-
-
-@KINDS
-def test_gradients_pass_through_the_recurrent_mode(kind):
-    layer = kind(3, 8).double()
-    x = randn(1, 20, 3)
-    want = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
-    y, _ = stream(layer, x, [13] + [1] * 7)
+    layer = layer.double()
+    x = x.double()
+    y, state = stream(layer, x, sizes)
+    assert rel_err(y, layer(x)) < 1e-10
+    assert rel_err(state.x, stream(layer, x, 1)[1].x) < 1e-12
     got = torch.autograd.grad(y.square().sum(), list(layer.parameters()))
+    want = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
     assert max(map(rel_err, got, want)) < 1e-10
 
 
 @MIXERS
 @pytest.mark.parametrize("mode", ["step", "prefill"])
-def test_a_state_can_be_continued_twice(mixer, mode):
-    model = S4Model(S4Config(d_model=16, d_state=8, vocab_size=11, causal=True), mixer)
+def test_a_state_can_be_continued_twice_copied_and_loaded(mixer, mode):
+    model = causal_model(mixer, vocab_size=11)
     tokens = torch.randint(0, 11, (2, 7))
     _, state = model.prefill(tokens, model.initial_state(2))
-    before = list(state)
-    values = copy.deepcopy(state)
+    twin = copy.deepcopy(state)
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    with torch.serialization.safe_globals([s4.State]):
+        loaded = torch.load(file, weights_only=True)
     x = tokens if mode == "prefill" else tokens[:, 0]
-    first, after = getattr(model, mode)(x, state)
-    second, _ = getattr(model, mode)(x, state)
-    assert torch.equal(first, second)
-    assert all(a is b for a, b in zip(state, before, strict=True))
-    assert all(torch.equal(a.x, b.x) for a, b in zip(state, values, strict=True))
-    assert not any(torch.equal(a.x, b.x) for a, b in zip(state, after, strict=True))
-
-
-@KINDS
-def test_a_state_with_gradients_can_be_copied(kind):
-    layer = kind(3, 8)
-    x = torch.randn(2, 9, 3)
-    _, state = layer.prefill(x, layer.initial_state(2))
-    twin = copy.deepcopy([state])[0]
-    y, _ = layer.step(x[:, 0], state)
-    y_twin, _ = layer.step(x[:, 0], twin)
-    assert torch.equal(y, y_twin) and twin.x.data_ptr() != state.x.data_ptr()
-    assert twin.x.requires_grad
+    run = getattr(model, mode)
+    y, after = run(x, state)
+    assert all(torch.equal(run(x, same)[0], y) for same in (state, twin, loaded))
+    for old, copied, new in zip(state, twin, after, strict=True):
+        assert torch.equal(old.x, copied.x) and not torch.equal(old.x, new.x)
+        assert copied.x.requires_grad and copied.x.data_ptr() != old.x.data_ptr()
 
 
 # ---------------------------------------------------------------- model
 
 
-@pytest.mark.parametrize("mixer", [s4_mixer, s4d_mixer])
+@HIPPO_MIXERS
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_batch_mate_changes_nothing_and_values_stream(mixer, causal):
     config = S4Config(d_model=6, d_state=8, n_channels=3, causal=causal)
@@ -505,34 +476,27 @@ def test_a_batch_mate_changes_nothing_and_values_stream(mixer, causal):
 
 
 @MIXERS
-def test_generation_is_the_argmax_of_the_whole(mixer):
-    model = S4Model(S4Config(d_model=8, d_state=8, vocab_size=7, causal=True), mixer).double()
-    head = nn.Linear(8, 7).double()
-    tokens = torch.randint(0, 7, (3, 10))
-    got = model.generate(tokens, 12, head)
-    for _ in range(12):
-        best = head(model(tokens))[:, -1].argmax(-1)
-        tokens = torch.cat([tokens, best[:, None]], 1)
-    assert torch.equal(got, tokens[:, 10:])
-    assert model.generate(tokens, 0, head).shape == (3, 0)
-
-
-@MIXERS
-def test_each_prompt_is_continued_as_if_alone(mixer):
-    model = S4Model(S4Config(d_model=8, d_state=8, vocab_size=7, causal=True), mixer).double()
+def test_generation_is_the_argmax_of_the_whole_and_of_each_prompt_alone(mixer):
+    model = causal_model(mixer, vocab_size=7)
     head = nn.Linear(8, 7).double()
     prompts = torch.randint(0, 7, (5, 150), dtype=torch.uint8)
     lengths = torch.tensor([150, 1, 64, 149, 87], dtype=torch.int32)
-    got = model.generate(prompts, 20, head, lengths=lengths)
-    assert torch.equal(got, model.generate(prompts, 20, head, lengths=lengths.tolist()))
-    for prompt, length, tokens in zip(prompts, lengths, got, strict=True):
-        assert torch.equal(model.generate(prompt[None, :length], 20, head)[0], tokens)
-    assert model.generate(prompts, 0, head).dtype == torch.int64
+    got = model.generate(prompts, 12, head, lengths=lengths)
+    assert torch.equal(got, model.generate(prompts, 12, head, lengths=lengths.tolist()))
+    assert torch.equal(got[:1], model.generate(prompts[:1], 12, head))
+    for prompt, length, want in zip(prompts, lengths, got, strict=True):
+        tokens = prompt[None, :length]
+        for _ in range(12):
+            best = head(model(tokens))[:, -1].argmax(-1)
+            tokens = torch.cat([tokens, best[:, None]], 1)
+        assert torch.equal(tokens[0, length:], want)
+    none = model.generate(prompts, 0, head)
+    assert none.shape == (5, 0) and none.dtype == torch.int64
 
 
 @MIXERS
 def test_padding_on_the_left_is_not_seen(mixer):
-    model = S4Model(S4Config(d_model=8, d_state=8, n_channels=2, causal=True), mixer).double()
+    model = causal_model(mixer, n_channels=2)
     x = randn(2, 100, 2)
     alone, state = model.prefill(x[:, 30:], model.initial_state(2))
     keep = torch.arange(100).expand(2, 100) >= 30
@@ -541,10 +505,9 @@ def test_padding_on_the_left_is_not_seen(mixer):
     assert all(rel_err(a.x, b.x) < 1e-12 for a, b in zip(padded, state, strict=True))
 
 
-@pytest.mark.parametrize("mixer", [s4_mixer, s4d_mixer])
+@HIPPO_MIXERS
 def test_the_rate_of_a_model_is_that_of_its_layers(mixer):
-    config = S4Config(d_model=4, d_state=8, n_channels=2, causal=True)
-    model = S4Model(config, mixer).double()
+    model = causal_model(mixer, n_channels=2)
     shifted = copy.deepcopy(model)
     for block in shifted.blocks:
         block.mixer.log_dt.data += np.log(2)
@@ -554,63 +517,41 @@ def test_the_rate_of_a_model_is_that_of_its_layers(mixer):
     assert rel_err(y, shifted(x)) < 1e-11
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
-def test_tokens_are_integers_of_any_type(dtype):
-    model = S4Model(S4Config(d_model=4, d_state=4, vocab_size=9, causal=True))
-    tokens = torch.randint(0, 9, (2, 5))
-    assert torch.equal(model(tokens.to(dtype)), model(tokens))
-    y, _ = model.step(tokens[:, 0].to(dtype), model.initial_state(2))
-    assert torch.equal(y, model.step(tokens[:, 0], model.initial_state(2))[0])
-
-
 def test_sampling_follows_the_temperature():
-    torch.manual_seed(0)
-    model = S4Model(S4Config(d_model=4, n_layers=1, d_state=4, vocab_size=3, causal=True))
+    model = causal_model(n_layers=1, vocab_size=3)
     logits = torch.tensor([0.0, 1.0, 2.0])
-
-    def head(h):
-        return logits.expand(len(h), 3)
-
     prompt = torch.zeros(4000, 1, dtype=torch.int64)
-    drawn = model.generate(prompt, 1, head, temperature=2.0)[:, 0]
-    share = drawn.bincount(minlength=3) / 4000
+    drawn = model.generate(prompt, 1, lambda h: logits.expand(len(h), 3), temperature=2.0)
+    share = drawn[:, 0].bincount(minlength=3) / 4000
     assert (share - (logits / 2).softmax(-1)).abs().max() < 0.03
 
 
 def test_dropout_is_before_the_glu_and_in_training_only():
     """With all of it dropped, a block adds what the bias alone gives."""
-    model = S4Model(S4Config(d_model=4, vocab_size=3, dropout=1.0))
-    block = model.blocks[0]
+    block = s4.S4Block(4, S4(4, 8), dropout=1.0)
     x = torch.randn(2, 5, 4)
     bias = nn.functional.glu(block.out.bias, -1)
     assert rel_err(block(x) - x, bias.expand(2, 5, 4)) < 1e-5
     assert rel_err(block.eval()(x) - x, bias.expand(2, 5, 4)) > 0.1
+    assert s4.S4Block(4, S4(4)).dropout.p == S4Config().dropout == 0
 
 
-@pytest.mark.parametrize("mixer", [s4_mixer, s4d_mixer])
+@HIPPO_MIXERS
 def test_param_groups(mixer):
-    model = S4Model(S4Config(d_model=8, d_state=8, vocab_size=7), mixer)
-    slow, plain, decayed = model.param_groups(0.01, 0.1)
-    assert (slow["lr"], slow["weight_decay"]) == (1e-3, 0.0)
-    assert (plain["lr"], plain["weight_decay"]) == (0.01, 0.0)
-    assert (decayed["lr"], decayed["weight_decay"]) == (0.01, 0.1)
+    model = causal_model(mixer, vocab_size=7)
+    first, second = [block.mixer for block in model.blocks]
+    second.B = first.B  # shared: learns once
+    groups = model.param_groups(0.01, 0.1)
+    rates = [(group["lr"], group["weight_decay"]) for group in groups]
+    assert rates == [(1e-3, 0.0), (0.01, 0.0), (0.01, 0.1)]
     assert model.param_groups(1e-4, 0.1)[0]["lr"] == 1e-4
     leaf = {p: name.split(".")[-1] for name, p in model.named_parameters()}
-    names = [{leaf.pop(p) for p in group["params"]} for group in (slow, plain, decayed)]
+    names = [{leaf.pop(p) for p in group["params"]} for group in groups]
     P = {"P"} if mixer is s4_mixer else set()
     assert names[0] == {"log_dt", "log_decay", "frequency", "B"} | P
     assert names[1:] == [{"C", "D_skip", "bias", "weight"}, {"weight"}]
-    assert all(p.ndim == 2 for p in decayed["params"])
+    assert all(p.ndim == 2 for p in groups[2]["params"])
     assert not leaf  # every parameter is in one group
-
-
-def test_a_shared_parameter_learns_once_and_slowly():
-    model = S4Model(S4Config(d_model=4, vocab_size=5), lambda config, i: S4(4))
-    first, second = [block.mixer for block in model.blocks]
-    second.P = first.P
-    slow, plain, decayed = [group["params"] for group in model.param_groups(1e-2, 0.1)]
-    assert len(slow) + len(plain) + len(decayed) == len(list(model.parameters()))
-    assert sum(p is first.P for p in slow) == 1
 
 
 def test_loss_trajectory():
@@ -625,9 +566,9 @@ def test_loss_trajectory():
 
 
 def generate(L=5, **options):
-    model = S4Model(S4Config(4, 1, 4, vocab_size=3, causal=True))
     prompts = torch.zeros(2, L).long()
-    return model.generate(prompts, 2, nn.Linear(4, 3), **options)
+    head = nn.Linear(8, 3).double()
+    return causal_model(vocab_size=3).generate(prompts, 2, head, **options)
 
 
 @pytest.mark.parametrize(
@@ -636,7 +577,6 @@ def generate(L=5, **options):
         (lambda: S4(4, 7), "got 7"),
         (lambda: S4D(4, 0), "got 0"),
         (lambda: S4(4, dt_min=0.1, dt_max=0.01), "got 0.1 and 0.01"),
-        (lambda: S4(4, dt_max=float("nan")), "nan"),
         (lambda: S4(4, 8)(torch.zeros(2, 5, 3)), r"\(2, 5, 3\)"),
         (lambda: S4(4, 8)(torch.zeros(2, 4)), r"\(2, 4\)"),
         (lambda: S4D(4, 8)(torch.zeros(2, 5, 4).long()), "int64"),
@@ -644,15 +584,14 @@ def generate(L=5, **options):
         (lambda: S4(4, 8, True).initial_state(1), "bidirectional=False"),
         (lambda: S4(4, 8)(torch.zeros(2, 0, 4)), "at least 1, got 0"),
         (lambda: DLR(4, 8).kernel(5, 2.0), "rate 2.0"),
-        (lambda: S4Model(S4Config(vocab_size=3)).initial_state(1), "bidirectional=False"),
         (lambda: S4Model(S4Config()), "exactly one"),
         (lambda: S4Model(S4Config(vocab_size=3, n_channels=1)), "exactly one"),
         (lambda: S4Model(S4Config(n_channels=1))(torch.zeros(2, 5)), r"\(B, L, 1\), got \(2, 5\)"),
+        (lambda: causal_model(vocab_size=3).prefill(torch.zeros(1, 1).long(), []), "shorter"),
         (lambda: generate(L=0), r"no empty prompt\), got \[0, 0\]"),
         (lambda: generate(lengths=torch.tensor([4, 0])), r"no empty prompt\), got \[4, 0\]"),
         (lambda: generate(lengths=torch.tensor([4, 6])), r"to L = 5 .* got \[4, 6\]"),
         (lambda: generate(lengths=torch.tensor([4])), r"2 lengths .* got \[4\]"),
-        (lambda: generate(temperature=-1.0), "got -1.0"),
         (lambda: generate(temperature=float("nan")), "got nan"),
     ],
 )  # fmt: skip
@@ -662,16 +601,6 @@ def test_bad_input(call, words):
 
 
 # ---------------------------------------------------------------- the convolution
-
-
-def test_a_second_derivative_is_refused_not_wrong():
-    """Also where torch.autograd.grad finds another path, past the convolution."""
-    layer = S4(2)
-    x = torch.randn(1, 6, 2, requires_grad=True)
-    y = x.square() + layer(x).square()
-    with pytest.raises(ValueError, match="no second derivatives"):
-        (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-        torch.autograd.grad(grad.square().sum(), x)
 
 
 @KINDS
@@ -705,22 +634,12 @@ def test_self_check(dtype):
         assert error <= limit, f"{name}: {error} > {limit}"
 
 
+@torch.no_grad()
 def failures():
     """Names of the checks that fail, at small sizes."""
-    with torch.no_grad():
-        rows = list(s4.check_kernels(torch.float64, "cpu", 1e-10, N=8, L=100))
-        rows += s4.check_layers(torch.float64, "cpu", 1e-10, L=90)
+    rows = list(s4.check_kernels(torch.float64, "cpu", 1e-10, N=8, L=100))
+    rows += s4.check_layers(torch.float64, "cpu", 1e-10, L=90)
     return [name for name, error, limit in rows if not error <= limit]
-
-
-def plant(change, function):
-    """The function with a change to what it returns: to a tensor, or to the first of several."""
-
-    def faulty(*args):
-        value = function(*args)
-        return change(value) if torch.is_tensor(value) else (change(value[0]), *value[1:])
-
-    return faulty
 
 
 FAULTS = {
@@ -734,13 +653,22 @@ PLACES = ["krylov", "diagonal_kernel", "bilinear", "step", "prefill", "fft_conv"
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("place", PLACES)
 def test_a_fault_is_found(monkeypatch, place, fault):
-    assert not failures()
     owner = s4.StateSpace if place in ("step", "prefill") else s4
-    monkeypatch.setattr(owner, place, plant(FAULTS[fault], getattr(owner, place)))
+    right = getattr(owner, place)
+
+    def faulty(*args):
+        """Change the result, or the first of several."""
+        value = right(*args)
+        if torch.is_tensor(value):
+            return FAULTS[fault](value)
+        return FAULTS[fault](value[0]), *value[1:]
+
+    assert not failures()
+    monkeypatch.setattr(owner, place, faulty)
     assert failures()
 
 
-@SLOW
+@pytest.mark.slow
 def test_command_line():
     command = [sys.executable, "s4.py"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
