@@ -176,7 +176,9 @@ def test_gradcheck(bidirectional, decay):
     def run(u, w, D_skip):
         return torch.func.functional_call(layer, {"w": w, "D_skip": D_skip}, (u,))
 
-    assert torch.autograd.gradcheck(run, (u, layer.w, layer.D_skip), atol=1e-8, rtol=1e-6)
+    inputs = (u, layer.w, layer.D_skip)
+    assert torch.autograd.gradcheck(run, inputs, atol=1e-8, rtol=1e-6)
+    assert torch.autograd.gradgradcheck(run, inputs)
 
 
 @CAUSAL_OR_NOT
