@@ -105,7 +105,7 @@ def grid_linear(x, V, U, bias=None):
     z = z.permute(2, 1, 0, 3).flatten(2)  # (n_out, T, n_in c)
     # The second product is written in place, into the memory of (T, n_out, S): copying the result,
     # the largest tensor here, would cost more than 15 % of the forward pass.
-    y = z.new_empty_strided((n_out, len(x), S), (S, n_out * S, 1))
+    y = z.new_empty_strided((n_out, x.shape[0], S), (S, n_out * S, 1))
     if bias is None:
         y.zero_()
     else:
@@ -159,7 +159,8 @@ class Grid(nn.Module):
     def reset_parameters(self):
         """Give every block V[b] and U[a] singular values of 1 (orthonormal, table 4), bias 0."""
         for block in [*self.V.flatten(1, 2), *self.U.flatten(2)]:
-            nn.init.orthogonal_(block)
+            at_least_single = torch.promote_types(block.dtype, torch.float32)  # no QR in half
+            block.copy_(nn.init.orthogonal_(block.to(at_least_single)))
         if self.bias is not None:
             self.bias.zero_()
 
@@ -256,7 +257,7 @@ def alpha_at(t, n_steps):
 
 
 class Guide:
-    """Self-guided training of every structured layer of a model (section 2.3, eq. 1 and 2).
+    """Self-guided training of a model's trainable structured layers (section 2.3, eq. 1 and 2).
 
         guide = Guide(model, n_steps=steps // 2)  # before the optimizer, which must train W
         ...
@@ -268,13 +269,15 @@ class Guide:
     probability alpha only.  To resume, pass the saved t, make the optimizer, then load both states.
     DistributedDataParallel: wrap the model again when step returns True; with stochastic=True use
     find_unused_parameters=True instead.  CUDA graphs: capture after the guide has ended, since a
-    graph repeats alpha and the coins of the step that it captured.
+    graph repeats alpha and the coins of the step that it captured.  AveragedModel: make it after
+    the guide has ended, since a copy keeps its own alpha.
     """
 
     def __init__(self, model, n_steps, stochastic=False, seed=0, t=0):
-        self.layers = [m for m in model.modules() if isinstance(m, Grid)]
-        if not self.layers or any(layer.W is not None for layer in self.layers):
-            raise ValueError("the model has no structured layers, or a guide that is not finished")
+        layers = [m for m in model.modules() if isinstance(m, Grid)]
+        self.layers = [m for m in layers if m.V.requires_grad or m.U.requires_grad]
+        if not self.layers or any(layer.W is not None for layer in layers):
+            raise ValueError("no trainable structured layers, or a guide that is not finished")
         self.n_steps = n_steps
         self.stochastic = stochastic
         self.seed = seed
@@ -367,9 +370,11 @@ def from_linear(linear, make):
         layer = make(linear.in_features, linear.out_features, bias=linear.bias is not None)
     layer = layer.to(linear.weight.dtype).to_empty(device=linear.weight.device)
     layer.project_(linear.weight)
+    layer.train(linear.training).requires_grad_(linear.weight.requires_grad)
     if linear.bias is not None:
         layer.bias.data.copy_(linear.bias.data)
-    return layer.train(linear.training).requires_grad_(linear.weight.requires_grad)
+        layer.bias.requires_grad_(linear.bias.requires_grad)
+    return layer
 
 
 def convert(model, make, pick):
@@ -377,10 +382,11 @@ def convert(model, make, pick):
 
     make(d_in, d_out, bias=...) builds the new layer, set to the nearest weight of its kind.
     Returns {name: relative error of its weight in Frobenius norm}.  Raises ValueError, before
-    anything is changed, if pick accepts nothing, or a layer whose weight other code reads: tied
-    weights, nn.MultiheadAttention.out_proj, linear1 and linear2 of nn.TransformerEncoderLayer.
+    anything is changed, if pick accepts nothing, or a layer whose weight other code reads or sets:
+    tied and pruned weights, weight_norm, nn.MultiheadAttention.out_proj, linear1 and linear2 of
+    nn.TransformerEncoderLayer.
     """
-    readers = Counter()  # modules that read each parameter; more than one if it is tied
+    readers = Counter()  # modules per parameter: 2 if tied, 0 for the weight of a pruned layer
     for module in model.modules():
         readers.update(module.parameters(recurse=False))
         if isinstance(module, nn.TransformerEncoderLayer):  # its fast path
@@ -390,10 +396,10 @@ def convert(model, make, pick):
     for name, module in model.named_modules():
         if name and isinstance(module, nn.Linear) and pick(name):
             picked[name] = module
-    shared = [n for n, m in picked.items() if type(m) is not nn.Linear or readers[m.weight] > 1]
+    shared = [n for n, m in picked.items() if type(m) is not nn.Linear or readers[m.weight] != 1]
     if shared or not picked:
-        got = f"{len(picked)} inside the model; other code reads the weights of {shared}"
-        raise ValueError(f"pick must accept nn.Linear whose weight no other code reads, got {got}")
+        got = f"{len(picked)} inside the model; other code reads or sets the weights of {shared}"
+        raise ValueError(f"pick must accept nn.Linear with a weight of its own, got {got}")
     new = {module: from_linear(module, make) for module in picked.values()}
     errors = {}
     for name, module in picked.items():
