@@ -795,7 +795,7 @@ def process_group(device="cpu", timeout=60.0):
 
 
 def wait_for_rank0():
-    """Wait until all ranks have called this, up to a day: for loading and saving on rank 0."""
+    """Wait until all ranks have called this, up to a day: after loading, saving or evaluating."""
     ranks = replace(ranks_of(long_waits, "cpu"), limit=timedelta(days=1))
     ranks.tell("done", "a wait for all ranks")
 

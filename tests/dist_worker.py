@@ -23,8 +23,11 @@ from torch.utils import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dist_attention as da
+import lra_data
+import pretrain
 from attention import Transformer, TransformerConfig
 from s4 import S4Config, S4Model
+from settings import Config
 from sgconv import SGConvConfig, SGConvModel
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -300,11 +303,23 @@ def faults(rank):
         heard[fault] = caught(da.ring_attention, q, q, q, group=group)
         da.Ranks.op = real
         da.wait_for_rank0()
-    if rank == 0:
-        time.sleep(4)
-    da.wait_for_rank0()
-    heard["late rank 0"] = caught(da.ring_attention, q, q, q)
+    pretrain.rank0_first(lambda config: time.sleep(4 if rank < 2 else 0), None)
+    score = evaluate(seconds=4 if rank == 1 else 0)
+    heard["late"] = f"{score['loss']:.2f}, then {caught(da.ring_attention, q, q, q)}"
     return heard
+
+
+def evaluate(seconds=0):
+    """The validation score of an untrained model; the part of this rank takes so long."""
+    data = lra_data.load("lattice", n_train=6, n_val=6, n_test=6)
+    about = pretrain.identity(data)
+    sizes = {"d_model": 8, "n_layers": 1, "n_heads": 2, "d_ff": 8}
+    config = pretrain.fitted(Config(device="cpu", batch_size=2, **sizes), about)
+    model = pretrain.initial_model(config, about)
+    head = pretrain.initial_head("finetune", model, config, about)
+    model.register_forward_hook(lambda *args: time.sleep(seconds))
+    split = pretrain.resident(data.val, about, "cpu")
+    return pretrain.evaluate(model, head, split, "finetune", config)
 
 
 def main(folder, *ports):
@@ -331,8 +346,7 @@ def main(folder, *ports):
                 os.kill(os.getpid(), signal.SIGKILL)
             if rank == 2:
                 dist.all_reduce(torch.ones(1))  # torch's own error becomes one line, too
-            q = torch.randn(1, 2, 64, 8)
-            da.ring_attention(q, q, q)
+            evaluate()
 
 
 if __name__ == "__main__":
