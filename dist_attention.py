@@ -182,7 +182,7 @@ def attention_block(q, k, v, causal=False, keep=None):
     fused = has_kernel(q, keep)
     q, k, v = ready(fused, q, k, v)
     if fused:
-        return fused_block(q, k, v, causal)
+        return fused_block(q, k, v, causal, keep)
     scores = scores_of(q, k, causal, keep)
     lse = scores.logsumexp(-1)
     finite = lse.masked_fill(lse == -torch.inf, 0)  # -inf - -inf would be nan
@@ -198,7 +198,7 @@ def attention_block_grad(grad, q, k, v, out, lse, causal=False, keep=None):
     grad, q, k, v, out = ready(fused, grad, q, k, v, out)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a query that saw nothing has weights 0
     if fused:
-        return fused_block_grad(grad, q, k, v, out, lse, causal)
+        return fused_block_grad(grad, q, k, v, out, lse, causal, keep)
     scores = scores_of(q, k, causal, keep)
     weights = (scores - lse[..., None]).exp()  # P (B, H, n, m)
     mean = (grad * out).sum(-1, keepdim=True)  # sum_j P_j dP_j, over the keys of all ranks
@@ -215,17 +215,30 @@ def ready(fused, *tensors):
 
 def has_kernel(q, keep):
     """True if PyTorch has a fused kernel for these inputs that also returns the log-sum-exp."""
-    if keep is not None or q.is_cpu:
-        return keep is None
+    if q.is_cpu:
+        return True
     size = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    return q.is_cuda and q.dtype != torch.float64 and size
+    return keep is None and q.is_cuda and q.dtype != torch.float64 and size
 
 
-def fused_block(q, k, v, causal):
+def padding_mask(keep, q):
+    """What to add to the scores: 0 at real keys, -inf at padding; (B, 1, 1, m), or None."""
+    if keep is None:
+        return None
+    mask = q.new_zeros(keep.shape).masked_fill(~keep, -torch.inf)
+    return mask[:, None, None, :]
+
+
+def fused_block(q, k, v, causal, keep):
     """(out, lse) by the kernel of this device."""
     aten = torch.ops.aten
     if q.is_cpu:
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+        kernel = aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = kernel(q, k, v, 0.0, causal, attn_mask=padding_mask(keep, q))
+        if keep is not None:  # where a query sees no key, the kernel returns lse 0
+            seen = keep.cumsum(1) if causal else keep.sum(1, keepdim=True)  # (B, n or 1)
+            lse = lse.masked_fill(seen[:, None] == 0, -torch.inf)
+        return out, lse
     if q.dtype == torch.float32:
         kernel = aten._scaled_dot_product_efficient_attention
         out, lse = kernel(q, k, v, None, True, 0.0, causal)[:2]
@@ -235,12 +248,12 @@ def fused_block(q, k, v, causal):
     return out.float(), lse[:, :, : q.shape[2]].contiguous()  # lse is padded to 32 rows
 
 
-def fused_block_grad(grad, q, k, v, out, lse, causal):
+def fused_block_grad(grad, q, k, v, out, lse, causal, keep):
     """(dq, dk, dv) by the kernel of this device."""
     aten = torch.ops.aten
     if q.is_cpu:
         kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return kernel(grad, q, k, v, out, lse, 0.0, causal)
+        return kernel(grad, q, k, v, out, lse, 0.0, causal, attn_mask=padding_mask(keep, q))
     seed = torch.zeros(2, dtype=torch.int64, device=q.device)  # of dropout, whose rate is 0
     if q.dtype == torch.float32:
         kernel = aten._scaled_dot_product_efficient_attention_backward
@@ -460,7 +473,7 @@ def ulysses_attention(q, k, v, causal=False, keep=None, *, group=None, layout="c
     q_chunks = [(0, q.shape[2])]
     k_chunks = [(0, kv.shape[2])]
     alone = Plan(Ranks(), causal, [q_chunks], [k_chunks], plan.keep)
-    out = RingAttention.apply(alone, q, torch.stack(kv.chunk(2)))
+    out = RingAttention.apply(alone, q, kv.unflatten(0, (2, -1)))
     return to_tokens(out, ranks, plan.q_chunks, q_shares)  # (B, H, n, E)
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import dist_attention as da
-from attention import attention_ref
+from attention import attention_online, attention_ref
 from sgconv import SGConv
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,16 +125,20 @@ def test_what_is_not_a_number_is_no_small_error():
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kernel", [False, True])
 def test_blocks_with_and_without_a_fused_kernel(kernel, padded, causal, monkeypatch):
-    """Tensors are transposed: kernels assume that the last axis has stride 1."""
+    """Tensors are transposed: kernels assume that the last axis has stride 1.
+
+    Every block of 7 keys begins with padding, so there are queries that see no key of it.
+    """
     if not kernel:
         monkeypatch.setattr(da, "has_kernel", lambda *args: False)
     real = da.visible_blocks
     monkeypatch.setattr(da, "visible_blocks", lambda *args: real(*args[:3], 7))
     q, k, v, grad = (torch.randn(2, h, 8, 45, dtype=torch.float64).mT for h in (4, 2, 2, 4))
-    keep = torch.arange(45) < torch.tensor([[45], [20]]) if padded else None
+    at = torch.arange(45)
+    keep = (at > torch.tensor([[0], [9]])) & (at % 7 > 0) if padded else None
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out = da.ring_attention(*leaves, causal, keep)
-    expected = da.attention_slow(*leaves, causal, keep)
+    expected, _ = attention_online(*leaves, causal, keep)
     assert da.rel_err(out, expected) < 1e-13
     got = torch.autograd.grad(out, leaves, grad)
     for a, b in zip(got, torch.autograd.grad(expected, leaves, grad), strict=True):
@@ -153,16 +157,22 @@ def test_blocks_of_bfloat16_are_computed_in_float32():
         assert torch.equal(a, b)
 
 
-def test_padding_needs_no_square_of_the_length(monkeypatch):
-    """Scores are written out where there is padding only, 1024 x 1024 at most."""
+@pytest.mark.parametrize(("kernel", "expected"), [(True, []), (False, [1024, 1024])])
+def test_padding_needs_no_square_of_the_length(kernel, expected, monkeypatch):
+    """Scores are written out without a kernel only, 1024 x 1024 at most, where there is padding."""
     sizes = []
     real = da.scores_of
-    monkeypatch.setattr(
-        da, "scores_of", lambda q, k, *a: sizes.append(k.shape[2]) or real(q, k, *a)
-    )
+
+    def scores_of(q, k, causal, keep):
+        if keep is not None:
+            sizes.append(k.shape[2])
+        return real(q, k, causal, keep)
+
+    monkeypatch.setattr(da, "scores_of", scores_of)
+    monkeypatch.setattr(da, "has_kernel", lambda q, keep: kernel or keep is None)
     q = torch.randn(1, 1, 3000, 8)
     da.ring_attention(q, q, q, True, torch.arange(3000)[None] != 1500)
-    assert sizes == [1024, 1024]  # the second keys, for the second and the third queries
+    assert sizes == expected  # the second keys, for the second and the third queries
 
 
 def test_rounding_does_not_grow_with_the_keys():
