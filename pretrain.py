@@ -360,6 +360,7 @@ def evaluate(model, head, split, stage, config):
         batch = make_batch(split, by_length[first : first + size], stage, config, generator)
         sums += objective(batch)[1]
     objective.train()
+    wait_for_rank0()  # parts may take unequal time, longer than a sum over ranks waits
     sums = dist_attention.SumOverRanks.apply(sums)
     if sums[1] == 0:
         few = f"none of {len(split)} examples has a masked position to be judged by"
