@@ -13,8 +13,6 @@ from PIL import Image
 
 import lra_data
 
-BOM = b"\xef\xbb\xbf"
-
 # ------------------------------------------------------------- small files in the published formats
 
 
@@ -103,81 +101,66 @@ MAKERS = {
 @pytest.fixture(scope="module")
 def trees(tmp_path_factory):
     """One directory per task with small files in the published layout."""
-    roots = {}
+    root = tmp_path_factory.mktemp("published")
     for task, make in MAKERS.items():
-        roots[task] = tmp_path_factory.mktemp(task)
-        make(roots[task])
-    return roots
+        make(root / task)
+    return root
 
 
 @pytest.fixture
 def copy(trees, tmp_path):
     """copy(task) -> a directory with the task's files, to be changed."""
-
-    def make(task):
-        return shutil.copytree(trees[task], tmp_path / "files")
-
-    return make
+    return lambda task: shutil.copytree(trees / task, tmp_path / "files" / task)
 
 
 # ------------------------------------------------------------------------------------ what is read
 
 PIXELS = (127.5,), (127.5,)
 SCIFAR = (125.307, 122.961, 113.8575), (62.985, 61.965, 66.555)
-PROPERTIES = {  # files, vocab_size, n_classes, (mean, std)
-    "lattice": (None, 2, 2, None),
-    "listops": ("listops", 15, 10, None),
-    "listops-small": ("listops", 15, 10, None),
-    "listops-tiny": ("listops", 15, 10, None),
-    "text": ("text", 256, 2, None),
-    "text-characters": ("text", 14, 2, None),
-    "retrieval": ("retrieval", 256, 2, None),
-    "retrieval-characters": ("retrieval", 18, 2, None),
-    "image": ("image", 256, 10, None),
-    "image-real": ("image", 256, 10, ((122.6,), (61.0,))),
-    "scifar": ("image", 256, 10, SCIFAR),
-    "pathfinder32": ("pathfinder32", 256, 2, PIXELS),
-    "pathfinder32-easy": (None, 256, 2, PIXELS),
-    "pathfinder32-medium": (None, 256, 2, PIXELS),
+SYMBOLS = None, None
+PROPERTIES = {  # vocab_size, n_classes, (mean, std)
+    "lattice": (2, 2, SYMBOLS),
+    "listops": (15, 10, SYMBOLS),
+    "listops-small": (15, 10, SYMBOLS),
+    "listops-tiny": (15, 10, SYMBOLS),
+    "text": (256, 2, SYMBOLS),
+    "text-characters": (14, 2, SYMBOLS),
+    "retrieval": (256, 2, SYMBOLS),
+    "retrieval-characters": (18, 2, SYMBOLS),
+    "image": (256, 10, SYMBOLS),
+    "image-real": (256, 10, ((122.6,), (61.0,))),
+    "scifar": (256, 10, SCIFAR),
+    "pathfinder32": (256, 2, PIXELS),
+    "pathfinder32-easy": (256, 2, PIXELS),
+    "pathfinder32-medium": (256, 2, PIXELS),
 }
 
 
 @pytest.mark.parametrize("task", PROPERTIES)
 def test_classes_vocabulary_mean_and_std_of_every_task(task, trees, tmp_path, monkeypatch):
     monkeypatch.setattr(lra_data, "MIN_COUNT", 1)
-    files, vocab_size, n_classes, normalization = PROPERTIES[task]
-    options = {"source": trees[files]} if files else {}
-    if task.startswith("pathfinder32-"):
+    files = trees / task.replace("scifar", "image").split("-")[0]
+    options = {"source": files} if files.exists() else {}
+    if task in ("pathfinder32-easy", "pathfinder32-medium"):
         options = {"n": 10}
     data = lra_data.load(task, tmp_path, **options)
-    assert (data.name, data.vocab_size, data.n_classes) == (task, vocab_size, n_classes)
-    if normalization is None:
-        assert data.mean is None and data.std is None
-        assert max(s.tokens.max() for s in (data.train, data.val, data.test)) < vocab_size
-    else:
-        assert data.mean == pytest.approx(normalization[0], abs=1e-9)
-        assert data.std == pytest.approx(normalization[1], abs=1e-9)
-    if data.symbols:
-        assert len(data.symbols) == vocab_size
+    assert (data.vocab_size, data.n_classes, (data.mean, data.std)) == PROPERTIES[task]
+    assert data.name == task
+    assert data.symbols is None or len(data.symbols) == data.vocab_size
     for split in (data.train, data.val, data.test):
         assert split.labels.dtype == np.int64 and split.lengths.dtype == np.int32
+        assert split.tokens.max() < data.vocab_size
 
 
-def test_listops_written_and_read_is_the_same(tmp_path):
-    made = lra_data.load("listops-tiny", tmp_path, n_train=200, n_val=9, n_test=9)
-    for name in lra_data.SPLITS:
-        split = getattr(made, name)
-        text = "Source\tTarget\r\n"
-        for row, label, length in zip(split.tokens, split.labels, split.lengths, strict=True):
-            words = " ".join(made.symbols[token] for token in row[:length])
-            text += f"( {words.replace(']', ') ]')} )\t{label}\r\n"
-        write(tmp_path / f"files/basic_{name}.tsv", text)
-    read = lra_data.load("listops", tmp_path, source=tmp_path / "files")
-    assert lra_data.checksum(read) == lra_data.checksum(made)
+def test_listops_is_read_without_its_parentheses(trees, tmp_path):
+    data = lra_data.load("listops", tmp_path, source=trees / "listops")
+    tree = data.val.tokens[1][: data.val.lengths[1]]
+    assert [data.symbols[token] for token in tree] == "[SM [MAX 1 9 ] 4 ]".split()
+    assert data.val.labels.tolist() == [2, 3, 5]
 
 
 def test_pathfinder_png_come_back_exactly(trees, tmp_path):
-    data = lra_data.load("pathfinder32", tmp_path, source=trees["pathfinder32"])
+    data = lra_data.load("pathfinder32", tmp_path, source=trees / "pathfinder32")
     splits = (data.train, data.val, data.test)
     assert [len(split) for split in splits] == [24, 3, 3]
     assert data.train.tokens.shape == (24, 1024, 1)
@@ -186,14 +169,14 @@ def test_pathfinder_png_come_back_exactly(trees, tmp_path):
         for row, label in zip(split.tokens, split.labels, strict=True):
             read[row.tobytes()] = label
     assert read == {picture.tobytes(): i % 2 for i, picture in enumerate(PICTURES)}
-    other = lra_data.load("pathfinder32", tmp_path, 1, source=trees["pathfinder32"])
+    other = lra_data.load("pathfinder32", tmp_path, 1, source=trees / "pathfinder32")
     assert (other.train.tokens != data.train.tokens).any(), "the order depends on the seed"
 
 
 def test_a_missing_pillow_is_named(trees, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ValueError, match=r"sample_\d+.png needs Pillow: pip install pillow$"):
-        lra_data.load("pathfinder32", tmp_path, source=trees["pathfinder32"])
+        lra_data.load("pathfinder32", tmp_path, source=trees / "pathfinder32")
 
 
 def test_the_one_png_that_was_published_empty_is_left_out(copy, tmp_path):
@@ -222,7 +205,7 @@ def test_the_inner_tree_of_the_release_is_preferred(tmp_path):
 
 
 def test_image_in_gray_by_both_formulas_and_in_color(trees, tmp_path):
-    source = trees["image"]
+    source = trees / "image"
     symbols = lra_data.load("image", tmp_path, source=source).test.tokens
     numbers = lra_data.load("image-real", tmp_path, source=source).test.tokens
     color = lra_data.load("scifar", tmp_path, source=source).test.tokens
@@ -237,8 +220,8 @@ def test_image_in_gray_by_both_formulas_and_in_color(trees, tmp_path):
 
 
 def test_image_validation_is_held_out_of_train(trees, tmp_path):
-    first = lra_data.load("image", tmp_path, 0, source=trees["image"])
-    other = lra_data.load("image", tmp_path, 1, source=trees["image"])
+    first = lra_data.load("image", tmp_path, 0, source=trees / "image")
+    other = lra_data.load("image", tmp_path, 1, source=trees / "image")
     assert [len(first.train), len(first.val), len(first.test)] == [36, 4, 8]
     rows = [row.tobytes() for split in (first.train, first.val) for row in split.tokens]
     again = [row.tobytes() for split in (other.train, other.val) for row in split.tokens]
@@ -248,7 +231,7 @@ def test_image_validation_is_held_out_of_train(trees, tmp_path):
 
 
 def test_text_by_bytes_and_by_characters(trees, tmp_path):
-    source = trees["text"]
+    source = trees / "text"
     in_bytes = lra_data.load("text", tmp_path, source=source, max_len=100)
     characters = lra_data.load("text-characters", tmp_path, source=source, max_len=100)
     assert (len(in_bytes.train), len(in_bytes.val), len(in_bytes.test)) == (22, 2, 24)
@@ -258,28 +241,24 @@ def test_text_by_bytes_and_by_characters(trees, tmp_path):
     read = "".join(characters.symbols[t] for t in characters.test.tokens[0][:13])
     assert read == "naïve film, <unk>"
     assert in_bytes.train.lengths.max() == 100 == characters.train.lengths.max()
-    assert "α" not in characters.symbols and characters.symbols[0] == "<unk>"
     assert characters.test.labels.tolist() == [0] * 12 + [1] * 12
 
 
-@pytest.mark.parametrize("split", ["test", "val"])
-def test_the_vocabulary_is_built_on_train_alone(split, copy, tmp_path):
+def test_the_vocabulary_is_built_on_train_alone(copy, tmp_path):
     root = copy("text")
-    paths = sorted(root.glob("aclImdb/test/*/*.txt"))
-    if split == "val":
-        train = sorted(root.glob("aclImdb/train/*/*.txt"))
-        paths = [train[i] for i in np.random.RandomState([0, 5]).permutation(24)[-2:]]
-    for path in paths:
+    train = sorted(root.glob("aclImdb/train/*/*.txt"))
+    val = [train[i] for i in np.random.RandomState([0, 5]).permutation(24)[-2:]]
+    for path in [*val, *root.glob("aclImdb/test/*/*.txt")]:
         path.write_text("ß" * 20, encoding="utf-8")
     data = lra_data.load("text-characters", tmp_path, source=root)
     assert "ß" not in data.symbols
-    assert (getattr(data, split).tokens == 0).all()
+    assert (data.val.tokens == 0).all() and (data.test.tokens == 0).all()
 
 
 @pytest.mark.parametrize("task", ["retrieval", "retrieval-characters"])
 def test_retrieval_has_two_documents(task, trees, tmp_path, monkeypatch):
     monkeypatch.setattr(lra_data, "MIN_COUNT", 1)
-    data = lra_data.load(task, tmp_path, source=trees["retrieval"], max_len=20)
+    data = lra_data.load(task, tmp_path, source=trees / "retrieval", max_len=20)
     assert data.train.tokens.shape == (6, 2, 20)
     assert data.train.lengths.tolist()[1] == [6, 9]
     assert data.train.labels.tolist() == [0, 1, 0, 1, 0, 1]
@@ -290,7 +269,7 @@ def test_retrieval_has_two_documents(task, trees, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("task", "stride"), [("speech", 1), ("speech-8k", 2)])
 def test_speech_follows_the_official_lists(task, stride, trees, tmp_path):
-    data = lra_data.load(task, tmp_path, source=trees["speech"])
+    data = lra_data.load(task, tmp_path, source=trees / "speech")
     assert (data.vocab_size, data.n_classes) == (None, 2)
     assert data.train.tokens.dtype == np.int16
     assert (len(data.train), len(data.val), len(data.test)) == (7, 2, 2)
@@ -303,44 +282,32 @@ def test_speech_follows_the_official_lists(task, stride, trees, tmp_path):
     assert abs(data.mean[0] - whole.mean()) < 1e-6 and abs(data.std[0] / whole.std() - 1) < 1e-9
 
 
-@pytest.mark.parametrize("task", MAKERS)
-def test_every_task_is_read_from_a_tar_archive_too(task, trees, tmp_path, monkeypatch):
-    archive = tmp_path / "packed.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        for path in trees[task].iterdir():
-            tar.add(path, path.name)
-    expected = lra_data.checksum(lra_data.load(task, tmp_path / "other", source=trees[task]))
-    assert lra_data.checksum(lra_data.load(task, tmp_path / "data", source=archive)) == expected
-    monkeypatch.setattr(tarfile, "open", None)  # the unpacked tree is used again
-    assert lra_data.checksum(lra_data.load(task, tmp_path / "data", source=archive)) == expected
-
-
 @pytest.mark.parametrize("task", ["listops-tiny", "pathfinder32", "speech"])
-def test_a_folder_that_is_not_writable_is_noticed_before_the_work(
-    task, trees, tmp_path, monkeypatch
-):
+def test_an_unwritable_folder_is_noticed_before_the_work(task, trees, tmp_path, monkeypatch):
     for work in ("lra_data.make_listops", "pathfinder.draw_pictures", "lra_data.read_wav"):
         monkeypatch.setattr(work, lambda *_: pytest.fail("too late"))
-    source = trees["speech"] if task == "speech" else None
+    options = {"source": trees / task} if task == "speech" else {}
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        lra_data.load(task, tmp_path / "file", source=source)
+        lra_data.load(task, tmp_path / "file", **options)
 
 
-def test_changed_files_are_read_again(copy, tmp_path):
-    root = copy("listops")
-    lra_data.load("listops", tmp_path / "data", source=root)
-    path = root / "listops-1000/basic_val.tsv"
-    path.write_text(path.read_text().replace("5\t5", "7\t7"))
-    data = lra_data.load("listops", tmp_path / "data", source=root)
-    assert data.val.labels.tolist() == [2, 3, 7]
+CHANGES = {
+    "listops": ("listops-1000/basic_val.tsv", b"Source\tTarget\n7\t7\n"),
+    "speech": ("speech_commands_v0.02/yes/4_nohash_0.wav", None),
+}
 
 
-def test_a_removed_clip_is_noticed(copy, tmp_path):
-    root = copy("speech")
-    assert len(lra_data.load("speech", tmp_path / "data", source=root).train) == 7
-    next(root.rglob("yes/4_nohash_0.wav")).unlink()
-    assert len(lra_data.load("speech", tmp_path / "data", source=root).train) == 6
+@pytest.mark.parametrize("task", CHANGES)
+def test_files_that_changed_or_are_gone_are_noticed(task, copy, tmp_path):
+    root = copy(task)
+    before = lra_data.load(task, tmp_path / "data", source=root)
+    name, content = CHANGES[task]
+    (root / name).unlink()
+    if content:
+        write(root / name, content)
+    after = lra_data.load(task, tmp_path / "data", source=root)
+    assert lra_data.checksum(before) != lra_data.checksum(after)
 
 
 # ---------------------------------------------------------------------- byte order marks, line ends
@@ -354,18 +321,16 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize("change", ["byte order mark", "line ends"])
 @pytest.mark.parametrize("task", TEXTS)
-def test_byte_order_marks_and_windows_line_ends_change_nothing(task, change, trees, copy, tmp_path):
-    if (task, change) == ("text", "line ends"):
-        return  # here they are text
+def test_byte_order_marks_and_windows_line_ends_change_nothing(task, trees, copy, tmp_path):
     root = copy(task)
     for path in root.glob(TEXTS[task]):
         content = path.read_bytes()
-        changed = BOM + content if change == "byte order mark" else content.replace(b"\n", b"\r\n")
-        path.write_bytes(changed)
+        if task != "text":  # there, line ends are text
+            content = content.replace(b"\n", b"\r\n")
+        path.write_bytes(b"\xef\xbb\xbf" + content)
     data = lra_data.load(task, tmp_path / "data", source=root)
-    plain = lra_data.load(task, tmp_path / "plain", source=trees[task])
+    plain = lra_data.load(task, tmp_path / "plain", source=trees / task)
     assert lra_data.checksum(data) == lra_data.checksum(plain)
 
 
@@ -393,17 +358,12 @@ HEAD = "Source\tTarget\n"
 GRAY = np.arange(1024, dtype=np.uint8).reshape(32, 32)
 
 BROKEN = {  # task, file, content, reason
-    "no header": ("listops", TREE, b"", "no examples; expected a header"),
-    "header alone": ("listops", TREE, HEAD, "no examples; expected a header"),
-    "missing column": ("listops", TREE, HEAD + "5\n", "line 2: not enough values"),
     "unknown token": ("listops", TREE, HEAD + "[AVG 1 ]\t1\n", "line 2: .*AVG"),
     "unclosed": ("listops", TREE, HEAD + "[MIN 1 2\t1\n", "expected a header, then a tree"),
     "closed twice": ("listops", TREE, HEAD + "[MIN 1 ] ]\t1\n", "expected a header, then a tree"),
     "no arguments": ("listops", TREE, HEAD + "[MIN ]\t0\n", "expected a header, then a tree"),
     "two roots": ("listops", TREE, HEAD + "1 2\t1\n", "expected a header, then a tree"),
     "wrong answer": ("listops", TREE, HEAD + "1\t1\n[MIN 1 2 ]\t2\n", "line 3: answer 2, not 1"),
-    "tree not UTF-8": ("listops", TREE, HEAD.encode() + b"\xff\t5\n", "line 2: .*utf-8"),
-    "no table": ("pathfinder32", TABLE, "", "no examples; expected folder, PNG file"),
     "three columns": ("pathfinder32", TABLE, ROW + "imgs/0 sample_1.png 1\n", "line 2: not enough"),
     "label 2": ("pathfinder32", TABLE, ROW + "imgs/0 sample_1.png 1 2\n", "line 2: '2'.* 0 or 1"),
     "no text": ("pathfinder32", TABLE, b"\x93NUMPY\x01\x00v", "line 1: .*utf-8.* expected folder"),
@@ -417,7 +377,6 @@ BROKEN = {  # task, file, content, reason
     "record missing": ("image", BATCH, bytes(3073 * 7), "bytes 21511, not 24584"),
     "batch empty": ("image", BATCH, b"", "bytes 0, not 24584"),
     "review not UTF-8": ("text", REVIEW, b"a \xe9 b", "expected a review in UTF-8"),
-    "no pairs": ("retrieval", PAIRS, "", "no examples; expected label"),
     "four columns": ("retrieval", PAIRS, "1.0\tA\tB\ttext\n", "line 1: .*got 4.* expected label"),
     "no label": ("retrieval", PAIRS, "yes\tA\tB\ta\tb\n", "line 1: 'yes'; expected label"),
     "label 0.5": ("retrieval", PAIRS, PAIR + PAIR.replace("1.0", "0.5"), "line 2: '0.5'; expected"),
@@ -428,12 +387,11 @@ BROKEN = {  # task, file, content, reason
     "44 kHz": ("speech", CLIP, wav(100, rate=44_100), r"rate \(1, 2, 44100\), not"),
     "too long": ("speech", CLIP, wav(16_001), "samples 16000, not 16001"),
     "no clips": ("speech", LIST, "", "no examples; expected a clip per line"),
-    "list of bytes": ("speech", LIST, b"yes/\xff.wav\n", "line 1: .*utf-8"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_file_is_named_with_its_fault(case, copy, tmp_path):
+def test_a_broken_file_is_named_and_read_when_it_is_repaired(case, trees, copy, tmp_path):
     task, name, content, reason = BROKEN[case]
     root = copy(task)
     write(root / name, content)
@@ -442,18 +400,10 @@ def test_a_broken_file_is_named_with_its_fault(case, copy, tmp_path):
     assert str(caught.value).startswith(str(root / name))
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "data").glob("*.npz")), "a part of the cache is left behind"
-
-
-def test_a_repaired_picture_is_read_the_next_time(copy, tmp_path):
-    root = copy("pathfinder32")
-    good = (root / SAMPLE).read_bytes()
-    (root / SAMPLE).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"sample_5\.png"):
-        lra_data.load("pathfinder32", tmp_path / "data", source=root)
-    (root / SAMPLE).write_bytes(good)
-    data = lra_data.load("pathfinder32", tmp_path / "data", source=root)
-    other = lra_data.load("pathfinder32", tmp_path / "other", source=root)
-    assert lra_data.checksum(data) == lra_data.checksum(other)
+    write(root / name, (trees / task / name).read_bytes())
+    repaired = lra_data.load(task, tmp_path / "data", source=root)
+    whole = lra_data.load(task, tmp_path / "whole", source=trees / task)
+    assert lra_data.checksum(repaired) == lra_data.checksum(whole)
 
 
 @pytest.mark.parametrize("task", MAKERS)
@@ -463,49 +413,36 @@ def test_a_missing_tree_names_the_expected_layout(task, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("task", "name"),
+    ("task", "names", "message"),
     [
-        ("listops", "basic_test.tsv"),
-        ("image", "data_batch_2.bin"),
-        ("retrieval", "new_aan_pairs.eval.tsv"),
-        ("speech", "testing_list.txt"),
-        ("pathfinder32", "sample_7.png"),
+        ("image", "cifar-10-batches-bin/data_batch_2.bin", "No such file.*data_batch_2.bin"),
+        ("retrieval", "tsv_data/new_aan_pairs.eval.tsv", "No such file.*new_aan_pairs.eval.tsv"),
+        ("text", "aclImdb/test/pos/*", r"test/pos: expected \.txt files with reviews"),
     ],
 )
-def test_a_missing_second_file_is_named(task, name, copy, tmp_path):
-    next(copy(task).rglob(name)).unlink()
-    with pytest.raises((ValueError, OSError), match=rf"No such file.*{name}"):
-        lra_data.load(task, tmp_path / "data", source=tmp_path / "files")
-
-
-def test_a_folder_without_reviews_is_named(copy, tmp_path):
-    root = copy("text")
-    shutil.rmtree(root / "aclImdb/test/pos")
-    with pytest.raises(ValueError, match=r"test/pos: expected \.txt files with reviews"):
-        lra_data.load("text", tmp_path, source=root)
+def test_missing_files_are_named(task, names, message, copy, tmp_path):
+    root = copy(task)
+    for path in root.glob(names):
+        path.unlink()
+    with pytest.raises((ValueError, OSError), match=message):
+        lra_data.load(task, tmp_path / "data", source=root)
 
 
 # ----------------------------------------------------------------------------- archives, downloads
 
 
-def tar_of(**member):
-    """A tar file with one good file and one member as given."""
+def tar_of(name):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for fields in (dict(name="good.txt"), member):
-            info = tarfile.TarInfo()
-            for key, value in fields.items():
-                setattr(info, key, value)
-            tar.addfile(info, io.BytesIO(b""))
+        tar.addfile(tarfile.TarInfo("good.txt"))
+        tar.addfile(tarfile.TarInfo(name))
     return buffer.getvalue()
 
 
 ARCHIVES = {
-    "above": tar_of(name="../evil.txt"),
-    "link": tar_of(name="link", type=tarfile.SYMTYPE, linkname="/etc"),
-    "cut": tar_of(name="other")[:60],
-    "wrong checksum": tar_of(name="other")[:-8] + b"12345678",
-    "empty": b"",
+    "above": tar_of("../evil.txt"),
+    "cut": tar_of("other")[:60],
+    "wrong checksum": tar_of("other")[:-8] + b"12345678",
     "noise": bytes(range(256)) * 40,
 }
 
@@ -514,11 +451,9 @@ ARCHIVES = {
 def test_archives_stay_inside_their_folder(case, tmp_path):
     archive = tmp_path / "in/archive.tar.gz"
     write(archive, ARCHIVES[case])
-    before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match=r"(?s)archive\.tar\.gz: .*expected a whole tar"):
         lra_data.load("image", tmp_path / "data", source=archive)
-    left = [path for path in tmp_path.rglob("*") if path not in before and path.is_file()]
-    assert not left and not (tmp_path / "evil.txt").exists()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [archive]
 
 
 def test_another_process_may_be_faster(tmp_path):
@@ -529,16 +464,21 @@ def test_another_process_may_be_faster(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["cache", "fast"]
 
 
-def test_a_download_arrives_once(tmp_path, monkeypatch):
-    content = bytes(range(256)) * 5000
-    write(tmp_path / "a.tar.gz", content)
-    url = (tmp_path / "a.tar.gz").as_uri()
-    monkeypatch.setitem(lra_data.SHA256, url, hashlib.sha256(content).hexdigest())
-    path = lra_data.download(url, tmp_path / "data")
-    (tmp_path / "a.tar.gz").unlink()
-    assert lra_data.download(url, tmp_path / "data") == path, "what is there is fetched again"
-    assert path.read_bytes() == content
-    assert [each.name for each in path.parent.iterdir()] == ["a.tar.gz"]
+def test_a_download_arrives_once_and_is_found(trees, tmp_path, monkeypatch):
+    packed = tmp_path / lra_data.CIFAR.split("/")[-1]
+    with tarfile.open(packed, "w:gz") as tar:
+        tar.add(trees / "image" / "cifar-10-batches-bin", "cifar-10-batches-bin")
+    digest = hashlib.sha256(packed.read_bytes()).hexdigest()
+    monkeypatch.setitem(lra_data.SHA256, packed.as_uri(), digest)
+    path = lra_data.download(packed.as_uri(), tmp_path / "data")
+    assert [each.name for each in path.parent.iterdir()] == [packed.name]
+    packed.unlink()
+    assert lra_data.download(packed.as_uri(), tmp_path / "data") == path, "fetched again"
+    expected = lra_data.checksum(lra_data.load("image", tmp_path, source=trees / "image"))
+    assert lra_data.checksum(lra_data.load("image", tmp_path / "data")) == expected
+    monkeypatch.setattr(tarfile, "open", None)  # the unpacked tree is used again
+    read = lra_data.load("image", tmp_path / "data", source=path)
+    assert lra_data.checksum(read) == expected
 
 
 @pytest.mark.parametrize(
@@ -551,10 +491,3 @@ def test_a_failed_download_leaves_nothing(name, reason, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=f"{url}: .*{reason}.*put it at .*--source"):
         lra_data.download(url, tmp_path / "data")
     assert not list((tmp_path / "data").iterdir())
-
-
-def test_what_download_leaves_is_found(trees, tmp_path):
-    name = lra_data.CIFAR.split("/")[-1]
-    with tarfile.open(tmp_path / name, "w:gz") as tar:
-        tar.add(trees["image"] / "cifar-10-batches-bin", "cifar-10-batches-bin")
-    assert len(lra_data.load("image", tmp_path).test) == 8
