@@ -223,6 +223,18 @@ def test_metrics_are_means_over_every_ten_steps(tmp_path):
     checkpoint.lock(tmp_path / "a").close()  # the run has released its lock
 
 
+def test_metrics_are_means_over_all_processes(tmp_path, monkeypatch):
+    """The other process saw two positions, with a loss of 3 each and both right."""
+    others = torch.tensor([6, 2, 2]).double()
+    monkeypatch.setattr(checkpoint, "ranks", lambda: (0, 2))
+    monkeypatch.setattr(checkpoint.dist, "all_reduce", lambda sums: sums.add_(others))
+    with checkpoint.Run(tmp_path / "a", {}) as a:
+        for step in a.steps("pretrain", 0, 10):
+            a.log(step, torch.tensor([1, 1, 0]).double(), 1)
+    line = json.loads((tmp_path / "a" / "metrics.jsonl").read_text("utf-8"))
+    assert line["loss"] == 16 / 12 and line["accuracy"] == 2 / 12
+
+
 def test_a_finished_run_is_replaced_only_with_overwrite(tmp_path, monkeypatch):
     """And refused before the data are loaded; a new run leaves no weights of the old one."""
     run(tmp_path, "a")
