@@ -377,7 +377,7 @@ class Block(nn.Module):
         self.ffn = ffn
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, keep, positions):
+    def forward(self, x, keep=None, positions=None):
         h = self.norm_mixer(x)  # differs from the paper: norm before the sublayer, not after it
         if isinstance(self.mixer, Attention):  # no other mixer takes positions
             mixed = self.mixer(h, keep, positions)
