@@ -138,11 +138,17 @@ class Config:
         return self.pretrain_batch_size if stage == "pretrain" else self.batch_size
 
 
-MAY_BE_ZERO = ("seed", "warmup", "weight_decay", "dropout")
-LARGEST = {int: 1e9, float: 1e30}  # more does not fit into a machine, or into float32
-LARGEST_DECAY = 1e6  # the optimizer multiplies it by the learning rate
-SMALLEST = 1e-30  # of what must be positive: less is 0 in float32
-FRACTIONS = ("mask_ratio", "warmup", "dropout")
+BELOW_1 = math.nextafter(1, 0)
+# The numbers that fit into a machine and into float32: least, largest, in words.
+LIMITS = {
+    int: (1, 1e9, "a positive number up to 1e+09"),
+    float: (1e-30, 1e30, "a positive number up to 1e+30"),
+    "seed": (0, math.inf, "0 or more"),
+    "mask_ratio": (1e-30, BELOW_1, "a positive fraction below 1"),
+    "warmup": (0, BELOW_1, "a fraction below 1"),
+    "dropout": (0, BELOW_1, "a fraction below 1"),
+    "weight_decay": (0, 1e6, "0 or more, up to 1e+06"),  # is multiplied by the learning rate
+}
 
 
 def misfit(f, value):
@@ -150,20 +156,15 @@ def misfit(f, value):
     types = (int, float) if f.type is float else f.type
     if not isinstance(value, types) or isinstance(value, bool) != (f.type is bool):
         return f.type.__name__
-    if value == "":
-        return "a value"
     choices = f.metadata["choices"]
     if choices and value not in choices:
         return f"one of {', '.join(choices)}"
-    if f.type in (str, bool):
+    if f.type is bool:
         return None
-    if f.name in FRACTIONS and not value < 1:
-        return "a fraction below 1"
-    if f.name in MAY_BE_ZERO:
-        largest = math.inf if f.name == "seed" else LARGEST_DECAY
-        return None if 0 <= value <= largest else f"0 or more, up to {largest:g}"
-    largest = LARGEST[f.type]
-    return None if SMALLEST <= value <= largest else f"a positive number up to {largest:g}"
+    if f.type is str:
+        return None if value else "a value"
+    least, largest, words = LIMITS.get(f.name, LIMITS[f.type])
+    return None if least <= value <= largest else words
 
 
 # ---------------------------------------------------- the table of published hyperparameters
