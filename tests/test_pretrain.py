@@ -295,7 +295,7 @@ def test_the_parts_of_a_batch_are_the_batch(data):
     """Also more parts than examples: the empty ones weigh nothing."""
     _, batch = batch_of(data, "finetune")
     for n in (1, 2, 3, 5):
-        parts = [pretrain.part(batch, i, n) for i in range(n)]
+        parts = [batches.part(batch, i, n) for i in range(n)]
         real = [piece for piece, weight in parts if weight]
         assert all(len(piece.target) >= 1 for piece, _ in parts)
         assert len(real) == min(n, 3)
@@ -623,6 +623,29 @@ def test_a_run_from_the_command_line(small_lattice, monkeypatch, tmp_path, capsy
     assert "accuracy" in shown and "tokens_per_s" in shown and f"{tmp_path}/result.json" in shown
     message, _ = exit_of(capsys, *runs.SMALL, *steps, "--out", tmp_path)
     assert message.startswith("pretrain.py: ") and "pass --overwrite to replace it" in message
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "bad"),
+    [(None, []), ("draw", [0]), ("x", [1, 2, 4]), ("where", [2]), ("target", [3, 4])],
+)
+def test_the_check_notices_what_is_wrong(spoiled, bad, monkeypatch, capsys):
+    make_batch = pretrain.make_batch
+
+    def spoil(*args):
+        batch = make_batch(*args)
+        if spoiled in batch._fields:
+            batch = batch._replace(**{spoiled: getattr(batch, spoiled).logical_not()})
+        return batch
+
+    monkeypatch.setattr(pretrain, "make_batch", spoil)
+    if spoiled == "draw":
+        monkeypatch.setattr(pretrain, "draw", lambda *args: itertools.repeat(np.arange(8)))
+    rows = pretrain.self_check()
+    assert [i for i, row in enumerate(rows) if row[1] > row[2]] == bad
+    assert [row[2] for row in rows] == [0, 0.03, 0, 0, 0]
+    code, shown = exit_of(capsys, "--check", "--device", "cpu")
+    assert code == bool(bad) and rows[0][0] in shown.out
 
 
 @pytest.mark.parametrize(("rank", "order"), [(0, "work wait wait"), (1, "wait work wait")])
