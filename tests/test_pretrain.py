@@ -270,12 +270,15 @@ def test_regression_learns_standardized_targets(target_loss):
 
 @pytest.mark.parametrize("target", ["classes", "values"])
 def test_scores_are_those_of_all_examples_whatever_the_batches(target):
-    """As numpy has them; those of a regression in the units of y."""
+    """As numpy has them; those of a regression in the units of y. Only training has dropout."""
     data = symbols(range(2, 13))
     data = data if target == "classes" else regression(data)
-    config, batch = batch_of(replace(data, train=data.test), "finetune", batch_size=4)
+    test = replace(data, train=data.test)
+    config, batch = batch_of(test, "finetune", batch_size=4, dropout=0.5)
     model, head = body_and_head("finetune", config, data)
     found = pretrain.evaluate(model, head, resident(data, "test"), "finetune", config)
+    assert model.training and head.training
+    model.eval()
     out = pretrain.outputs(model, head, batch.x, batch.keep, None, config).detach()
     y = data.test.labels.astype(np.float64)
     if target == "classes":
