@@ -7,9 +7,11 @@ B counts sequences: a pair of documents is two of them, with one label.
 
 import itertools
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import lra_data
 from settings import OWN_SYMBOLS, OWN_VALUES
@@ -128,6 +130,13 @@ def trim(raw, lengths):
     return raw, torch.arange(L, device=raw.device) < lengths[:, None]
 
 
+def normalize(raw, about):
+    """(B, L, C) numbers -> real values of mean 0 and standard deviation 1 in training."""
+    mean = torch.as_tensor(about["mean"], device=raw.device)
+    std = torch.as_tensor(about["std"], device=raw.device)
+    return (raw - mean) / std
+
+
 def standardize(y, about):
     """y (n, k) -> float64 targets of mean 0 and standard deviation 1 in training."""
     y = y.double()
@@ -156,3 +165,47 @@ def draw(lengths, batch_size, *seed):
                 batches.append(pool[first : first + batch_size])
         for i in rng.permutation(len(batches)):
             yield batches[i]
+
+
+# -------------------------------------------------------------------------------- a batch
+
+
+class Batch(NamedTuple):
+    x: torch.Tensor  # (B, L) ids, or (B, L, C + 1) values and the mask flag
+    keep: torch.Tensor | None  # (B, L) bool, True = real token; None: no padding
+    where: torch.Tensor | None  # (B, L) bool, positions that count; None: one label per example
+    target: torch.Tensor  # (B, L) ids or (B, L, C) values; per example (B,) labels or (B, k)
+
+
+def pad(batch, multiple, longest):
+    """Pad to a multiple of so many positions, up to the longest: fewer shapes on a GPU.
+
+    Each new shape costs a plan of the attention kernel, and a CUDA graph.
+    """
+    L = batch.x.shape[1]
+    more = min(-L % multiple, longest - L)
+    if more <= 0:
+        return batch
+    x, keep, where, target = batch
+    if keep is None:
+        keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+
+    def padded(t):
+        after_positions = (0, 0) * (t.ndim - 2)
+        return F.pad(t, (*after_positions, 0, more))
+
+    if where is None:
+        return Batch(padded(x), padded(keep), None, target)
+    return Batch(padded(x), padded(keep), padded(where), padded(target))
+
+
+def part(batch, i, n):
+    """The i-th of n parts of a batch, by examples, and its weight: 0 if it is empty, else 1."""
+    examples = len(batch.target)
+    start = examples * i // n
+    stop = examples * (i + 1) // n
+    weight = float(stop > start)
+    stop = max(stop, start + 1)  # an empty part has an example too, which does not count
+    rows = len(batch.x) // examples  # 2 for pairs
+    own = [None if t is None else t[start * rows : stop * rows] for t in batch[:3]]
+    return Batch(*own, batch.target[start:stop]), weight

@@ -37,7 +37,6 @@ import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,7 +50,7 @@ import gpu_step
 import lra_data
 import sgconv
 from attention import Transformer, TransformerConfig
-from batches import draw, fitted, identity, load_data, resident
+from batches import Batch, draw, fitted, identity, load_data, normalize, pad, part, resident
 from checkpoint import Run, check_out, differences, find_run, load, means, new_folder, ranks
 from dist_attention import RankLost, process_group, wait_for_rank0
 from s4 import S4Config, S4Model, dlr_mixer, print_table, s4_mixer, s4d_mixer
@@ -63,20 +62,6 @@ STAGES = ("pretrain", "finetune")
 VALIDATION_SEED = 2310_02980  # for the masks of validation and test
 
 # -------------------------------------------------------------------- corrupt: make a batch
-
-
-class Batch(NamedTuple):
-    x: torch.Tensor  # (B, L) ids, or (B, L, C + 1) values and the mask flag
-    keep: torch.Tensor | None  # (B, L) bool, True = real token; None: no padding
-    where: torch.Tensor | None  # (B, L) bool, positions that count; None: one label per example
-    target: torch.Tensor  # (B, L) ids or (B, L, C) values; per example (B,) labels or (B, k)
-
-
-def normalize(raw, about):
-    """(B, L, C) numbers -> real values of mean 0 and standard deviation 1 in training."""
-    mean = torch.as_tensor(about["mean"], device=raw.device)
-    std = torch.as_tensor(about["std"], device=raw.device)
-    return (raw - mean) / std
 
 
 def inputs(raw, where, about):
@@ -97,7 +82,7 @@ def inputs(raw, where, about):
 def make_batch(split, index, stage, config, generator):
     """Examples by index -> Batch for a stage, padded as the settings say."""
     batch = corrupt(split, index, stage, config, generator)
-    return pad_batch(batch, config.multiple(), split.about["max_len"])
+    return pad(batch, config.multiple(), split.about["max_len"])
 
 
 def corrupt(split, index, stage, config, generator):
@@ -121,28 +106,6 @@ def corrupt(split, index, stage, config, generator):
     if clean.ndim == 3:
         clean = clean[..., 0]  # gray levels, predicted as symbols
     return Batch(x, keep, where, clean.long())
-
-
-def pad_batch(batch, multiple, longest):
-    """Pad to a multiple of so many positions, up to the longest: fewer shapes on a GPU.
-
-    Each new shape costs a plan of the attention kernel, and a CUDA graph.
-    """
-    L = batch.x.shape[1]
-    more = min(-L % multiple, longest - L)
-    if more <= 0:
-        return batch
-    x, keep, where, target = batch
-    if keep is None:
-        keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-
-    def padded(t):
-        after_positions = (0, 0) * (t.ndim - 2)
-        return F.pad(t, (*after_positions, 0, more))
-
-    if where is None:
-        return Batch(padded(x), padded(keep), None, target)
-    return Batch(padded(x), padded(keep), padded(where), padded(target))
 
 
 # ------------------------------------------------------------------------ model, head, loss
@@ -445,17 +408,8 @@ def fit(stage, model, head, train, val, config, run):
 
 # Settings that may change when a run is resumed: they change rounding at most, and what dropout
 # drops if the batch is split.
-FREE = (
-    "out",
-    "resume",
-    "overwrite",
-    "device",
-    "data_dir",
-    "accumulate",
-    "compile",
-    "eager",
-    "pad_to",
-)
+FREE = ("out", "resume", "overwrite", "device", "data_dir")
+FREE += ("accumulate", "compile", "eager", "pad_to")
 
 
 def train(config, position=0):
@@ -557,26 +511,14 @@ def data_parallel(objective, stage, train, config):
     return parallel
 
 
-def part(batch, i, n):
-    """The i-th of n parts of a batch, by examples, and its weight: 0 if it is empty, else 1."""
-    examples = len(batch.target)
-    start = examples * i // n
-    stop = examples * (i + 1) // n
-    weight = float(stop > start)
-    stop = max(stop, start + 1)  # an empty part has an example too, which does not count
-    rows = len(batch.x) // examples  # 2 for pairs
-    own = [None if t is None else t[start * rows : stop * rows] for t in batch[:3]]
-    return Batch(*own, batch.target[start:stop]), weight
-
-
 def rank0_first(make, config):
     """make(config), first on rank 0, which may fill a cache, then on the others."""
     rank, _ = ranks()
-    if rank == 0:
-        data = make(config)
-    wait_for_rank0()
     if rank > 0:
-        data = make(config)
+        wait_for_rank0()
+    data = make(config)
+    if rank == 0:
+        wait_for_rank0()
     wait_for_rank0()
     return data
 

@@ -1,47 +1,65 @@
 """Write tests/golden/<name>.json from the numpy references: python tests/make_golden.py [name ...]
 
-One function a file, named as the file.  Inputs are closed forms, so that no random stream of a
+One function per file, named as the file.  Inputs are closed forms, so that no random stream of a
 library can change a golden value; each JSON says in "input" how its inputs are made.
 """
 
 import json
 import sys
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 sys.path.insert(0, str(FOLDER.parent / "benchmarks"))
 
 
-def sgconv_losses(steps=10):
-    """Losses of a tiny SGConvModel in float64, every number of it a closed form."""
-    import torch
-
-    from sgconv import SGConvConfig, SGConvModel
-
-    config = SGConvConfig(
-        d_model=4, n_layers=2, max_len=20, kernel_dim=2, vocab_size=5, causal=True
-    )
-    model = SGConvModel(config).double()
+def closed_form(model, scale=0.5):
+    """The model in float64, every number of it a closed form."""
+    model.double()
     with torch.no_grad():
         for i, (name, p) in enumerate(model.named_parameters()):
             n = torch.arange(p.numel(), dtype=torch.float64).view_as(p)
-            p.copy_((1.0 if "norm" in name else 0.0) + 0.5 * torch.sin(0.7 * n + i))
-        for block in model.blocks:
-            block.mixer.norm.fill_(2.0)
-    tokens = (torch.arange(40) ** 2 % 7 % 5).view(2, 20)
+            p.copy_((1.0 if "norm" in name else 0.0) + scale * torch.sin(0.7 * n + i))
+    return model
+
+
+def train(model, logits_of, tokens=None, after_step=None):
+    """Ten losses of predicting the next token, by plain gradient descent."""
+    if tokens is None:
+        tokens = (torch.arange(40) ** 2 % 7 % 5).view(2, 20)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
-    for _ in range(steps):
-        logits = model(tokens[:, :-1]) @ model.embed.weight.T  # (B, L, D) x (D, 5) -> (B, L, 5)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    for _ in range(10):
+        logits = logits_of(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if after_step:
+            after_step(optimizer)
         losses.append(loss.item())
     return losses
+
+
+def train_tied(model):
+    """`train` with the embedding as the head: (B, L, D) x (D, 5) -> (B, L, 5)."""
+    return train(model, lambda x: model(x) @ model.embed.weight.T)
+
+
+def sgconv_losses():
+    from sgconv import SGConvConfig, SGConvModel
+
+    sizes = {"d_model": 4, "n_layers": 2, "max_len": 20, "kernel_dim": 2, "vocab_size": 5}
+    model = closed_form(SGConvModel(SGConvConfig(**sizes, causal=True)))
+    for block in model.blocks:
+        block.mixer.norm.fill_(2.0)
+    return train_tied(model)
 
 
 def sgconv():
@@ -63,30 +81,11 @@ def sgconv():
     }
 
 
-def attention_losses(steps=10):
-    """Losses of a tiny causal Transformer in float64, every number of it a closed form."""
-    import torch
-
+def attention_losses():
     from attention import Transformer, TransformerConfig
 
-    model = Transformer(
-        TransformerConfig(d_model=8, n_layers=2, n_heads=2, vocab_size=5, causal=True)
-    ).double()
-    with torch.no_grad():
-        for i, (name, p) in enumerate(model.named_parameters()):
-            n = torch.arange(p.numel(), dtype=torch.float64).view_as(p)
-            p.copy_((1.0 if "norm" in name else 0.0) + 0.3 * torch.sin(0.7 * n + i))
-    tokens = (torch.arange(40) ** 2 % 7 % 5).view(2, 20)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    losses = []
-    for _ in range(steps):
-        logits = model(tokens[:, :-1]) @ model.embed.weight.T  # (B, L, D) x (D, 5) -> (B, L, 5)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    sizes = {"d_model": 8, "n_layers": 2, "n_heads": 2, "vocab_size": 5}
+    return train_tied(closed_form(Transformer(TransformerConfig(**sizes, causal=True)), 0.3))
 
 
 def attention():
@@ -105,8 +104,6 @@ def attention():
 
 def pretrain_losses(model, folder):
     """Ten losses of pretrain.fit in float64: closed-form weights, all 24 examples in each batch."""
-    import torch
-
     import batches
     import lra_data
     import pretrain
@@ -139,41 +136,22 @@ def pretrain_losses(model, folder):
 
 
 def pretrain():
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         losses = {name: pretrain_losses(name, f"{folder}/{name}") for name in ("transformer", "s4")}
     return {"input": "see pretrain_losses", **losses}
 
 
-def structured_ffn_losses(steps=10):
-    """Losses of a tiny LM in float64, BlockShuffle guided for five steps, all of closed forms."""
-    from functools import partial
-
-    import torch
+def structured_ffn_losses():
+    """BlockShuffle, guided for five steps."""
     from byte_lm import LM, LMConfig
 
     from structured_ffn import BlockShuffle, Guide
 
     linear = partial(BlockShuffle, n_blocks=2)
-    model = LM(LMConfig(8, 2, n_heads=4, n_kv_heads=2, vocab_size=7, linear=linear)).double()
-    with torch.no_grad():
-        for i, (name, p) in enumerate(model.named_parameters()):
-            n = torch.arange(p.numel(), dtype=torch.float64).view_as(p)
-            p.copy_((1.0 if "norm" in name else 0.0) + 0.5 * torch.sin(0.7 * n + i))
-    guide = Guide(model, 5)
+    model = LM(LMConfig(8, 2, n_heads=4, n_kv_heads=2, vocab_size=7, linear=linear))
+    model = closed_form(model)
     tokens = (torch.arange(42) ** 2 % 11 % 7).view(2, 21)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    losses = []
-    for _ in range(steps):
-        logits = model(tokens[:, :-1])
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        guide.step(optimizer)
-        losses.append(loss.item())
-    return losses
+    return train(model, model, tokens, Guide(model, 5).step)
 
 
 def structured_ffn():
@@ -195,29 +173,15 @@ def structured_ffn():
     }
 
 
-def s4_losses(steps=10):
-    """Losses of a tiny S4Model in float64, every number of it a closed form."""
-    import torch
-
+def s4_losses():
     from s4 import S4Config, S4Model
 
-    model = S4Model(S4Config(d_model=4, n_layers=2, d_state=4, vocab_size=5, causal=True)).double()
+    sizes = {"d_model": 4, "n_layers": 2, "d_state": 4, "vocab_size": 5}
+    model = closed_form(S4Model(S4Config(**sizes, causal=True)))
     with torch.no_grad():
-        for i, (name, p) in enumerate(model.named_parameters()):
-            n = torch.arange(p.numel(), dtype=torch.float64).view_as(p)
-            start = 1.0 if "norm" in name else -2.0 if "log_dt" in name else 0.0
-            p.copy_(start + 0.5 * torch.sin(0.7 * n + i))
-    tokens = (torch.arange(40) ** 2 % 7 % 5).view(2, 20)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    losses = []
-    for _ in range(steps):
-        logits = model(tokens[:, :-1]) @ model.embed.weight.T  # (B, L, D) x (D, 5) -> (B, L, 5)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+        for block in model.blocks:
+            block.mixer.log_dt.sub_(2.0)
+    return train_tied(model)
 
 
 def s4():

@@ -182,10 +182,10 @@ def test_padding_and_fixed_shapes_change_rounding_only(name, model, monkeypatch)
 
 
 def test_batches_are_padded_to_multiples_but_not_beyond_the_longest_example():
-    batch = pretrain.Batch(torch.zeros(2, 100), None, None, torch.zeros(2))
-    assert pretrain.pad_batch(batch, 64, 1000).x.shape == (2, 128)
-    assert pretrain.pad_batch(batch, 64, 110).x.shape == (2, 110)
-    assert pretrain.pad_batch(batch, 50, 1000) is batch
+    batch = batches.Batch(torch.zeros(2, 100), None, None, torch.zeros(2))
+    assert batches.pad(batch, 64, 1000).x.shape == (2, 128)
+    assert batches.pad(batch, 64, 110).x.shape == (2, 110)
+    assert batches.pad(batch, 50, 1000) is batch
 
 
 @pytest.mark.parametrize(("device", "eager", "graphs", "multiple"), [

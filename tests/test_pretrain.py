@@ -1,21 +1,22 @@
 """pretrain.py: masks, targets, order, transfer, pooling, determinism, whole runs, real kills."""
 
+import copy
 import itertools
 import json
 import socket
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import make_golden
 import numpy as np
 import pytest
 import runs
 import torch
-from runs import TINY, lattice, load_small, numbers, pairs, regression, run, symbols
+from runs import TINY, bits, lattice, load_small, numbers, pairs, regression, run, same, symbols
 
 import batches
 import checkpoint
-import lra_data
 import pretrain
 import sgconv
 from batches import draw, identity
@@ -29,16 +30,22 @@ def small_lattice(monkeypatch):
     load_small(monkeypatch)
 
 
-def resident(data, split):
+def resident(data, split="train"):
     return batches.resident(getattr(data, split), identity(data), "cpu")
 
 
 def batch_of(data, stage="pretrain", seed=0, **settings):
+    """All training examples as one batch."""
     config = Config(**(TINY | settings))
-    split = resident(data, "train")
+    split = resident(data)
     generator = pretrain.seeded(config, seed)
     index = np.arange(len(split))
     return config, pretrain.make_batch(split, index, stage, config, generator)
+
+
+def body_and_head(stage, config, data):
+    model = pretrain.initial_model(config, identity(data))
+    return model, pretrain.initial_head(stage, model, config, identity(data))
 
 
 # ------------------------------------------------------------------------------- corruption
@@ -54,7 +61,7 @@ def test_masks_have_their_ratio_and_are_independent_of_each_other(ratio):
         assert abs((a * b).mean().item() - both) < 4 * (both * (1 - both) / 39_800) ** 0.5
 
 
-def test_masked_positions_are_all_replaced_and_never_padding():
+def test_masked_positions_are_all_replaced_never_padding_and_follow_the_seed():
     data = symbols([5, 40, 23, 40])
     _, batch = batch_of(data, mask_ratio=0.5)
     lengths = torch.tensor([5, 40, 23, 40])
@@ -65,12 +72,8 @@ def test_masked_positions_are_all_replaced_and_never_padding():
     clean = torch.from_numpy(data.train.tokens).long()
     assert torch.equal(batch.target, clean)
     assert torch.equal(batch.x[~batch.where], clean[~batch.where])
-
-
-def test_masks_are_drawn_anew_each_step_and_repeat_with_the_seed():
-    data = symbols([50] * 8)
-    first, second, again = (batch_of(data, seed=s)[1].where for s in (1, 2, 1))
-    assert torch.equal(first, again) and not torch.equal(first, second)
+    again, other = [batch_of(data, mask_ratio=0.5, seed=seed)[1].where for seed in (0, 1)]
+    assert torch.equal(again, batch.where) and not torch.equal(other, batch.where)
 
 
 def test_causal_target_is_the_next_real_token():
@@ -95,27 +98,20 @@ def test_values_are_normalised_flagged_and_hidden():
     assert torch.allclose(batch.target, clean)
 
 
-def test_fine_tuning_inputs_hide_nothing():
+def test_fine_tuning_hides_nothing_and_a_pair_has_one_label():
     _, batch = batch_of(numbers(), "finetune", task="image-real")
     assert (batch.x[..., 3] == 0).all() and batch.where is None
-    _, batch = batch_of(symbols([4, 9]), "finetune")
-    assert (batch.x < 7).all()
-
-
-def test_a_pair_is_two_documents_with_one_label():
     data = pairs([4, 9, 5, 7])
     config, batch = batch_of(data, "finetune")
-    assert batch.x.shape == (4, 9) and batch.target.tolist() == [0, 1]
     assert torch.equal(batch.x, torch.from_numpy(data.train.tokens.reshape(4, 9)).long())
-    model = pretrain.build_model(config, identity(data))
-    head = pretrain.build_head("finetune", config, identity(data))
+    assert batch.target.tolist() == [0, 1]
+    model, head = body_and_head("finetune", config, data)
     assert pretrain.loss_sums(model, head, batch, config)[1][1] == 2
 
 
 def test_pretraining_takes_the_documents_of_pairs_one_by_one():
     data = pairs([4, 9, 5, 7])
-    split = resident(data, "train")
-    single = split.documents()
+    single = resident(data).documents()
     assert len(single) == 4 and single.lengths.tolist() == [4, 9, 5, 7]
     assert single.labels.tolist() == [0, 0, 1, 1]
     for i in range(4):
@@ -124,15 +120,17 @@ def test_pretraining_takes_the_documents_of_pairs_one_by_one():
         assert keep is None and raw[0].tolist() == document.tolist()
 
 
-@pytest.mark.parametrize("shape", ["symbols", "pairs", "numbers"])
-def test_sgconv_reaches_as_far_as_the_longest_split(shape):
-    short, long = {
-        "symbols": (symbols([5, 9]), symbols([30, 12])),
-        "pairs": (pairs([5, 9]), pairs([30, 12])),
-        "numbers": (numbers(L=9), numbers(L=30)),
-    }[shape]
+@pytest.mark.parametrize(
+    ("short", "long", "loss"),
+    [
+        (symbols([5, 9]), symbols([30, 12]), "ce"),
+        (pairs([5, 9]), pairs([30, 12]), "ce"),
+        (numbers(L=9), numbers(L=30), "l1"),
+    ],
+)
+def test_sgconv_reaches_as_far_as_the_longest_split(short, long, loss):
     data = replace(short, test=long.test)
-    config = Config(**TINY, model="sgconv", loss="l1" if shape == "numbers" else "ce")
+    config = Config(**TINY, model="sgconv", loss=loss)
     model = pretrain.build_model(config, identity(data))
     assert model.config.max_len == 30
     split = resident(data, "test")
@@ -162,25 +160,18 @@ def test_own_data_are_denoised_as_their_kind_unless_settings_say_otherwise():
 # ------------------------------------------------------------------------------------ order
 
 
-def test_every_epoch_holds_every_example_once():
-    lengths = np.random.RandomState(0).randint(1, 500, 1000)
-    steps = -(-1000 // 8)
-    batches = list(itertools.islice(draw(lengths, 8, 3), 3 * steps))
-    for epoch in range(3):
-        seen = np.concatenate(batches[epoch * steps : (epoch + 1) * steps])
-        assert np.array_equal(np.sort(seen), np.arange(1000))
+def test_every_epoch_holds_every_example_once_with_little_padding():
+    lengths = np.random.RandomState(0).randint(500, 2000, 4096)
+    steps = 4096 // 16
+    batches = list(itertools.islice(draw(lengths, 16, 3), 2 * steps))
+    for epoch in (batches[:steps], batches[steps:]):
+        assert np.array_equal(np.sort(np.concatenate(epoch)), np.arange(4096))
+        assert sum(lengths[i].max() * len(i) for i in epoch) < 1.05 * lengths.sum()
     assert not np.array_equal(batches[0], batches[steps])
 
 
-def test_bucketing_leaves_little_padding():
-    lengths = np.random.RandomState(0).randint(500, 2000, 4096)
-    batches = itertools.islice(draw(lengths, 16, 0), 256)
-    assert sum(lengths[i].max() * len(i) for i in batches) < 1.05 * lengths.sum()
-
-
 def test_subsets_are_nested():
-    data = symbols(range(1, 33))
-    split = resident(data, "train")
+    split = resident(symbols(range(1, 33)))
     small, large = split.subset(5), split.subset(20)
     assert np.array_equal(small.lengths, large.lengths[:5]) and len(set(large.lengths)) == 20
 
@@ -222,8 +213,8 @@ def test_a_batch_mate_never_changes_a_result(model, objective, pooling):
     config = Config(**TINY, model=model, objective=objective, pooling=pooling)
     torch.manual_seed(0)
     body = pretrain.build_model(config, identity(data)).double().eval()
-    split = resident(data, "train")
     head = pretrain.build_head("finetune", config, identity(data)).double()
+    split = resident(data)
 
     def logits(index):
         batch = pretrain.make_batch(split, np.array(index), "finetune", config, None)
@@ -255,13 +246,11 @@ def test_loss_counts_only_the_chosen_positions():
 def test_an_absolute_error_has_no_accuracy():
     data = numbers(C=3)
     config, batch = batch_of(data, task="image-real")
-    split = resident(data, "train")
-    head = pretrain.build_head("pretrain", config, identity(data))
-    model = pretrain.build_model(config, identity(data))
+    model, head = body_and_head("pretrain", config, data)
     loss, _ = pretrain.loss_sums(model, head, batch, config)
     error = (head(model(batch.x)) - batch.target).abs()[batch.where]
     assert loss.item() == pytest.approx(error.mean(-1).sum().item(), rel=1e-5)
-    assert list(pretrain.evaluate(model, head, split, "pretrain", config)) == ["loss"]
+    assert list(pretrain.evaluate(model, head, resident(data), "pretrain", config)) == ["loss"]
 
 
 @pytest.mark.parametrize("target_loss", ["l2", "l1"])
@@ -271,8 +260,7 @@ def test_regression_learns_standardized_targets(target_loss):
     y = data.train.labels.astype(np.float64)
     assert np.allclose(batch.target, (y - y.mean(0)) / y.std(0), atol=1e-9)
     assert np.allclose(batches.in_units_of_y(batch.target, identity(data)), y, rtol=1e-9)
-    model = pretrain.build_model(config, identity(data))
-    head = pretrain.build_head("finetune", config, identity(data))
+    model, head = body_and_head("finetune", config, data)
     loss, sums = pretrain.loss_sums(model, head, batch, config)
     error = head(pretrain.pool(model(batch.x, batch.keep), batch.keep, "mean")) - batch.target
     penalty = error.abs() if target_loss == "l1" else error**2
@@ -280,30 +268,37 @@ def test_regression_learns_standardized_targets(target_loss):
     assert sums[1] == 4 and sums[0] == loss.detach()
 
 
-def test_r2_and_absolute_error_are_those_of_all_examples(monkeypatch):
-    """In the units of y, whatever the batches; as numpy has them."""
-    data = regression(symbols(range(2, 13)))
-    config = Config(**(TINY | {"batch_size": 4}))
-    model = pretrain.initial_model(config, identity(data))
-    head = pretrain.initial_head("finetune", model, config, identity(data))
+@pytest.mark.parametrize("target", ["classes", "values"])
+def test_scores_are_those_of_all_examples_whatever_the_batches(target):
+    """As numpy has them; those of a regression in the units of y. Only training has dropout."""
+    data = symbols(range(2, 13))
+    data = data if target == "classes" else regression(data)
+    test = replace(data, train=data.test)
+    config, batch = batch_of(test, "finetune", batch_size=4, dropout=0.5)
+    model, head = body_and_head("finetune", config, data)
     found = pretrain.evaluate(model, head, resident(data, "test"), "finetune", config)
-    _, batch = batch_of(replace(data, train=data.test), "finetune")
-    out = pretrain.outputs(model, head, batch.x, batch.keep, None, config)
-    guess = batches.in_units_of_y(out, identity(data)).detach().numpy()
+    assert model.training and head.training
+    model.eval()
+    out = pretrain.outputs(model, head, batch.x, batch.keep, None, config).detach()
     y = data.test.labels.astype(np.float64)
+    if target == "classes":
+        loss = torch.nn.functional.cross_entropy(out, batch.target).item()
+        right = (out.argmax(1) == batch.target).double().mean().item()
+        assert found == pytest.approx({"loss": loss, "accuracy": right}, rel=1e-5)
+        return
+    guess = batches.in_units_of_y(out, identity(data)).numpy()
     r2 = 1 - ((guess - y) ** 2).sum(0) / ((y - y.mean(0)) ** 2).sum(0)
     assert found["r2"] == pytest.approx(r2.mean(), rel=1e-5)
     assert found["mae"] == pytest.approx(abs(guess - y).mean(), rel=1e-5)
-    assert "accuracy" not in found
+    assert found.keys() == {"loss", "r2", "mae"}
 
 
-@pytest.mark.parametrize("shape", ["symbols", "pairs"])
-def test_the_parts_of_a_batch_are_the_batch(shape):
+@pytest.mark.parametrize("data", [symbols([8, 12, 12]), pairs([8, 12, 12, 9, 7, 7])])
+def test_the_parts_of_a_batch_are_the_batch(data):
     """Also more parts than examples: the empty ones weigh nothing."""
-    data = symbols([8, 12, 12]) if shape == "symbols" else pairs([8, 12, 12, 9, 7, 7])
     _, batch = batch_of(data, "finetune")
     for n in (1, 2, 3, 5):
-        parts = [pretrain.part(batch, i, n) for i in range(n)]
+        parts = [batches.part(batch, i, n) for i in range(n)]
         real = [piece for piece, weight in parts if weight]
         assert all(len(piece.target) >= 1 for piece, _ in parts)
         assert len(real) == min(n, 3)
@@ -323,149 +318,161 @@ def test_schedule():
 # ------------------------------------------------------------------------------- whole runs
 
 
-def test_overfits_one_batch(monkeypatch, tmp_path):
-    part = lra_data.Split(*(a[:8] for a in vars(lattice().train).values()))
-    load_small(monkeypatch, replace(lattice(), train=part, val=part, test=part))
-    options = {"d_model": 32, "finetune_lr": 1e-2, "objective": "none"}
-    result = run(tmp_path, "a", finetune_steps=80, eval_every=80, **options)
-    assert result["test"]["accuracy"] == 1 and result["test"]["loss"] < 0.2
+STORY = {"labels": 30, "pretrain_batch_size": 12}
 
 
-def test_each_stage_sees_its_own_examples_in_its_own_batches(small_lattice, tmp_path, monkeypatch):
-    """Pretraining all of them, fine-tuning the labeled ones alone."""
-    seen = {"pretrain": [], "finetune": []}
-    make_batch = pretrain.make_batch
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """A run of both stages, then one from its pretrained weights: what the stages began with."""
+    root = tmp_path_factory.mktemp("story")
+    seen = SimpleNamespace(root=root, batches={"pretrain": [], "finetune": []}, start=[], events=[])
+    make_batch, fit, save = pretrain.make_batch, pretrain.fit, checkpoint.save
 
-    def spy(split, index, stage, *rest):
+    def spy_batch(split, index, stage, *rest):
         if len(split) != 16:  # not validation or test
-            seen[stage].append(index)
+            seen.batches[stage].append(index)
         return make_batch(split, index, stage, *rest)
 
-    monkeypatch.setattr(pretrain, "make_batch", spy)
-    run(tmp_path, "a", labels=30, pretrain_batch_size=12)
-    assert max(len(index) for index in seen["pretrain"]) == 12
-    assert max(len(index) for index in seen["finetune"]) == 8
-    assert len(set(np.concatenate(seen["pretrain"]))) == 96
-    assert len(set(np.concatenate(seen["finetune"]))) == 30
+    def spy_fit(stage, model, head, *rest):
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        seen.start.append((stage, weights, head.weight.clone()))
+        return fit(stage, model, head, *rest)
+
+    def spy_save(path, state):
+        seen.events.append(path.stem)
+        save(path, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        load_small(patch)
+        patch.setattr(pretrain, "make_batch", spy_batch)
+        patch.setattr(pretrain, "fit", spy_fit)
+        patch.setattr(checkpoint, "save", spy_save)
+        patch.setattr(pretrain, "wait_for_rank0", lambda: seen.events.append("wait"))
+        run(root, "a", **STORY)
+        seen.weights = root / "a" / "pretrained.pt"
+        run(root, "b", **STORY, pretrained=str(seen.weights))
+    return seen
 
 
-@pytest.mark.parametrize(("stage", "best"), [("pretrain", 4), ("finetune", 8), ("values", 4)])
-def test_pretraining_and_regression_are_judged_by_loss_and_classes_by_accuracy(
-    stage, best, tmp_path, monkeypatch
+def test_each_stage_sees_its_own_examples_in_its_own_batches(story):
+    """Pretraining all of them, fine-tuning the labeled ones alone."""
+    for stage, size, examples in (("pretrain", 12, 96), ("finetune", 8, 30)):
+        assert max(len(index) for index in story.batches[stage]) == size
+        assert len(set(np.concatenate(story.batches[stage]))) == examples
+
+
+def test_body_carries_over_head_and_optimizer_do_not(story):
+    """What fine-tuning starts from is what pretraining left, bit for bit, under a new head."""
+    pretrained = checkpoint.load(story.weights)["model"]
+    stages, bodies, heads = zip(*story.start, strict=True)
+    assert stages == ("pretrain", "finetune", "finetune")
+    for body in bodies[1:]:
+        assert all(torch.equal(body[name], pretrained[name]) for name in pretrained)
+    assert any(not torch.equal(bodies[0][name], pretrained[name]) for name in pretrained)
+    assert not torch.equal(heads[0], heads[1])
+
+
+def test_ranks_wait_for_every_file_that_rank_0_writes(story):
+    stage = "wait checkpoint wait wait checkpoint wait"  # it also waits before it adds up scores
+    tuned = f"wait wait wait {stage} wait model wait"
+    first = tuned.replace(stage, f"{stage} pretrained wait {stage}")
+    assert " ".join(story.events) == f"{first} {tuned}"
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "best"),
+    [("pretrain", "accuracy", 4), ("finetune", "accuracy", 8), ("finetune", "r2", 4)],
+)
+def test_classes_are_judged_by_accuracy_all_else_by_loss_and_the_best_weights_are_kept(
+    stage, name, best, tmp_path, monkeypatch
 ):
-    name = "r2" if stage == "values" else "accuracy"
-    load_small(monkeypatch, regression(lattice()) if stage == "values" else lattice())
-    stage = "finetune" if stage == "values" else stage
+    load_small(monkeypatch, lattice() if name == "accuracy" else regression(lattice()))
     scores = {2: (0.5, 0.6), 4: (0.1, 0.3), 6: (0.3, 0.6), 8: (0.9, 0.7), 10: (0.8, 0.7)}
-    steps = itertools.cycle(scores)
+    weights = {}
 
     def judge(model, head, split, asked, config):
-        loss, accuracy = scores[next(steps)] if asked == stage else (1.0, 0.5)
-        return {"loss": loss, name: accuracy}
+        if asked != stage or len(weights) == 5:  # the last is the test
+            return {"loss": 1.0, name: 0.5}
+        step = list(scores)[len(weights)]
+        weights[step] = copy.deepcopy(model.state_dict())
+        return {"loss": scores[step][0], name: scores[step][1]}
 
     monkeypatch.setattr(pretrain, "evaluate", judge)
     result = run(tmp_path, "a", pretrain_steps=10, finetune_steps=10, eval_every=2)
     assert result[stage]["loss"] == scores[best][0] and result[stage]["step"] == best
-
-
-def test_a_stage_ends_with_its_best_weights(small_lattice, tmp_path, monkeypatch):
-    kept = []
-
-    def judge(model, head, split, stage, config):
-        kept.append({k: v.clone() for k, v in model.state_dict().items()})
-        return {"loss": 1.0, "accuracy": 1.0 if len(kept) == 1 else 0.5}
-
-    monkeypatch.setattr(pretrain, "evaluate", judge)
-    run(tmp_path, "a", objective="none", eval_every=4)
-    assert all(torch.equal(kept[0][k], kept[-1][k]) for k in kept[0])  # the test of the first
-    assert any(not torch.equal(kept[0][k], kept[1][k]) for k in kept[0])
+    file = "pretrained.pt" if stage == "pretrain" else "model.pt"
+    kept = checkpoint.load(tmp_path / "a" / file)["model"]
+    assert all(torch.equal(kept[name], weights[best][name]) for name in kept)
+    assert any(not torch.equal(kept[name], weights[10][name]) for name in kept)
 
 
 def test_same_seed_same_bits(small_lattice, tmp_path):
-    scores, weights = [], []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         result = run(tmp_path, name, model="s4", seed=seed, dropout=0.1, finetune_steps=3)
         assert result == json.loads((tmp_path / name / "result.json").read_text())
         assert result.keys() >= {"commit", "torch", "speed", "config", "data"}
-        scores.append([result[k] for k in ("pretrain", "finetune", "test")])
-        weights.append(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"])
-    assert scores[0] == scores[1] != scores[2]
-    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    first, again, other = [bits(tmp_path / name) for name in "abc"]
+    same(first, again)
+    assert first[0][:3] != other[0][:3]
 
 
-def test_body_carries_over_head_and_optimizer_do_not(small_lattice, tmp_path, monkeypatch):
-    """What fine-tuning starts from is what pretraining left, bit for bit, under a new head."""
-    start, fit = {}, pretrain.fit
-
-    def spy(stage, model, head, *rest):
-        start[stage] = ({k: v.clone() for k, v in model.state_dict().items()}, head)
-        return fit(stage, model, head, *rest)
-
-    monkeypatch.setattr(pretrain, "fit", spy)
-    run(tmp_path, "a")
-    pretrained = checkpoint.load(tmp_path / "a" / "pretrained.pt")["model"]
-    body, head = start["finetune"]
-    assert all(torch.equal(body[k], pretrained[k]) for k in body)
-    assert any(not torch.equal(body[k], start["pretrain"][0][k]) for k in body)
-    assert not torch.equal(head.weight, start["pretrain"][1].weight)
-    start.clear()
-    run(tmp_path, "b", pretrained=str(tmp_path / "a" / "pretrained.pt"))
-    assert list(start) == ["finetune"]
-    assert all(torch.equal(start["finetune"][0][k], pretrained[k]) for k in pretrained)
-
-
-def test_weights_of_another_body_are_refused_and_never_overwritten(small_lattice, tmp_path):
+def test_weights_of_another_body_are_refused_and_never_overwritten(story, small_lattice, tmp_path):
     """n_heads shows in no shape; the folder that holds the weights is not written to."""
-    run(tmp_path, "a", pretrain_steps=2, finetune_steps=1)
-    weights = tmp_path / "a" / "pretrained.pt"
-    with pytest.raises(ValueError, match="other settings or data: n_heads 2 -> 4"):
-        run(tmp_path, "b", pretrained=str(weights), n_heads=4)
-    with pytest.raises(ValueError, match="choose another"):
-        run(tmp_path, "a", pretrained=str(weights), overwrite=True)
+    before = story.weights.read_bytes()
     checkpoint.save(tmp_path / "other.pt", {"weight": torch.ones(3)})
     checkpoint.save(tmp_path / "early.pt", {"model": {}, "optimizer": {}, "stage": "pretrain"})
-    for name in ("a/checkpoint.pt", "a/model.pt", "other.pt", "early.pt"):
-        with pytest.raises(ValueError, match=f"{name} is not what pretraining left: pass the pre"):
-            run(tmp_path, "b", pretrained=f"{tmp_path}/{name}")
-    assert weights.exists() and not (tmp_path / "b").exists()
+    bad = [story.root / "a/checkpoint.pt", story.root / "a/model.pt"]
+    bad += [tmp_path / "other.pt", tmp_path / "early.pt"]
+    for path in bad:
+        with pytest.raises(ValueError, match=f"{path} is not what pretraining left: pass the pre"):
+            run(tmp_path, "b", pretrained=str(path))
+    with pytest.raises(ValueError, match="other settings or data: n_heads 2 -> 4"):
+        run(tmp_path, "b", pretrained=str(story.weights), n_heads=4)
+    with pytest.raises(ValueError, match="choose another"):
+        run(story.root, "a", pretrained=str(story.weights), overwrite=True)
+    assert story.weights.read_bytes() == before and not (tmp_path / "b").exists()
 
 
-def test_other_symbols_of_the_same_number_are_refused_by_name(monkeypatch, tmp_path):
-    """What the run learned of "0" is not true of "u"."""
-    load_small(monkeypatch)
-    run(tmp_path, "a")
-    stored = json.loads((tmp_path / "a" / "config.json").read_text())["data"]
+def test_weights_of_another_length_are_refused_in_one_line(tmp_path):
+    data = lattice()
+    config = Config(model="sgconv", pretrained=str(tmp_path / "pretrained.pt"))
+    model = pretrain.build_model(config, identity(data))
+    about = {"settings": vars(config), "data": identity(data)}
+    weights = {"model": model.state_dict(), "head": {}}
+    checkpoint.save(tmp_path / "pretrained.pt", {**weights, **about})
+    pretrain.load_pretrained(model, config, identity(data))
+    model.blocks[0].mixer = sgconv.SGConv(config.d_model, 128, 32, bidirectional=True)
+    with pytest.raises(ValueError, match=r"pretrained.pt does not fit this model: .*mixer.w"):
+        pretrain.load_pretrained(model, config, identity(data))
+
+
+def test_other_data_are_refused_by_name(story, monkeypatch, tmp_path):
+    """What the run learned of "0" is not true of "u"; fine-tuning may see other examples."""
+    stored = json.loads((story.root / "a" / "config.json").read_text())["data"]
     assert stored["name"] == "lattice" and stored["train"] == [96, 64] and stored["checksum"]
     load_small(monkeypatch, replace(lattice(), symbols=("u", "v")))
     with pytest.raises(ValueError, match=r"other data: symbols .* -> \('u', 'v'\)"):
-        run(tmp_path, "a", resume=True)
+        run(story.root, "a", **STORY, resume=True)
     with pytest.raises(ValueError, match=r"other settings or data: symbols .*'u', 'v'"):
-        run(tmp_path, "b", pretrained=str(tmp_path / "a" / "pretrained.pt"))
+        run(tmp_path, "b", pretrained=str(story.weights))
     train = lattice().train
     tokens = train.tokens.copy()
     tokens[3, 5] ^= 1
     load_small(monkeypatch, replace(lattice(), train=replace(train, tokens=tokens)))
     with pytest.raises(ValueError, match="other data: checksum"):
-        run(tmp_path, "a", resume=True)
-    run(tmp_path, "b", pretrained=str(tmp_path / "a" / "pretrained.pt"))  # other examples may be
+        run(story.root, "a", **STORY, resume=True)
+    run(tmp_path, "b", pretrained=str(story.weights), finetune_steps=1)
 
 
-def test_streams_of_different_steps_differ():
-    """(seed,), (seed, 0) and (seed, 0, 0) too, of which numpy alone makes one."""
-    config = Config(**TINY)
-    seen = set()
+def test_steps_have_different_streams_and_processes_share_the_masks_alone():
+    """(seed,), (seed, 0) and (seed, 0, 0) differ too, of which numpy alone makes one."""
+    seen = []
     for entropy in ((3,), (3, 0), (3, 0, 0), (3, 0, 1), (3, 1, 0)):
-        mask = torch.rand(3, generator=pretrain.seeded(config, *entropy))
-        seen |= {tuple(mask.tolist()), tuple(torch.rand(2).tolist())}
-    assert len(seen) == 10
-
-
-def test_processes_share_the_masks_but_drop_other_units():
-    first, second = [
-        (torch.rand(3, generator=pretrain.seeded(Config(**TINY), 3, own=own)), torch.rand(3))
-        for own in (0, 1)
-    ]
-    assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
+        mask = torch.rand(3, generator=pretrain.seeded(Config(**TINY), *entropy))
+        seen += [tuple(mask.tolist()), tuple(torch.rand(2).tolist())]
+    assert len(set(seen)) == 10
+    mask = torch.rand(3, generator=pretrain.seeded(Config(**TINY), 3, own=1))
+    assert tuple(mask.tolist()) == seen[0] and tuple(torch.rand(2).tolist()) != seen[1]
 
 
 def test_random_init_leaves_no_structure():
@@ -495,13 +502,6 @@ def test_a_compiled_model_trains_the_same(small_lattice, tmp_path, monkeypatch):
     assert names[0] == names[1]
 
 
-def test_a_convolution_is_not_compiled_for_every_length(monkeypatch, tmp_path):
-    load_small(monkeypatch, replace(symbols([30]), val=symbols([5, 30]).val))
-    with pytest.raises(ValueError, match="s4 would be compiled for each length from 5 to 30"):
-        run(tmp_path, "a", model="s4", compile=True)
-    assert not (tmp_path / "a").exists()
-
-
 @pytest.mark.parametrize("model", ["transformer", "s4"])
 def test_ten_step_trajectory_in_float64(model, tmp_path):
     """Golden losses: they move when the mathematics, the schedule or the optimizer does."""
@@ -509,24 +509,6 @@ def test_ten_step_trajectory_in_float64(model, tmp_path):
     losses = make_golden.pretrain_losses(model, tmp_path)
     assert losses == pytest.approx(golden[model], rel=1e-9)
     assert golden[model][-1] < golden[model][0]
-
-
-def test_evaluation_counts_every_example_once():
-    data = lattice()
-    config, split = Config(**TINY), resident(data, "val")
-    seen = []
-
-    class Body(torch.nn.Module):
-        def forward(self, x, keep):
-            seen.extend(x.tolist())
-            return x[..., None].double().expand(-1, -1, 16)
-
-    head = torch.nn.Linear(16, 2).double()
-    score = pretrain.evaluate(Body(), head, split, "finetune", replace(config, batch_size=7))
-    assert sorted(seen) == sorted(data.val.tokens.tolist())
-    logits = head(torch.tensor(data.val.tokens).double().mean(1, keepdim=True).expand(-1, 16))
-    right = (logits.argmax(1).numpy() == data.val.labels).mean()
-    assert score["accuracy"] == pytest.approx(right)
 
 
 # ------------------------------------------------------------- real processes, really killed
@@ -543,13 +525,13 @@ def test_ten_kills_change_no_bit(tmp_path):
     moments = [(stage, step) for stage in (0, 1) for step in np.sort(rng.randint(10, 20, 5))]
     for i, moment in enumerate(moments):
         process = runs.start([*runs.LONG, "--out", str(cut), *["--resume"][:i]], log)
-        new = cut / "checkpoint.pt.new"
-        if i % 2:
-            runs.kill(
-                process, log, lambda m=moment, new=new: runs.progress(cut) >= m and new.exists()
-            )
-        else:
-            runs.kill(process, log, lambda m=moment: runs.progress(cut) >= m, rng.uniform(0, 0.02))
+        writing = i % 2 == 1
+
+        def ready(moment=moment, writing=writing):
+            saves = not writing or (cut / "checkpoint.pt.new").exists()
+            return runs.progress(cut) >= moment and saves
+
+        runs.kill(process, log, ready, 0 if writing else rng.uniform(0, 0.02))
         assert not (cut / "result.json").exists()
     runs.finish([*runs.LONG, "--out", str(cut), "--resume"], log)
     runs.same(runs.bits(tmp_path / "whole"), runs.bits(cut))
@@ -580,17 +562,24 @@ def test_a_dead_rank_ends_the_other_and_the_run_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"),
+    ("data", "bad", "message"),
     [
-        ({"d_model": 30, "n_heads": 4}, "30.*4"),
-        ({"labels": 97}, "labels 97.*96"),
-        ({"pictures": 5}, "task lattice does not take all of: pictures"),
-        ({"loss": "l1"}, "'l1' does not fit task lattice"),
+        (lattice(), {"d_model": 30, "n_heads": 4}, "30.*4"),
+        (lattice(), {"labels": 97}, "labels 97.*96"),
+        (lattice(), {"pictures": 5}, "task lattice does not take all of: pictures"),
+        (lattice(), {"loss": "l1"}, "'l1' does not fit task lattice"),
+        (
+            replace(symbols([30]), val=symbols([5, 30]).val),
+            {"model": "s4", "compile": True},
+            "s4 would be compiled for each length from 5 to 30",
+        ),
+        (symbols([5] * 8), {"mask_ratio": 1e-6}, "none of 8 examples has a masked.*--mask-ratio"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_with_their_numbers(
-    small_lattice, tmp_path, bad, message
+    data, bad, message, tmp_path, monkeypatch
 ):
+    load_small(monkeypatch, data)
     with pytest.raises(ValueError, match=message):
         run(tmp_path, "a", **bad)
     assert not (tmp_path / "a" / "result.json").exists()
@@ -607,9 +596,12 @@ def test_mistakes_on_the_command_line_get_one_line(tmp_path, capsys, monkeypatch
     out = ["--out", tmp_path / "x"]
     cut = tmp_path / "cut.pt"
     cut.write_bytes(b"hello world")
-    assert "unknown task 'nosuch'" in exit_of(capsys, "--task", "nosuch", *out)[0]
-    assert "contains no run" in exit_of(capsys, "--resume", *out)[0]
-    assert f"{cut} is not a file of weights" in exit_of(capsys, "--pretrained", cut, *out)[0]
+    for options, message in (
+        (["--task", "nosuch"], "unknown task 'nosuch'"),
+        (["--resume"], "contains no run"),
+        (["--pretrained", cut], f"{cut} is not a file of weights"),
+    ):
+        assert message in exit_of(capsys, *options, *out)[0]
     code, shown = exit_of(capsys, "--model", "rnn")
     assert code == 2 and "invalid choice: 'rnn'" in shown.err
     assert not (tmp_path / "x").exists()
@@ -636,6 +628,29 @@ def test_a_run_from_the_command_line(small_lattice, monkeypatch, tmp_path, capsy
     assert message.startswith("pretrain.py: ") and "pass --overwrite to replace it" in message
 
 
+@pytest.mark.parametrize(
+    ("spoiled", "bad"),
+    [(None, []), ("draw", [0]), ("x", [1, 2, 4]), ("where", [2]), ("target", [3, 4])],
+)
+def test_the_check_notices_what_is_wrong(spoiled, bad, monkeypatch, capsys):
+    make_batch = pretrain.make_batch
+
+    def spoil(*args):
+        batch = make_batch(*args)
+        if spoiled in batch._fields:
+            batch = batch._replace(**{spoiled: getattr(batch, spoiled).logical_not()})
+        return batch
+
+    monkeypatch.setattr(pretrain, "make_batch", spoil)
+    if spoiled == "draw":
+        monkeypatch.setattr(pretrain, "draw", lambda *args: itertools.repeat(np.arange(8)))
+    rows = pretrain.self_check()
+    assert [i for i, row in enumerate(rows) if row[1] > row[2]] == bad
+    assert [row[2] for row in rows] == [0, 0.03, 0, 0, 0]
+    code, shown = exit_of(capsys, "--check", "--device", "cpu")
+    assert code == bool(bad) and rows[0][0] in shown.out
+
+
 @pytest.mark.parametrize(("rank", "order"), [(0, "work wait wait"), (1, "wait work wait")])
 def test_ranks_wait_for_the_data_however_long(rank, order, monkeypatch):
     """By `wait_for_rank0`, which has no timeout of a minute: retrieval takes longer to load."""
@@ -644,37 +659,3 @@ def test_ranks_wait_for_the_data_however_long(rank, order, monkeypatch):
     monkeypatch.setattr(pretrain, "wait_for_rank0", lambda: events.append("wait"))
     pretrain.rank0_first(events.append, "work")
     assert " ".join(events) == order
-
-
-def test_ranks_wait_for_every_file_that_rank_0_writes(small_lattice, tmp_path, monkeypatch):
-    events = []
-    save = checkpoint.save
-
-    def spy(path, state):
-        events.append(path.stem)
-        save(path, state)
-
-    monkeypatch.setattr(checkpoint, "save", spy)
-    monkeypatch.setattr(pretrain, "wait_for_rank0", lambda: events.append("wait"))
-    run(tmp_path, "a")
-    stage = "checkpoint wait checkpoint wait"
-    assert " ".join(events[3:]) == f"{stage} pretrained wait {stage} model wait"
-
-
-def test_weights_of_another_length_are_refused_in_one_line(tmp_path):
-    data = lra_data.load("lattice", n_train=8, n_val=4, n_test=4)
-    config = Config(model="sgconv", pretrained=str(tmp_path / "pretrained.pt"))
-    model = pretrain.build_model(config, identity(data))
-    about = {"settings": vars(config), "data": identity(data)}
-    weights = {"model": model.state_dict(), "head": {}}
-    checkpoint.save(tmp_path / "pretrained.pt", {**weights, **about})
-    pretrain.load_pretrained(model, config, identity(data))
-    model.blocks[0].mixer = sgconv.SGConv(config.d_model, 128, 32, bidirectional=True)
-    with pytest.raises(ValueError, match=r"pretrained.pt does not fit this model: .*mixer.w"):
-        pretrain.load_pretrained(model, config, identity(data))
-
-
-def test_a_validation_that_judges_nothing_is_refused(tmp_path, monkeypatch):
-    runs.load_small(monkeypatch, runs.symbols([5] * 8))
-    with pytest.raises(ValueError, match=r"none of 8 examples has a masked position.*--mask-ratio"):
-        runs.run(tmp_path, "a", mask_ratio=1e-6)
