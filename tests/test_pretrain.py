@@ -17,6 +17,7 @@ from runs import TINY, bits, lattice, load_small, numbers, pairs, regression, ru
 
 import batches
 import checkpoint
+import lra_data
 import pretrain
 import sgconv
 from batches import draw, identity
@@ -316,6 +317,15 @@ def test_schedule():
 
 
 # ------------------------------------------------------------------------------- whole runs
+
+
+def test_overfits_one_batch(monkeypatch, tmp_path):
+    tokens, labels, lengths = (a[:8] for a in vars(lattice().train).values())
+    part = lra_data.Split(tokens, labels, lengths)
+    load_small(monkeypatch, replace(lattice(), train=part, val=part, test=part))
+    options = {"d_model": 32, "finetune_lr": 1e-2, "objective": "none"}
+    result = run(tmp_path, "a", finetune_steps=80, eval_every=80, **options)
+    assert result["test"]["accuracy"] == 1 and result["test"]["loss"] < 0.2
 
 
 STORY = {"labels": 30, "pretrain_batch_size": 12}
