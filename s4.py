@@ -626,12 +626,13 @@ class S4Model(nn.Module):
         self.config = config
         one = (config.vocab_size is None) != (config.n_channels is None)
         require(one, f"set exactly one of vocab_size and n_channels in {config}")
+        n_inputs = config.n_channels if config.vocab_size is None else config.vocab_size
+        positive = min(n_inputs, config.d_model, config.n_layers) >= 1
+        require(positive, f"every size must be at least 1 in {config}")
         if config.vocab_size is None:
             self.embed = nn.Linear(config.n_channels, config.d_model)
         else:
             self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        positive = config.n_layers > 0 and self.embed.weight.numel() > 0
-        require(positive, f"every size must be at least 1 in {config}")
         self.blocks = nn.ModuleList()
         for i in range(config.n_layers):
             self.blocks.append(S4Block(config.d_model, mixer(config, i), config.dropout))

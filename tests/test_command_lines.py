@@ -36,7 +36,7 @@ def text_calls(tree):
         binary = any(isinstance(c, str) and "b" in c and len(c) < 4 for c in constants)
         module = getattr(getattr(node.func, "value", None), "id", "")
         if name in ("read_text", "write_text") or (name == "open" and not binary):
-            if module not in ("tarfile", "wave"):
+            if module not in ("Image", "tarfile", "wave"):
                 yield node
 
 
