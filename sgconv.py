@@ -151,27 +151,26 @@ class CircularConv(torch.autograd.Function):  # same as s4.py:CircularConv
     Its backward stays with real FFTs; autograd's own takes complex ones, twice the time and memory.
     """
 
-    generate_vmap_rule = True  # torch.func
-
     @staticmethod
-    def forward(u, k, n):
-        Y = torch.fft.rfft(u, n) * torch.fft.rfft(k, n)  # (B, D, n/2 + 1)
-        return torch.fft.irfft(Y, n)[..., : u.shape[-1]]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        u, k, ctx.n = inputs
-        ctx.save_for_backward(u, k)
+    def forward(ctx, u, k, n):
+        U = torch.fft.rfft(u, n)  # (B, D, n/2 + 1)
+        K_f = torch.fft.rfft(k, n)  # (D, n/2 + 1)
+        ctx.save_for_backward(u, k, U, K_f)
+        ctx.n = n
+        return torch.fft.irfft(U * K_f, n)[..., : u.shape[-1]]
 
     @staticmethod
     def backward(ctx, grad):
-        u, k = ctx.saved_tensors
+        u, k, U, K_f = ctx.saved_tensors
         n = ctx.n
-        U = torch.fft.rfft(u, n)  # (B, D, n/2 + 1)
-        K_f = torch.fft.rfft(k, n)  # (D, n/2 + 1)
-        G = torch.fft.rfft(grad, n)
-        grad_u = torch.fft.irfft(G * K_f.conj(), n)[..., : u.shape[-1]]
+        twice = torch.is_grad_enabled()  # second derivatives are wanted (create_graph=True)
+        if twice:  # U and K_f again, as functions of u and k
+            U = torch.fft.rfft(u, n)
+            K_f = torch.fft.rfft(k, n)
+        G = torch.fft.rfft(grad, n)  # (B, D, n/2 + 1)
         grad_k = torch.fft.irfft((G * U.conj()).sum(0), n)[..., : k.shape[-1]]
+        G = G * K_f.conj() if twice else G.mul_(K_f.conj())  # in place: G is large
+        grad_u = torch.fft.irfft(G, n)[..., : u.shape[-1]]
         return grad_u, grad_k, None
 
 

@@ -208,23 +208,6 @@ def test_gradcheck(kind, bidirectional, L):
     assert all(grad.abs().max() > 0 for grad in grads)
 
 
-@KINDS
-def test_torch_func_gives_gradients_per_example_and_jacobians(kind):
-    layer = kind(3, 4).double()
-    parameters = {name: p.detach() for name, p in layer.named_parameters()}
-    x = randn(2, 9, 3)
-
-    def loss(parameters, x):
-        return functional_call(layer, parameters, x[None]).square().sum()
-
-    grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
-    for b in range(2):
-        want = torch.autograd.grad(layer(x[b : b + 1]).square().sum(), layer.parameters())
-        assert max(rel_err(grads[n][b], g) for n, g in zip(parameters, want, strict=True)) < 1e-12
-    want = torch.autograd.functional.jacobian(layer, x)
-    assert rel_err(torch.func.jacrev(layer)(x), want) < 1e-12
-
-
 @HIPPO_KINDS
 @pytest.mark.parametrize("extreme", [-800.0, 800.0])
 def test_extreme_decays_leave_kernel_and_gradient_finite(kind, extreme):

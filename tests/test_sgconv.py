@@ -183,23 +183,6 @@ def test_gradcheck(bidirectional, decay):
 
 
 @CAUSAL_OR_NOT
-def test_torch_func_gives_gradients_per_example_and_jacobians(bidirectional):
-    layer = SGConv(3, 16, 4, bidirectional).double()
-    parameters = {name: p.detach() for name, p in layer.named_parameters()}
-    x = torch.randn(2, 9, 3, dtype=torch.float64)
-
-    def loss(parameters, x):
-        return torch.func.functional_call(layer, parameters, x[None]).square().sum()
-
-    grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
-    for b in range(2):
-        want = torch.autograd.grad(layer(x[b : b + 1]).square().sum(), layer.parameters())
-        assert max(rel_err(grads[n][b], g) for n, g in zip(parameters, want, strict=True)) < 1e-12
-    want = torch.autograd.functional.jacobian(layer, x)
-    assert rel_err(torch.func.jacrev(layer)(x), want) < 1e-12
-
-
-@CAUSAL_OR_NOT
 def test_padding_is_absent(bidirectional):
     model = model_of(vocab_size=7, causal=not bidirectional)
     x = torch.randint(7, (3, 30))
