@@ -279,7 +279,7 @@ class SGConv(nn.Module):
         if keep is not None:
             x = x.masked_fill(~keep[..., None], 0)
         K = self.kernel(x.shape[1])
-        y = self.D_skip * x + fft_conv(x.to(K.dtype), K)  # in this order: laid out like x
+        y = fft_conv(x.to(K.dtype), K) + self.D_skip * x  # y = k * u + D_skip u
         return y.to(x.dtype)
 
     def initial_state(self, batch):
@@ -318,8 +318,8 @@ class SGConvBlock(nn.Module):  # as s4.py:S4Block, without its recurrent mode
     def forward(self, x, keep=None):
         """x (B, L, D), keep (B, L) bool -> (B, L, D)."""
         y = self.mixer(self.norm(x), keep)
-        y = self.dropout(F.gelu(y))
-        return x + F.glu(self.out(y), dim=-1)
+        y = F.gelu(y.contiguous())  # the convolution leaves y transposed
+        return x + F.glu(self.out(self.dropout(y)), dim=-1)
 
 
 @dataclass(frozen=True)
