@@ -94,6 +94,12 @@ def test_the_pictures_depend_on_the_seed_alone(size, n, sha256):
     assert hashlib.sha256(content).hexdigest()[:16] == sha256
 
 
+def test_a_shard_has_a_random_stream_of_its_own():
+    shard = pathfinder.draw_shard(pathfinder.SHARD + 4, 32, 6, seed=7, i=1)
+    pictures, labels, _ = pathfinder.draw_pictures(np.random.RandomState([7, 3, 1]), 32, 6, 4)
+    assert (shard[0] == pictures).all() and (shard[1] == labels).all()
+
+
 def test_pairs_get_stuck_as_often_as_in_the_original():
     """Size 32: 325.3 attempts per pair, standard error 7.8, over 1700 pictures."""
     brush = pathfinder.make_brush(32, 1)
