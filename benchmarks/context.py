@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from byte_lm import LMConfig, corpus, count, train, windows
-from measured import ROOT, complete
+from measured import ROOT, complete, takes_no_arguments
 
 L = 512  # bytes per window
 BATCH = 4  # windows per step
@@ -63,4 +63,5 @@ def main():
 
 
 if __name__ == "__main__":
+    takes_no_arguments(__doc__)
     main()

@@ -4,6 +4,7 @@ origin = provenance()  # before the work: a commit may follow meanwhile
 save(ROOT / "results/x.json", origin | {"rows": rows})
 """
 
+import argparse
 import json
 import os
 import platform
@@ -72,6 +73,11 @@ def command():
         start = ["torchrun", "--standalone", "--nproc-per-node", os.environ["WORLD_SIZE"]]
     script = f"benchmarks/{Path(sys.argv[0]).name}"
     return shlex.join([*start, script, *essential(sys.argv[1:])])
+
+
+def takes_no_arguments(about):
+    """Answer --help with the first line of a script's docstring, and refuse anything else."""
+    argparse.ArgumentParser(description=about.split("\n")[0]).parse_args()
 
 
 def provenance():

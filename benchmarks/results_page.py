@@ -13,7 +13,7 @@ import textwrap
 import claims
 import demo
 from judges import KINDS, arm
-from measured import ROOT
+from measured import ROOT, takes_no_arguments
 
 REWRITE = "2026-11-27"  # earlier rows were measured before the files were rewritten
 NOTES = {  # of files that are older than that
@@ -376,4 +376,5 @@ def write():
 
 
 if __name__ == "__main__":
+    takes_no_arguments(__doc__)
     write()

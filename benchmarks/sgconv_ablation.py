@@ -19,7 +19,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measured import ROOT, complete, over_seeds, save, select
+from measured import ROOT, complete, over_seeds, save, select, takes_no_arguments
 from torch import nn
 
 import lra_data
@@ -144,4 +144,5 @@ def main():
 
 
 if __name__ == "__main__":
+    takes_no_arguments(__doc__)
     main()

@@ -16,7 +16,7 @@ import sys
 from typing import NamedTuple
 
 import torch
-from measured import ROOT, provenance, pyplot, save
+from measured import ROOT, provenance, pyplot, save, takes_no_arguments
 from torch import nn
 
 from attention import Attention
@@ -250,4 +250,5 @@ def main():
 
 
 if __name__ == "__main__":
+    takes_no_arguments(__doc__)
     sys.exit(main())

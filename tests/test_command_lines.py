@@ -58,3 +58,11 @@ def test_a_console_that_lacks_a_letter_does_not_stop_a_command(name, monkeypatch
     print("データ é")
     console.flush()
     assert console.buffer.getvalue().decode("cp1252").endswith("\\u30c7\\u30fc\\u30bf é\n")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_every_command_reads_its_arguments(path):
+    """Else --help would start a measurement and replace its results."""
+    text = path.read_text(encoding="utf-8")
+    reads = "ArgumentParser(" in text or "takes_no_arguments(__doc__)" in text or "argv" in text
+    assert reads or '__name__ == "__main__"' not in text
