@@ -106,6 +106,25 @@ def test_mixed_precision_is_close_to_float32(name, dtype):
     assert rel_err(got, gradients(module, module, x)) < 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@EACH
+def test_a_gradient_scaler_gives_the_gradients_of_float32(name, dtype):
+    module, x = build(name)
+    want = gradients(module, module, x)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    old = copy.deepcopy(module)
+    optimizer.zero_grad()
+    with torch.autocast("cpu", dtype):
+        loss = module(x).sin().sum()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)  # skipped if a gradient is not finite
+    scaler.update()
+    old = nn.utils.parameters_to_vector(old.parameters())
+    new = nn.utils.parameters_to_vector(module.parameters())
+    assert rel_err((old - new) / 0.1, want[x.numel() :]) < 0.1
+
+
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-5), (torch.bfloat16, 0.1)])
 @EACH
 def test_converted_modules_are_close(name, dtype, limit):
