@@ -80,6 +80,8 @@ def test_listops_labels_are_the_values_of_different_trees(tmp_path):
 def test_listops_statistics(tmp_path):
     """Full size: mean length 1035, most frequent answer 17 %, by root operator 36 %."""
     data = lra_data.load("listops", tmp_path, n_train=4000, n_val=10, n_test=10)
+    golden = "6e8ecbb50c57715d"  # of several chunks of trees
+    assert lra_data.checksum(data).startswith(golden)
     tokens, labels, lengths = data.train.tokens, data.train.labels, data.train.lengths
     assert lengths.min() > 500 and lengths.max() < 2000
     assert abs(lengths.mean() - 1040) < 30

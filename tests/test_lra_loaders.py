@@ -81,7 +81,8 @@ def make_aan(root):
 
 def make_speech(root):
     root = root / "speech_commands_v0.02"
-    for word, n in {"yes": 6, "no": 5, "_background_noise_": 1}.items():
+    clips = {"yes": 6, "no": 5, "dog": 1, "cat": 1, "bed": 1, "_background_noise_": 1}
+    for word, n in clips.items():
         for i in range(n):
             write(root / f"{word}/{i}_nohash_0.wav", wav(16_000 - 1000 * i, seed=i))
     write(root / "validation_list.txt", "yes/0_nohash_0.wav\nno/1_nohash_0.wav\n")
@@ -270,10 +271,10 @@ def test_retrieval_has_two_documents(task, trees, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("task", "stride"), [("speech", 1), ("speech-8k", 2)])
 def test_speech_follows_the_official_lists(task, stride, trees, tmp_path):
     data = lra_data.load(task, tmp_path, source=trees / "speech")
-    assert (data.vocab_size, data.n_classes) == (None, 2)
+    assert (data.vocab_size, data.n_classes) == (None, 5)
     assert data.train.tokens.dtype == np.int16
-    assert (len(data.train), len(data.val), len(data.test)) == (7, 2, 2)
-    assert data.val.labels.tolist() == [1, 0] and data.test.labels.tolist() == [1, 0]
+    assert (len(data.train), len(data.val), len(data.test)) == (10, 2, 2)
+    assert data.val.labels.tolist() == [4, 3] and data.test.labels.tolist() == [4, 3]
     assert data.test.lengths.tolist() == [14_000 // stride, 13_000 // stride]
     samples = np.random.RandomState(2).randint(-9999, 9999, 14_000)[::stride]
     assert (data.test.tokens[0, : len(samples), 0] == samples).all()
