@@ -5,13 +5,15 @@
         --batch-size 128 --settings pathfinder32-s4-small --compile
 
 The parts are data (make_batch), forward (loss_sums), backward, optimizer (clipping and AdamW), and
-the rest of the loop (order, seeds, learning rate, metrics).  The first steps of a stage are left
-out because they allocate memory, the last one because it validates.  On a GPU the clock waits for
+the rest of the loop (order, seeds, learning rate, metrics).  The first --warm-up steps of a stage
+are left out because they allocate memory and record graphs, one for each length of a batch, and the
+last one because it validates.  On a GPU the clock waits for
 the device before and after each part, so nothing overlaps, and a second run gives two bounds:
 tokens/s if the GPU never waited (torch.profiler's sum of kernel times), and if it only moved bytes
 at 3 TB/s.  The bytes are an estimate: what autograd keeps for backward is written and read, and so
 are gradients of the same size; weights, gradients and AdamW's moments are passed over ten times.
-Parts and bounds are those of eager steps; a step as a CUDA graph has only data and rest.
+Parts and bounds are those of eager steps.  Steps as CUDA graphs overlap as in training: the clock
+waits only before the first and after the last of them, and a step has only data and rest.
 """
 
 import argparse
@@ -42,7 +44,7 @@ PARTS = {
     ],
 }
 ALL = (*PARTS, "rest", "total")
-WARM_UP = 3  # steps left out
+PROFILED = 20  # steps per stage
 BANDWIDTH = 3e12  # bytes per second
 SMALL = ["settings/listops-transformer-small.json", "settings/listops-s4-small.json"]
 
@@ -53,18 +55,20 @@ class Clock:
     profile: note kernel times and bytes of each stage too, which slows the parts down.
     """
 
-    def __init__(self, config, profile=False):
+    def __init__(self, config, warm_up=3, profile=False):
         self.cuda = torch.device(config.device).type == "cuda"
+        self.warm_up = warm_up
         self.profile = profile
         # what a graph contains cannot be timed, and its parts run once only
-        self.parts = ["data"] if pretrain.uses_graphs(config) else [*PARTS]
+        self.graphs = pretrain.uses_graphs(config)
+        self.parts = ["data"] if self.graphs else [*PARTS]
         self.steps = []
         self.busy = {}  # ms of kernels per step, by stage
         self.kept = {}  # bytes kept for backward per step, by stage
         self.bytes = 0
 
-    def now(self):
-        if self.cuda:
+    def now(self, wait=False):
+        if self.cuda and (wait or not self.graphs):
             torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -94,9 +98,9 @@ class Clock:
         def call(run, stage, first, last):
             for step in steps(run, stage, first, last):
                 self.steps.append(dict.fromkeys((*PARTS, "tokens"), 0.0))
-                start = self.now()
+                start = self.now(wait=step == first + self.warm_up)
                 yield step
-                self.steps[-1]["total"] = self.now() - start
+                self.steps[-1]["total"] = self.now(wait=step == last - 2) - start
 
         def profiled(run, stage, first, last):
             self.bytes = 0
@@ -124,9 +128,9 @@ class Clock:
         return stack
 
 
-def measure(config):
+def measure(config, warm_up=3):
     """Return {stage: {part: mean ms per step, "tokens": tokens per step}}, and peak memory."""
-    clock = Clock(config)
+    clock = Clock(config, warm_up)
     if clock.cuda:
         torch.cuda.reset_peak_memory_stats()
     with clock.attached():
@@ -135,7 +139,7 @@ def measure(config):
     stages = {"pretrain": clock.steps[:first], "finetune": clock.steps[first:]}
     rows = {}
     for stage, steps in stages.items():
-        kept = steps[WARM_UP:-1]
+        kept = steps[warm_up:-1]
         row = {part: 1e3 * statistics.fmean(step[part] for step in kept) for part in kept[0]}
         row["tokens"] /= 1e3
         row["rest"] = row["total"] - sum(row[part] for part in PARTS)
@@ -145,6 +149,8 @@ def measure(config):
 
 def bounds(config):
     """Return {stage: (ms of kernels, ms to move the bytes)}, the least that a step can take."""
+    few = dict.fromkeys(("pretrain_steps", "finetune_steps", "eval_every"), PROFILED)
+    config = replace(config, **few)
     clock = Clock(config, profile=True)
     with clock.attached():
         parameters = pretrain.train(config)["parameters"]
@@ -166,23 +172,24 @@ def parse():
     add("--settings", nargs="+", default=SMALL, help="settings of pretrain.py")
     add("--task", default="listops-tiny", help="task (listops-tiny)")
     add("--batch-size", type=int, default=32, help="batch size of both stages (32)")
-    add("--steps", type=int, default=30, help="steps per stage, at least 5 (30)")
+    add("--steps", type=int, default=30, help="steps per stage (30)")
+    add("--warm-up", type=int, default=3, help="steps left out (3)")
     add("--precision", default="float32", help="precision (float32)")
     add("--device", default="cpu", help="torch device (cpu)")
     add("--compile", action="store_true", help="measure compiled models too")
     add("--out", type=Path, default=ROOT / "results/step_time.json", help="results file")
     args = parser.parse_args()
-    if args.steps < WARM_UP + 2:
-        parser.error(f"--steps {args.steps}: expected at least {WARM_UP + 2}")
+    if args.steps < args.warm_up + 2:
+        parser.error(f"--steps {args.steps}: expected at least {args.warm_up + 2}")
     return args
 
 
-def measure_all(given, name, compiled, eager=False):
+def measure_all(given, name, compiled, warm_up, eager=False):
     """Print and return the rows of one setting, one per stage."""
     with tempfile.TemporaryDirectory() as folder:
         options = {**given, "settings": name, "compile": compiled, "eager": eager}
         config, _ = resolve({**options, "out": f"{folder}/timed"})
-        found, peak = measure(config)
+        found, peak = measure(config, warm_up)
         least = bounds(replace(config, out=f"{folder}/profiled")) if eager else {}
     rows = []
     for stage, ms in found.items():
@@ -214,8 +221,8 @@ def main():
     rows = []
     for name, compiled in itertools.product(args.settings, sorted({False, args.compile})):
         if args.device == "cuda":
-            rows += measure_all(given, name, compiled, eager=True)
-        rows += measure_all(given, name, compiled)
+            rows += measure_all(given, name, compiled, args.warm_up, eager=True)
+        rows += measure_all(given, name, compiled, args.warm_up)
     save(out, {**origin, "options": vars(args), "rows": rows})
 
 
