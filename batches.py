@@ -114,10 +114,18 @@ class Resident:
 
     def gather(self, index):
         """Examples, cut to the longest: raw (B, L[, C]), keep (B, L) bool or None (no padding)."""
-        raw = self.tokens[torch.from_numpy(index).to(self.tokens.device)]
+        raw = self.tokens[send(index, self.tokens.device)]
         if self.lengths.ndim == 2:
             raw = raw.flatten(0, 1)
         return trim(raw, self.lengths[index].reshape(-1))
+
+
+def send(values, device):
+    """A small array or list on the device; does not wait for the work that is queued there."""
+    values = torch.as_tensor(values)
+    if torch.device(device).type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def trim(raw, lengths):
@@ -126,14 +134,14 @@ def trim(raw, lengths):
     raw = raw[:, :L]
     if lengths.min() == L:
         return raw, None  # attention can use its fastest kernel
-    lengths = torch.from_numpy(lengths).to(raw.device)
+    lengths = send(lengths, raw.device)
     return raw, torch.arange(L, device=raw.device) < lengths[:, None]
 
 
 def normalize(raw, about):
     """(B, L, C) numbers -> real values of mean 0 and standard deviation 1 in training."""
-    mean = torch.as_tensor(about["mean"], device=raw.device)
-    std = torch.as_tensor(about["std"], device=raw.device)
+    mean = send(about["mean"], raw.device)
+    std = send(about["std"], raw.device)
     return (raw - mean) / std
 
 

@@ -262,6 +262,8 @@ def fused_block_grad(grad, q, k, v, out, lse, causal, keep):
         grads = kernel(grad, q, k, v, None, out, lse, seed[0], seed[1], 0.0, wanted, causal)
         return grads[:3]
     kernel = aten._scaled_dot_product_flash_attention_backward
+    grad = grad.to(q.dtype)
+    out = out.to(q.dtype)
     sizes = None, None, q.shape[2], k.shape[2], 0.0, causal
     state = seed.view(torch.uint64)
     return kernel(grad, q, k, v, out, lse, *sizes, state, seed[0])

@@ -50,7 +50,7 @@ import gpu_step
 import lra_data
 import sgconv
 from attention import Transformer, TransformerConfig
-from batches import Batch, draw, fitted, identity, load_data, normalize, pad, part, resident
+from batches import Batch, draw, fitted, identity, load_data, normalize, pad, part, resident, send
 from checkpoint import Run, check_out, differences, find_run, load, means, new_folder, ranks
 from dist_attention import RankLost, process_group, wait_for_rank0
 from s4 import S4Config, S4Model, dlr_mixer, print_table, s4_mixer, s4d_mixer
@@ -89,7 +89,7 @@ def corrupt(split, index, stage, config, generator):
     """Examples by index -> Batch for a stage (2310.02980v4, section 2)."""
     raw, keep = split.gather(index)
     if stage == "finetune":
-        labels = split.labels[torch.from_numpy(index).to(raw.device)]
+        labels = split.labels[send(index, raw.device)]
         return Batch(inputs(raw, None, split.about), keep, None, labels)
     real = raw.new_ones(raw.shape[:2], dtype=torch.bool) if keep is None else keep
     if config.objective == "masked":  # independent positions, all of them replaced (no 80/10/10)

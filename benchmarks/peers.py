@@ -7,7 +7,8 @@
 Their layer is FFTConv of models/s4/s4.py, with its CUDA kernel if that is built (`setup.py build`
 in s4/extensions/kernels) and without its GELU.  Causal, width 256, d_state 64, float32, gradients
 of the input and all parameters.  "4 layers" is our S4Model with our mixers or with theirs.  Times
-are medians; on a GPU eager and captured in a CUDA graph, with the peak of allocated memory.
+are medians; on a GPU eager and captured in a CUDA graph, with the peak of allocated memory.  Their
+S4 cannot be captured.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import torch
 from measured import ROOT, provenance, save
 from torch import nn
 
+from gpu_step import Graphs
 from s4 import S4, S4D, S4Config, S4Model
 
 WIDTH = 256
@@ -87,20 +89,10 @@ def median_ms(run, device, rounds):
 
 
 def captured(run):
-    """A CUDA graph of run(), as a function; None if it cannot be captured."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            run()
-    except RuntimeError as error:
-        print(f"cannot be captured: {str(error).splitlines()[0]}")
-        return None
-    return graph.replay
+    """A CUDA graph of run(), as a function."""
+    graphs = Graphs()
+    graphs.rehearse(run)
+    return graphs.record(run)
 
 
 def measure(layer, whose, module, L, device):
@@ -120,8 +112,8 @@ def measure(layer, whose, module, L, device):
     torch.cuda.reset_peak_memory_stats()
     row["ms"] = median_ms(run, device, 30)
     row["mib"] = torch.cuda.max_memory_allocated() / 2**20
-    replay = captured(run)
-    row["captured_ms"] = median_ms(replay, device, 30) if replay else None
+    if whose == "ours" or layer == "S4D":
+        row["captured_ms"] = median_ms(captured(run), device, 30)
     return row
 
 
