@@ -6,8 +6,8 @@ For S4Model (mixers S4, S4D, DLR) and Transformer (mixer Attention).  Both keep 
 same memory and never change a shape, as graphs demand (see gpu_step.py), and both touch it as
 little as they can:
 
-    S4             reads the state twice and writes it once per token: one product per layer
-    Transformer    reads keys and values up to the next multiple of 1,024 positions
+    S4             reads and writes the state once per token: O(N) operations, compiled into one
+    Transformer    reads keys and values up to the next multiple of 1,024 positions, once
 
 Not included: prompts of unequal length.
 """
@@ -18,51 +18,77 @@ import torch
 import torch.nn.functional as F
 
 from gpu_step import Graphs
-from s4 import S4Model
+from s4 import S4, S4Model
 
 WINDOW = 1024  # positions; there is a graph for each multiple
 
 
-class S4Decoder:
-    """Tokens (B,) -> features (B, D), one after the other.
+def planes(v):
+    """Real coordinates (..., N) -> real parts and imaginary parts, each (..., N/2)."""
+    return v.unflatten(-1, (-1, 2)).unbind(-1)
 
-    A layer is one product per channel, (x, u) -> (x', y) = (x, u) + (x, u) W, where W (N+1, N+1)
-    has the rows and columns of E, B_bar, C and D.  The results go to a second buffer, and back.
+
+def recurrence(mixer):
+    """The layer as x' = x + R x + q (p x) + B_bar u, y = C x' + D u, with 2 x 2 blocks R.
+
+    Returns R, q, p, B_bar, C as pairs of (D, N/2), and D (D,).  R has blocks a -b; b a.
     """
+    E, B_bar, C = mixer.system()
+    zero = torch.zeros_like(B_bar)
+    q, p = zero, zero.mT
+    if isinstance(mixer, S4):
+        _, _, q, p = mixer.low_rank()
+    blocks = E - q @ p  # (D, N, N), 0 outside
+    blocks = blocks.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).diagonal(dim1=1, dim2=3)
+    R = blocks[:, :, 0].unbind(1)  # a, b
+    vectors = [planes(v.flatten(1)) for v in (q, p, B_bar, C)]
+    pairs = [[part.to(C.dtype).contiguous() for part in pair] for pair in (R, *vectors)]
+    return *pairs, mixer.D_skip
+
+
+def advance(re, im, u, R, q, p, B_bar, C, D_skip):
+    """Take one token, u (B, D) -> y (B, D).  The state, re and im (B, D, N/2), changes in place."""
+    a, b = R
+    px = (p[0] * re + p[1] * im).sum(-1, keepdim=True)  # (B, D, 1)
+    u = u[..., None]
+    new_re = re + (a * re - b * im + q[0] * px + B_bar[0] * u)
+    new_im = im + (b * re + a * im + q[1] * px + B_bar[1] * u)
+    re.copy_(new_re)
+    im.copy_(new_im)
+    y = (C[0] * new_re + C[1] * new_im).sum(-1)
+    return y + D_skip * u[..., 0]
+
+
+class S4Decoder:
+    """Tokens (B,) -> features (B, D), one after the other."""
 
     def __init__(self, model, state, n):
         self.model = model
+        on_gpu = state[0].x.is_cuda
+        self.advance = torch.compile(advance, dynamic=False) if on_gpu else advance
         self.layers = []
-        for block, (x, E, B_bar, C) in zip(model.blocks, state, strict=True):
-            D_skip = block.mixer.D_skip[:, None, None]  # (D, 1, 1)
-            to_x = torch.cat([E, B_bar], -1)  # x' - x = E x + B_bar u
-            of_x = C + C @ E
-            of_u = C @ B_bar + D_skip - 1
-            to_y = torch.cat([of_x, of_u], -1)  # y - u = C x' + D u - u
-            W = torch.cat([to_x, to_y], 1).mT.contiguous()  # (D, N+1, N+1)
-            now = F.pad(x.transpose(0, 1), (0, 1)).contiguous()  # (D, B, N+1)
-            later = torch.empty_like(now)
-            self.layers.append((block, W, [now, later]))
+        for block, s in zip(model.blocks, state, strict=True):
+            re, im = [part.contiguous() for part in planes(s.x)]
+            self.layers.append((block, re, im, recurrence(block.mixer)))
 
     def graph(self, i):
-        """Which graph token i needs: the buffers change places."""
-        return i % 2
+        """Which graph token i needs: there is one."""
+        return 0
 
     def __call__(self, token, graph):
         h = self.model.embed(token)
-        for block, W, buffers in self.layers:
-            now = buffers[graph]
-            later = buffers[1 - graph]
-            now[..., -1] = block.norm(h).T  # u
-            torch.baddbmm(now, now, W, out=later)
-            h = h + block.gate(later[..., -1].T.to(h.dtype))  # y; as S4Block.forward
+        for block, re, im, system in self.layers:
+            u = block.norm(h).to(re.dtype)
+            y = self.advance(re, im, u, *system)
+            h = h + block.gate(y.to(h.dtype))  # as S4Block.forward
         return self.model.norm(h)
 
 
 class TransformerDecoder:
     """Tokens (B,) -> features (B, D), one after the other; room for n tokens more than the state's.
 
-    Keys and values are written at `position`, a tensor; a mask hides what is not there yet.
+    Keys and values are written at `position`, a tensor; a mask hides what is not there yet.  Their
+    positions are the last axis, along which a product with one query reads memory in order.
     """
 
     def __init__(self, model, state, n):
@@ -72,9 +98,9 @@ class TransformerDecoder:
         self.position = torch.tensor([self.past], device=model.norm.weight.device)
         self.layers = []
         for block, cache in zip(model.blocks, caches, strict=True):
-            room = (0, 0, 0, self.capacity - cache.k.shape[2])  # perhaps negative
-            keys = F.pad(cache.k, room)
-            values = F.pad(cache.v, room)
+            room = (0, self.capacity - cache.k.shape[2])  # perhaps negative
+            keys = F.pad(cache.k.mT, room).contiguous()  # (B, G, E, capacity)
+            values = F.pad(cache.v.mT, room).contiguous()
             self.layers.append((block, keys, values))
 
     def graph(self, i):
@@ -84,16 +110,16 @@ class TransformerDecoder:
 
     def __call__(self, token, graph):
         h = self.model.embed_at(token[:, None], self.position)  # (B, 1, D)
-        there = torch.arange(graph, device=h.device)[None] <= self.position  # (1, graph)
+        future = torch.arange(graph, device=h.device) > self.position  # (graph,)
         for block, keys, values in self.layers:
             q, k, v = block.mixer.project(block.norm_mixer(h), self.position)
-            keys.index_copy_(2, self.position, k)
-            values.index_copy_(2, self.position, v)
-            k = keys[:, :, :graph]
-            v = values[:, :, :graph]
-            out = F.scaled_dot_product_attention(q, k, v, there, enable_gqa=True)  # (B, H, 1, E)
-            out = out.transpose(1, 2).flatten(2)  # (B, 1, D)
-            h = h + block.mixer.out(out)  # as Block.forward
+            keys.index_copy_(3, self.position, k.mT)
+            values.index_copy_(3, self.position, v.mT)
+            q = q[:, :, 0].unflatten(1, (keys.shape[1], -1))  # (B, G, H/G, E): heads per group
+            scores = q @ keys[..., :graph] / math.sqrt(q.shape[-1])
+            weights = scores.masked_fill(future, -math.inf).softmax(-1)  # (B, G, H/G, graph)
+            out = weights @ values[..., :graph].mT  # (B, G, H/G, E)
+            h = h + block.mixer.out(out.flatten(1)[:, None])  # as Block.forward
             h = h + block.ffn(block.norm_ffn(h))
         self.position += 1
         return self.model.norm(h)[:, 0]

@@ -126,6 +126,7 @@ def build_model(config, about):
         return SGConvModel(SGConvConfig(**sizes, **sgconv_kernel(config, about["max_len"])))
     mixer = {"s4": s4_mixer, "s4d": s4d_mixer, "diagonal": dlr_mixer}[config.model]
     own = {"d_state": config.d_state, "dt_min": config.dt_min, "dt_max": config.dt_max}
+    own["joint_kernels"] = config.device.startswith("cuda") and not config.sequence_parallel
     return S4Model(S4Config(**sizes, **own), mixer)
 
 
@@ -275,6 +276,11 @@ def autocast(config, x):
     return torch.autocast(x.device.type, torch.bfloat16, enabled=half)
 
 
+def compiled_if(condition):
+    """A context in which --compile has no effect unless the condition is true."""
+    return torch.compiler.set_stance("default" if condition else "force_eager")
+
+
 # --------------------------------------------------------------------------------- the loop
 
 
@@ -320,8 +326,10 @@ def evaluate(model, head, split, stage, config):
     sums = torch.zeros(3 + 4 * len(y_std or ()), dtype=torch.float64, device=config.device)
     for first in range(rank * size, len(split), world * size):
         generator = seeded(config, VALIDATION_SEED, first)
-        batch = make_batch(split, by_length[first : first + size], stage, config, generator)
-        sums += objective(batch)[1]
+        index = by_length[first : first + size]
+        batch = make_batch(split, index, stage, config, generator)
+        with compiled_if(len(index) == size):
+            sums += objective(batch)[1]
     objective.train()
     wait_for_rank0()  # parts may take unequal time, longer than a sum over ranks waits
     sums = dist_attention.SumOverRanks.apply(sums)
@@ -384,7 +392,8 @@ def fit(stage, model, head, train, val, config, run):
         for group in optimizer.param_groups:
             gpu_step.set_lr(group, group["peak_lr"] * factor)
         is_full = len(index) == config.batch(stage)  # the few smaller ones are not worth a graph
-        sums = full_step(batch) if is_full else eager_step(batch)
+        with compiled_if(is_full):
+            sums = full_step(batch) if is_full else eager_step(batch)
         run.log(step, sums, int(train.lengths[index].sum()))
 
         validate = (step + 1) % config.eval_every == 0 or step + 1 == steps

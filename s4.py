@@ -184,12 +184,14 @@ def output_rows(C):
 
 
 def bilinear(Lam, P, B, dt):
-    """Discretize A = diag(Lam) - P P^* (S4) without a solve.  Returns E (D, N, N), B_bar (D, N, 1).
+    """Discretize A = diag(Lam) - P P^* (S4) without a solve.  Returns E, B_bar, q, p.
 
     Lam: (D, N/2) complex128; P, B: (D, N, 1) float64, real coordinates; dt: (D, 1).
         A_bar = 2 M - I,   B_bar = dt M B,   M = (I - dt A / 2)^-1
     By Woodbury's identity, with A = diag(Lam) - 2 P P^T in real coordinates,
         M = R - s (R P) (P^T R),   R = (I - dt diag(Lam) / 2)^-1,   s = dt / (1 + dt P^T R P)
+    E (D, N, N) = A_bar - I; B_bar (D, N, 1).  E - q p = 2 (R - I) consists of 2 x 2 blocks; q
+    (D, N, 1), p (D, 1, N).
     """
     # differs from the paper: Q = P
     half = dt / 2 * Lam
@@ -198,8 +200,9 @@ def bilinear(Lam, P, B, dt):
     PR = P.mT + P.mT @ R_minus_I  # (D, 1, N)
     dt = dt[..., None]  # (D, 1, 1)
     s = dt / (1 + dt * (PR @ P))
-    M_minus_I = R_minus_I - (s * RP) @ PR
-    return 2 * M_minus_I, dt * (B + M_minus_I @ B)
+    sRP = s * RP
+    M_minus_I = R_minus_I - sRP @ PR
+    return 2 * M_minus_I, dt * (B + M_minus_I @ B), -2 * sRP, PR
 
 
 def krylov(E, V, n):
@@ -425,10 +428,11 @@ class StateSpace(nn.Module):
             K = self.impulse_response(L, rate)  # (n, D, L)
         return K if self.bidirectional else K[0]
 
-    def forward(self, x, keep=None, rate=1.0):
-        """x (B, L, D), keep (B, L) bool, False at padding -> (B, L, D)."""
+    def forward(self, x, keep=None, rate=1.0, K=None):
+        """x (B, L, D), keep (B, L) bool, False at padding -> (B, L, D).  K: that of `kernel`."""
         check_input(x, keep, self.d_model)
-        K = self.kernel(x.shape[1], rate)
+        if K is None:
+            K = self.kernel(x.shape[1], rate)
         u = x.to(K.dtype)
         if keep is not None:
             u = u.masked_fill(~keep[..., None], 0)
@@ -495,6 +499,34 @@ class StateSpace(nn.Module):
         return torch.cat(y, 1), state._replace(x=h.permute(2, 0, 1))
 
 
+class Kernel(nn.Module):
+    """layer.kernel as the forward of a module, which functional_call asks for."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, L, rate):
+        return self.layer.kernel(L, rate)
+
+
+def joint_kernels(layers, L, rate=1.0):
+    """Return layer.kernel(L, rate) of each layer, computed as if all were one layer.
+
+    A kernel takes many small operations, which cost a GPU as much as large ones.
+    ValueError unless all layers are of the same kind and size.
+    """
+    first = layers[0]
+    same = {(type(layer), layer.frequency.shape, layer.bidirectional) for layer in layers}
+    require(len(same) == 1, f"joint kernels need layers of one kind and size, got {same}")
+    joint = {}
+    for name, _ in first.named_parameters():
+        parts = [layer.get_parameter(name) for layer in layers]
+        joint[f"layer.{name}"] = torch.cat(parts, first.channel_axes.get(name, 0))
+    K = torch.func.functional_call(Kernel(first), joint, (L, rate))  # (n D, L) or (2, n D, L)
+    return [part.clone() for part in K.chunk(len(layers), -2)]  # forward adds D in place
+
+
 class S4(StateSpace):
     """S4: A starts as HiPPO-LegS, diagonal plus low rank; bilinear discretization."""
 
@@ -508,12 +540,15 @@ class S4(StateSpace):
         self.P = per_channel(P, d_model)  # (D, N/2, 2)
         self.add_output()
 
-    def system(self, rate=1.0):
+    def low_rank(self, rate=1.0):
+        """Return E, B_bar, q, p as `bilinear` does."""
         Lam = eigenvalues(self.log_decay, self.frequency)
         P = self.P.double().flatten(-2)[..., None]  # (D, N, 1)
         B = self.B.double().flatten(-2)[..., None]  # (D, N, 1)
-        dt = self.time_step(rate)
-        E, B_bar = bilinear(Lam, P, B, dt)
+        return bilinear(Lam, P, B, self.time_step(rate))
+
+    def system(self, rate=1.0):
+        E, B_bar, _, _ = self.low_rank(rate)
         C = output_rows(as_complex(self.C))
         return E, B_bar, C.transpose(0, 1)
 
@@ -598,6 +633,7 @@ class S4Config:
     dropout: float = 0.0
     dt_min: float = 1e-3
     dt_max: float = 1e-1
+    joint_kernels: bool = False  # of all blocks at once: faster on a GPU
 
 
 def s4_mixer(config, i, kind=S4):
@@ -649,8 +685,12 @@ class S4Model(nn.Module):
     def forward(self, x, keep=None, **options):
         """keep: (B, L) bool, False at padding."""
         h = self.embed_input(x)  # (B, L, D)
-        for block in self.blocks:
-            h = block(h, keep, **options)
+        each = [options] * len(self.blocks)
+        if self.config.joint_kernels:
+            mixers = [block.mixer for block in self.blocks]
+            each = [{"K": K} for K in joint_kernels(mixers, h.shape[1], **options)]
+        for block, its_options in zip(self.blocks, each, strict=True):
+            h = block(h, keep, **its_options)
         return self.norm(h)
 
     def initial_state(self, batch, **options):

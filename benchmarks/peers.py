@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -63,13 +64,13 @@ class Theirs(nn.Module):
         return y.transpose(1, 2)
 
 
-def build(layer, whose, module, L):
+def build(layer, whose, module, L, device="cpu"):
     """A module (B, L, D) -> (B, L, D)."""
     mode = "diag" if layer == "S4D" else "dplr"
     if layer == "4 layers":
         config = S4Config(WIDTH, 4, D_STATE, n_channels=WIDTH, causal=True)
         if whose == "ours":
-            return S4Model(config)
+            return S4Model(replace(config, joint_kernels=device == "cuda"))
         return S4Model(config, lambda config, i: Theirs(module, mode, L))
     if whose == "theirs":
         return Theirs(module, mode, L)
@@ -98,7 +99,7 @@ def captured(run):
 def measure(layer, whose, module, L, device):
     """One row of the results."""
     torch.manual_seed(0)
-    mixer = build(layer, whose, module, L).to(device)
+    mixer = build(layer, whose, module, L, device).to(device)
     x = torch.randn(BATCH[L], L, WIDTH, device=device, requires_grad=True)
     grad = torch.randn(BATCH[L], L, WIDTH, device=device)
     inputs = [x, *(p for p in mixer.parameters() if p.requires_grad)]

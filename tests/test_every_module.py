@@ -46,6 +46,10 @@ MODULES = {  # how to make it, shape of an input
     "BlockShuffle": (lambda: BlockShuffle(16, 24, 2), (5, 16)),
     "StructuredFFN": (lambda: StructuredFFN(8, 16, partial(LowRank, R=4)), (2, 9, 8)),
     "S4Model": (lambda: S4Model(S4Config(6, 2, 4, n_channels=3)), (2, 9, 3)),
+    "S4Model, joint": (
+        lambda: S4Model(S4Config(6, 2, 4, n_channels=3, joint_kernels=True)),
+        (2, 9, 3),
+    ),
     "SGConvModel": (lambda: SGConvModel(SGConvConfig(6, 2, 16, 4, n_channels=3)), (2, 9, 3)),
     "Transformer": (lambda: Transformer(TransformerConfig(8, 2, 2, n_channels=3)), (2, 9, 3)),
 }
@@ -67,7 +71,7 @@ def gradients(run, module, x, scale=1.0):
 
 
 def test_every_module_is_in_the_list():
-    tested = {Merged}  # for inference only
+    tested = {Merged, s4.Kernel}  # for inference only; part of a function
     for name in MODULES:
         for module in build(name)[0].modules():
             tested.update(type(module).__mro__)

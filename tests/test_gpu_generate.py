@@ -50,8 +50,8 @@ def test_tokens_are_those_of_the_model(name, temperature, monkeypatch):
     torch.manual_seed(1)
     graphs = Tape()
     assert torch.equal(generate(model, prompt, 20, head, temperature, graphs), want)
-    # S4: two buffers; Transformer: 13 + 20 positions, in windows that end at 16, 24, 32 and 33
-    assert graphs.recorded == (2 if isinstance(model, S4Model) else 3)
+    # Transformer: 13 + 20 positions, in windows that end at 16, 24, 32 and 33
+    assert graphs.recorded == (1 if isinstance(model, S4Model) else 3)
 
 
 def test_a_graph_reads_no_more_positions_than_the_next_window():

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def column(v):
 
 def kernel(Lam, P, B, C, dt, L):
     """K of A = diag(Lam) - P P^*.  Complex Lam, P, B (D, N/2), C (n, D, N/2), dt (D, 1)."""
-    E, B_bar = s4.bilinear(Lam, column(P), column(B), dt)
+    E, B_bar, _, _ = s4.bilinear(Lam, column(P), column(B), dt)
     return s4.two_level_kernel(E, B_bar, s4.output_rows(C).transpose(0, 1), L)
 
 
@@ -112,7 +113,7 @@ def test_no_system_grows(dt):
     """||A_bar|| <= 1 for LegS and for any P = Q with Re Lam < 0."""
     for Lam, P, B, _, _ in (random_system(5, 8), legs_system(64, np.ones(64), dt)):
         dts = torch.full((len(Lam), 1), dt, dtype=torch.float64)
-        E, _ = s4.bilinear(Lam, column(P), column(B), dts)
+        E, *_ = s4.bilinear(Lam, column(P), column(B), dts)
         norms = torch.linalg.matrix_norm(torch.eye(E.shape[-1]).double() + E, 2)
         assert 0.1 < norms.min() and norms.max() <= 1 + 1e-12
 
@@ -319,6 +320,38 @@ def test_a_kernel_and_its_gradient_take_few_operations(kind, limit):
     with Operations() as operations:
         layer.kernel(1024).sum().backward()
     assert limit / 2 < len(operations.names) <= limit
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("mixer", [s4.s4_mixer, s4.s4d_mixer, s4.dlr_mixer])
+def test_joint_kernels_are_those_of_the_layers(mixer, causal):
+    """Output and gradients; four layers take hardly more operations than one."""
+    config = S4Config(5, 4, 8, n_channels=3, causal=causal)
+    joint = replace(config, joint_kernels=True)
+    plain, fused = (S4Model(c, mixer).double() for c in (config, joint))
+    fused.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 50, 3).double()
+    keep = torch.arange(50).expand(2, 50) < 40
+    rate = {} if mixer is s4.dlr_mixer else {"rate": 2.0}
+    found = []
+    counts = []
+    for model in (plain, fused):
+        with Operations() as operations:
+            y = model(x, keep, **rate)
+            grads = torch.autograd.grad(y.sin().sum(), [*model.parameters()])
+        found.append([y, *grads])
+        counts.append(len(operations.names))
+    assert max(map(rel_err, found[1], found[0])) < 1e-13
+    assert counts[1] < counts[0] - (400 if mixer is s4.s4_mixer else 50)
+
+
+def test_joint_kernels_need_equal_layers():
+    def mixer(config, i):
+        return s4.s4_mixer(config, i, (S4, S4D)[i])
+
+    model = S4Model(S4Config(5, 2, 8, n_channels=3, joint_kernels=True), mixer)
+    with pytest.raises(ValueError, match="joint kernels need layers of one kind and size"):
+        model(torch.randn(2, 50, 3))
 
 
 @KINDS
