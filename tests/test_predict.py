@@ -158,6 +158,16 @@ def test_a_device_that_does_not_work_ends_in_one_line(device, capsys, monkeypatc
     assert stop.value.code == 2 and "--device" in last and device in last
 
 
+def test_torchrun_is_refused(runs, tmp_path, capsys, monkeypatch):
+    """Each of its processes would write the same file."""
+    command = [str(runs / "table"), str(runs / "train.csv"), "--out", str(tmp_path / "out.csv")]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE is 2: start it with python, not torchrun" in failure(capsys, *command)
+    assert not (tmp_path / "out.csv").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    predict.main(command)
+
+
 def test_what_is_no_finished_run_gets_one_line(runs, tmp_path, capsys):
     table = runs / "train.csv"
     out = ["--out", tmp_path / "out.csv"]
