@@ -354,6 +354,7 @@ class State(NamedTuple):
     """Recurrent state and the discretized system; make a new one after changing parameters.
 
     To keep x over training steps: layer.initial_state(B)._replace(x=state.x.detach()).
+    To reorder for beam search: state._replace(x=state.x[idx]), as only x has a batch axis.
     To load saved ones with weights_only=True: torch.serialization.add_safe_globals([s4.State]).
     """
 

@@ -170,6 +170,26 @@ def test_exports(name):
         assert rel_err(program.module()(x), module(x)) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("S4", "state._replace(x=state.x[idx])"),
+        ("Attention, RoPE", "Cache(c.k[idx], c.v[idx], c.length)"),
+    ],
+)
+def test_a_state_reordered_as_documented_continues_other_beams(name, how):
+    layer, x = build(name)
+    x = torch.cat([x, x.sin()])  # (4, 9, D)
+    idx = torch.tensor([3, 0, 0])
+    y = layer(torch.cat([x[idx, :7], x[:3, 7:]], 1))
+    _, state = layer.prefill(x[:, :7], layer.initial_state(4))
+    assert how in type(state).__doc__
+    state = eval(how, {"Cache": attention.Cache}, {"state": state, "c": state, "idx": idx})
+    for t in (7, 8):
+        y_t, state = layer.step(x[:3, t], state)
+        assert rel_err(y_t, y[:, t]) < 1e-5
+
+
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
     store = tmp_path_factory.mktemp("ranks") / "store"
