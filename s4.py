@@ -619,6 +619,8 @@ class S4Model(nn.Module):
 
     Tokens are integers of any type.  mixer(config, i) builds the mixer of block i.  options, such
     as rate, go to every mixer.
+    torch.export fixes L, but not B if it is at least 2 in the example: export with keep at the
+    longest L, and pad shorter inputs on the right.
     """
 
     def __init__(self, config, mixer=s4_mixer):

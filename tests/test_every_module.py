@@ -9,6 +9,7 @@ import io
 import itertools
 import math
 import pickle
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -168,6 +169,26 @@ def test_exports(name):
     with torch.no_grad():
         program = torch.export.export(module.eval(), (x,), strict=False)
         assert rel_err(program.module()(x), module(x)) < 1e-6
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", ["S4Model", "SGConvModel", "Transformer"])
+def test_an_exported_model_takes_any_batch_and_shorter_inputs(name, causal):
+    """It is exported at the longest length; shorter inputs are padded on the right."""
+    model, _ = build(name)
+    model = type(model)(replace(model.config, causal=causal)).double().eval()
+    x = torch.randn(5, 9, 3).double()
+    lengths = [9, 4, 8, 7, 1]
+    keep = torch.arange(9) < torch.tensor(lengths)[:, None]  # (5, 9)
+    batch = {0: torch.export.Dim("batch")}
+    export = partial(torch.export.export, model, strict=False)
+    with torch.no_grad():
+        plain = export((x[:2],), dynamic_shapes=(batch,)).module()
+        padded = export((x[:2], keep[:2]), dynamic_shapes=(batch, batch)).module()
+        assert rel_err(plain(x), model(x)) < 1e-12
+        assert rel_err(plain(x[:1]), model(x[:1])) < 1e-12
+        for row, short, n in zip(padded(x, keep), x, lengths, strict=True):
+            assert rel_err(row[:n], model(short[None, :n])[0]) < 1e-12
 
 
 @pytest.mark.parametrize(
