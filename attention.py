@@ -237,7 +237,10 @@ def attention_newest(q, k, v, chunk=256):
 
 @dataclass
 class Cache:
-    """Keys and values of the first `length` tokens, in buffers of (B, G, capacity, E)."""
+    """Keys and values of the first `length` tokens, in buffers of (B, G, capacity, E).
+
+    To reorder for beam search, for the cache c of each block: Cache(c.k[idx], c.v[idx], c.length).
+    """
 
     k: torch.Tensor
     v: torch.Tensor

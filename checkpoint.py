@@ -63,11 +63,12 @@ def load(path):
     """Read what `save` wrote.  ValueError if the file is damaged or something else."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:  # not there, or not to be read now
-        raise
-    except Exception as error:  # a damaged file may raise anything
+    except Exception as error:  # a damaged file may raise anything, also OSError (EINVAL)
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # not there, or not to be read now
         reason = shorten(f"{type(error).__name__} {error}", 160)
-        raise ValueError(f"{path} is not a file of weights: {reason}") from error
+        how = "copy it again, or train again with --overwrite"
+        raise ValueError(f"{path} is not a file of weights: {how} ({reason})") from error
 
 
 def ranks():
@@ -197,13 +198,17 @@ class Run:
         try:
             state = load(newest)
         except (ValueError, FileNotFoundError) as error:
-            print(f"{error}: not used", file=sys.stderr)
+            if not previous.exists():
+                raise
+            print(f"{error}; {previous} is used instead", file=sys.stderr)
             state = load(previous)
             if self.rank == 0:
                 newest.unlink(missing_ok=True)  # `save` must not keep it as the previous one
+        how = "with --resume, repeat the first command's flags (see config.json) on the same data"
         for kind, now in self.about.items():
             if changed := differences(state[kind], now, self.free):
-                raise ValueError(f"{self.folder} contains a run with other {kind}: {changed}")
+                found = f"{self.folder} contains a run with other {kind}: {changed}"
+                raise ValueError(f"{found}; {how}")
         return state
 
     def open_files(self, metrics_size):

@@ -147,6 +147,9 @@ def write(path, rows):
 
 
 def command(args):
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    how = "start it with python, not torchrun"
+    need(world == 1, f"this is one process, but WORLD_SIZE is {world}: {how}")
     out = Path(args.out)
     regular = not out.is_symlink() and (out.is_file() or not out.exists())  # no /dev/stdout
     writable = os.access(out.parent, os.W_OK)

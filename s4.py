@@ -357,6 +357,7 @@ class State(NamedTuple):
     """Recurrent state and the discretized system; make a new one after changing parameters.
 
     To keep x over training steps: layer.initial_state(B)._replace(x=state.x.detach()).
+    To reorder for beam search: state._replace(x=state.x[idx]), as only x has a batch axis.
     To load saved ones with weights_only=True: torch.serialization.add_safe_globals([s4.State]).
     """
 
@@ -654,6 +655,8 @@ class S4Model(nn.Module):
 
     Tokens are integers of any type.  mixer(config, i) builds the mixer of block i.  options, such
     as rate, go to every mixer.
+    torch.export fixes L, but not B if it is at least 2 in the example: export with keep at the
+    longest L, and pad shorter inputs on the right.
     """
 
     def __init__(self, config, mixer=s4_mixer):

@@ -346,7 +346,11 @@ def sgconv_mixer(config, i):
 
 
 class SGConvModel(nn.Module):
-    """Embedding, blocks, final norm: tokens (B, L) int64 or values (B, L, C) float -> (B, L, D)."""
+    """Embedding, blocks, final norm: tokens (B, L) int64 or values (B, L, C) float -> (B, L, D).
+
+    torch.export fixes L, but not B if it is at least 2 in the example: export with keep at the
+    longest L, and pad shorter inputs on the right.
+    """
 
     def __init__(self, config, mixer=sgconv_mixer):
         super().__init__()

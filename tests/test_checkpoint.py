@@ -72,7 +72,7 @@ def test_an_unfinished_run_is_neither_replaced_nor_continued_with_other_settings
             run(tmp_path, "a")
     with pytest.raises(ValueError, match="contains an unfinished run: pass --resume"):
         run(tmp_path, "a")
-    with pytest.raises(ValueError, match="other settings: seed 0 -> 1"):
+    with pytest.raises(ValueError, match="settings: seed 0 -> 1; with --resume, repeat the first"):
         run(tmp_path, "a", resume=True, seed=1)
     newest = tmp_path / "a" / "checkpoint.pt"
     newest.rename(newest.with_name("checkpoint.pt.previous"))
@@ -130,6 +130,29 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caps
     whole, cut = bits(tmp_path / "whole"), bits(tmp_path / "cut")
     assert whole[0] == cut[0] and whole[1].endswith(cut[1]) and cut[1]
     assert all(torch.equal(whole[2][name], cut[2][name]) for name in whole[2])
+
+
+def test_a_file_cut_short_anywhere_is_a_damaged_one(tmp_path, capsys):
+    """torch.load raises OSError, errno EINVAL, at some of the lengths."""
+    path = tmp_path / "checkpoint.pt"
+    state = {"settings": {"resume": True}, "data": {}, "result": {}, "best": None}
+    state.update(tokens=1, seconds=1.0, metrics=0, model=torch.randn(20_000))
+    checkpoint.save(path, state | {"step": 7})
+    checkpoint.save(path, state | {"step": 8})
+    whole = path.read_bytes()
+    for i in range(40):
+        path.write_bytes(whole[: len(whole) * i // 40])
+        with pytest.raises(ValueError, match=rf"^{path} is not a file of weights: copy it again"):
+            checkpoint.load(path)
+        with checkpoint.Run(tmp_path, {"resume": True}) as resumed:
+            assert resumed.restore({}) == (7, None)
+        assert f"{path}.previous is used instead" in capsys.readouterr().err
+    path.write_bytes(whole[:-9])
+    path.with_name("checkpoint.pt.previous").unlink()
+    with pytest.raises(ValueError, match=rf"{path} is not a file of weights"):
+        checkpoint.Run(tmp_path, {"resume": True}).__enter__()
+    with pytest.raises(IsADirectoryError):  # not damaged: an error of the system stays what it is
+        checkpoint.load(tmp_path)
 
 
 def test_a_damaged_checkpoint_never_replaces_the_sound_one(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import io
 import itertools
 import math
 import pickle
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -172,6 +173,46 @@ def test_exports(name):
     with torch.no_grad():
         program = torch.export.export(module.eval(), (x,), strict=False)
         assert rel_err(program.module()(x), module(x)) < 1e-6
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", ["S4Model", "SGConvModel", "Transformer"])
+def test_an_exported_model_takes_any_batch_and_shorter_inputs(name, causal):
+    """It is exported at the longest length; shorter inputs are padded on the right."""
+    model, _ = build(name)
+    model = type(model)(replace(model.config, causal=causal)).double().eval()
+    x = torch.randn(5, 9, 3).double()
+    lengths = [9, 4, 8, 7, 1]
+    keep = torch.arange(9) < torch.tensor(lengths)[:, None]  # (5, 9)
+    batch = {0: torch.export.Dim("batch")}
+    export = partial(torch.export.export, model, strict=False)
+    with torch.no_grad():
+        plain = export((x[:2],), dynamic_shapes=(batch,)).module()
+        padded = export((x[:2], keep[:2]), dynamic_shapes=(batch, batch)).module()
+        assert rel_err(plain(x), model(x)) < 1e-12
+        assert rel_err(plain(x[:1]), model(x[:1])) < 1e-12
+        for row, short, n in zip(padded(x, keep), x, lengths, strict=True):
+            assert rel_err(row[:n], model(short[None, :n])[0]) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("S4", "state._replace(x=state.x[idx])"),
+        ("Attention, RoPE", "Cache(c.k[idx], c.v[idx], c.length)"),
+    ],
+)
+def test_a_state_reordered_as_documented_continues_other_beams(name, how):
+    layer, x = build(name)
+    x = torch.cat([x, x.sin()])  # (4, 9, D)
+    idx = torch.tensor([3, 0, 0])
+    y = layer(torch.cat([x[idx, :7], x[:3, 7:]], 1))
+    _, state = layer.prefill(x[:, :7], layer.initial_state(4))
+    assert how in type(state).__doc__
+    state = eval(how, {"Cache": attention.Cache}, {"state": state, "c": state, "idx": idx})
+    for t in (7, 8):
+        y_t, state = layer.step(x[:3, t], state)
+        assert rel_err(y_t, y[:, t]) < 1e-5
 
 
 @pytest.fixture(scope="module")

@@ -158,13 +158,26 @@ def test_a_device_that_does_not_work_ends_in_one_line(device, capsys, monkeypatc
     assert stop.value.code == 2 and "--device" in last and device in last
 
 
+def test_torchrun_is_refused(runs, tmp_path, capsys, monkeypatch):
+    """Each of its processes would write the same file."""
+    command = [str(runs / "table"), str(runs / "train.csv"), "--out", str(tmp_path / "out.csv")]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE is 2: start it with python, not torchrun" in failure(capsys, *command)
+    assert not (tmp_path / "out.csv").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    predict.main(command)
+
+
 def test_what_is_no_finished_run_gets_one_line(runs, tmp_path, capsys):
     table = runs / "train.csv"
     out = ["--out", tmp_path / "out.csv"]
     unfinished = failure(capsys, tmp_path, table, *out)
     assert "no run of pretrain.py, or unfinished: continue it with --resume" in unfinished
-    (tmp_path / "model.pt").write_bytes((runs / "arrays" / "checkpoint.pt").read_bytes()[:-9])
-    assert "is not a file of weights" in failure(capsys, tmp_path, table, *out)
+    whole = (runs / "arrays" / "model.pt").read_bytes()
+    for i in range(40):  # at some of the lengths torch.load raises OSError, "Invalid argument"
+        (tmp_path / "model.pt").write_bytes(whole[: len(whole) * i // 40])
+        damaged = failure(capsys, tmp_path, table, *out)
+        assert f"{tmp_path / 'model.pt'} is not a file of weights: copy it again" in damaged
     checkpoint.save(tmp_path / "model.pt", {"step": 3})
     assert "is not the model.pt of a run: KeyError" in failure(capsys, tmp_path, table, *out)
     assert "No such file" in failure(capsys, runs / "table", tmp_path / "no.csv", *out)
