@@ -121,7 +121,7 @@ CLAIMS = [
           "S4 is bound by launching 16 small blocks per token, attention by reading its cache"),
     Claim("generation-gpu", "2111.00396", "the same on a GPU", "60 times",
           "generation_gpu.json", judges.generation,
-          "16 GiB of float32 states for each model; the ratio grows with the context",
+          "16 GiB of float32 states each, keys and values half full: bandwidth allows 32",
           "python benchmarks/generation.py --device cuda --contexts 1024 4096 16384 --cap-gib 16 "
           "--max-batch 16384 --budget 0.3 --out results/generation_gpu.json", "one GPU"),
     Claim("recall", "2111.00396", "remembers over 16k steps what a Transformer does not",

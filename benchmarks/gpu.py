@@ -5,8 +5,8 @@
 
 --s4: clone of state-spaces/s4 (see peers.py; left out without it).  --folder: the four published
 files of Fashion-MNIST.  Training: a Transformer and S4, from scratch and pretrained, all with the
-same number of steps, about 20 epochs (fashion: 10), half of them pretraining; learning rates are chosen
-on validation with a tenth of the steps.  A step that is done is not repeated: its mark in runs/gpu
+same number of steps, about 20 epochs, half of them pretraining; learning rates are chosen on
+validation with a tenth of the steps.  A step that is done is not repeated: its mark in runs/gpu
 says so.
 """
 
@@ -27,24 +27,24 @@ from settings import published, resolve
 
 RUNS = ROOT / "runs" / "gpu"
 SGCONV = "runs/gpu/pathfinder32-sgconv-small.json"
-STEP_TIME = (
-    "benchmarks/step_time.py --device cuda --precision bfloat16 --batch-size 128 "
-)
+STEP_TIME = "benchmarks/step_time.py --device cuda --precision bfloat16 --batch-size 128"
 SIZES = f"pathfinder32-transformer-small pathfinder32-s4-small {SGCONV}"
 STEPS = {  # in this order
     "tests": "benchmarks/claims.py gpu-tests --anew",
     "peers": "benchmarks/peers.py --device cuda --s4",
-    "pathfinder-time": f"{STEP_TIME} --task pathfinder32 --steps 60 --warm-up 15 --compile --settings {SIZES} "
-    "--out results/step_time_h100_pathfinder.json",
-    "listops-time": f"{STEP_TIME} --task listops --steps 100 --warm-up 70 --out results/step_time_h100_listops.json",
+    "pathfinder-time": f"{STEP_TIME} --task pathfinder32 --steps 60 --warm-up 15 --compile "
+    f"--settings {SIZES} --out results/step_time_gpu_pathfinder.json",
+    "listops-time": f"{STEP_TIME} --task listops --steps 100 --warm-up 70 "
+    "--out results/step_time_gpu.json",
     "generation": "benchmarks/claims.py generation-gpu --anew",
 }
 RATES = {"transformer": (3e-4, 1e-3), "s4": (1e-3, 4e-3)}
 PICTURES = "data/fashion_mnist_28.npz"
-TASKS = {  # settings, steps of 128 examples, other flags
+OWN = {"task": PICTURES, "loss": "l1", "mask_ratio": 0.5}
+TASKS = {  # settings, steps of 128 examples in about 20 epochs, other flags
     "listops": ("listops", 15_000, {}),
-    "pathfinder": ("pathfinder32", 25_000, {}),
-    "fashion": ("pathfinder32", 4_700, {"task": PICTURES, "loss": "l1", "mask_ratio": 0.5}),
+    "pathfinder": ("pathfinder32", 25_000, {"compile": True}),
+    "fashion": ("pathfinder32", 8_600, {"compile": True, **OWN}),
 }
 
 

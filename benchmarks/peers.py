@@ -138,7 +138,7 @@ def main():
         row = measure(layer, whose, module, L, args.device)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         rows.append(row)
-    git = ["git", "-C", str(args.s4), "rev-parse", "--short", "HEAD"]
+    git = ["git", f"--git-dir={args.s4}/.git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     about = {"their_commit": commit, "cuda_kernel": getattr(module, "has_cuda_extension", None)}
     kind = {"cpu": "cpu", "cuda": "gpu"}[args.device]

@@ -17,8 +17,6 @@ from measured import ROOT, takes_no_arguments
 
 REWRITE = "2026-11-27"  # earlier rows were measured before the files were rewritten
 NOTES = {  # of files that are older than that
-    "step_time_gpu_pathfinder": " and before the correction of the Pathfinder pictures",
-    "step_time_gpu_pathfinder_s4": " and before the correction of the Pathfinder pictures",
     "step_time_gpu_million": " and before the correction of the Pathfinder pictures",
     "distributed_million": ", when queries, keys and values were drawn equal by mistake",
     "distributed_million_gpu": ", when queries, keys and values were drawn equal by mistake",
@@ -126,8 +124,7 @@ def pictures():
 
 def step_time():
     """Time per training step"""
-    names = ("", "_gpu", "_gpu_pathfinder", "_gpu_pathfinder_s4", "_gpu_million")
-    names += ("_h100_listops", "_h100_pathfinder")
+    names = ("", "_gpu", "_gpu_pathfinder", "_gpu_million")
     head = ["file", "settings, stage", "ms per step", "share of forward, backward, optimizer"]
     head += ["GiB", "M tokens/s", "if the GPU never waited", "if memory were the limit"]
     rows = []
@@ -135,6 +132,7 @@ def step_time():
         for row in load(name)["rows"]:
             model = row["settings"].split("/")[-1].removesuffix(".json")
             steps = {True: ", eager", False: ", CUDA graphs", None: ""}[row.get("eager")]
+            steps += ", compiled" * row.get("compile", False)
             cells = [name, f"{model}, {row['stage']}{steps}", f"{row['ms']['total']:.0f}"]
             cells.append("–" if row.get("eager") is False else f"{row['share']:.1f} %")
             cells.append(number(row.get("peak_memory_gib"), ".1f"))
@@ -142,11 +140,6 @@ def step_time():
                 cells.append(number(row.get(key), ".2f", 1e6))
             rows.append(cells)
     yield from table(head, rows)
-    compiled = load("step_time_gpu_compile")["rows"]
-    ms = {(row["stage"], row["compile"]): row["ms"]["total"] for row in compiled}
-    ratio = [ms[stage, False] / ms[stage, True] for stage in ("pretrain", "finetune")]
-    yield from prose(f"""`--compile` makes the Transformer of `pathfinder32-transformer-small`
-        {min(ratio):.2f} to {max(ratio):.2f} times as fast on an H100.""")
 
 
 def full_size():
@@ -177,7 +170,7 @@ def generation():
     """Generation: S4 against a Transformer with a KV cache"""
     head = ["tokens per s, S4", "Transformer", "batch, S4", "Transformer"]
     head += ["ms per token alone, S4", "Transformer"]
-    keys = {"tokens_a_second": ",.0f", "batch": ",", "ms_a_token_at_batch_1": ".1f"}
+    keys = {"tokens_a_second": ",.0f", "batch": ",", "ms_a_token_at_batch_1": ".2f"}
     for name in ("generation", "generation_gpu"):
         d = load(name)
         rows = []
