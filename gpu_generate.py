@@ -34,28 +34,34 @@ def recurrence(mixer):
     Returns R, q, p, B_bar, C as pairs of (D, N/2), and D (D,).  R has blocks a -b; b a.
     """
     E, B_bar, C = mixer.system()
-    zero = torch.zeros_like(B_bar)
-    q, p = zero, zero.mT
+    q = torch.zeros_like(B_bar)  # (D, N, 1)
+    p = q.mT
     if isinstance(mixer, S4):
         _, _, q, p = mixer.low_rank()
-    blocks = E - q @ p  # (D, N, N), 0 outside
-    blocks = blocks.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).diagonal(dim1=1, dim2=3)
-    R = blocks[:, :, 0].unbind(1)  # a, b
-    vectors = [planes(v.flatten(1)) for v in (q, p, B_bar, C)]
-    pairs = [[part.to(C.dtype).contiguous() for part in pair] for pair in (R, *vectors)]
+    R = E - q @ p  # (D, N, N)
+    R = R.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (D, N/2, 2, N/2, 2)
+    R = R.diagonal(dim1=1, dim2=3)  # (D, 2, 2, N/2)
+    pairs = [R[:, :, 0].unbind(1)]  # a, b
+    for vector in (q, p, B_bar, C):
+        pairs.append(planes(vector.flatten(1)))
+    pairs = [[part.to(C.dtype).contiguous() for part in pair] for pair in pairs]
     return *pairs, mixer.D_skip
 
 
 def advance(re, im, u, R, q, p, B_bar, C, D_skip):
     """Take one token, u (B, D) -> y (B, D).  The state, re and im (B, D, N/2), changes in place."""
     a, b = R
-    px = (p[0] * re + p[1] * im).sum(-1, keepdim=True)  # (B, D, 1)
+    q_re, q_im = q
+    p_re, p_im = p
+    B_re, B_im = B_bar
+    C_re, C_im = C
+    px = (p_re * re + p_im * im).sum(-1, keepdim=True)  # (B, D, 1)
     u = u[..., None]
-    new_re = re + (a * re - b * im + q[0] * px + B_bar[0] * u)
-    new_im = im + (b * re + a * im + q[1] * px + B_bar[1] * u)
-    re.copy_(new_re)
-    im.copy_(new_im)
-    y = (C[0] * new_re + C[1] * new_im).sum(-1)
+    change_re = a * re - b * im + q_re * px + B_re * u
+    change_im = b * re + a * im + q_im * px + B_im * u
+    re += change_re
+    im += change_im
+    y = (C_re * re + C_im * im).sum(-1)
     return y + D_skip * u[..., 0]
 
 

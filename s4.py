@@ -500,34 +500,6 @@ class StateSpace(nn.Module):
         return torch.cat(y, 1), state._replace(x=h.permute(2, 0, 1))
 
 
-class Kernel(nn.Module):
-    """layer.kernel as the forward of a module, which functional_call asks for."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, L, rate):
-        return self.layer.kernel(L, rate)
-
-
-def joint_kernels(layers, L, rate=1.0):
-    """Return layer.kernel(L, rate) of each layer, computed as if all were one layer.
-
-    A kernel takes many small operations, which cost a GPU as much as large ones.
-    ValueError unless all layers are of the same kind and size.
-    """
-    first = layers[0]
-    same = {(type(layer), layer.frequency.shape, layer.bidirectional) for layer in layers}
-    require(len(same) == 1, f"joint kernels need layers of one kind and size, got {same}")
-    joint = {}
-    for name, _ in first.named_parameters():
-        parts = [layer.get_parameter(name) for layer in layers]
-        joint[f"layer.{name}"] = torch.cat(parts, first.channel_axes.get(name, 0))
-    K = torch.func.functional_call(Kernel(first), joint, (L, rate))  # (n D, L) or (2, n D, L)
-    return [part.clone() for part in K.chunk(len(layers), -2)]  # forward adds D in place
-
-
 class S4(StateSpace):
     """S4: A starts as HiPPO-LegS, diagonal plus low rank; bilinear discretization."""
 
@@ -597,6 +569,34 @@ class DLR(StateSpace):
         require(rate == 1, f"rate {rate}: expected 1, a plain recurrence has no time step")
         Lam = eigenvalues(self.log_decay, self.frequency)
         return Lam, torch.ones_like(Lam)
+
+
+class Kernel(nn.Module):
+    """layer.kernel as the forward of a module, which functional_call asks for."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, L, rate):
+        return self.layer.kernel(L, rate)
+
+
+def joint_kernels(kernel, layers, L, rate=1.0):
+    """Return layer.kernel(L, rate) of each layer, computed as if all were one layer.
+
+    A kernel takes many small operations, which cost a GPU as much as large ones.
+    kernel: Kernel of one of the layers.  ValueError unless all are of the same kind and size.
+    """
+    same = {(type(layer), layer.frequency.shape, layer.bidirectional) for layer in layers}
+    require(len(same) == 1, f"joint kernels need layers of one kind and size, got {same}")
+    joint = {}
+    for name, _ in layers[0].named_parameters():
+        parts = [layer.get_parameter(name) for layer in layers]
+        axis = layers[0].channel_axes.get(name, 0)
+        joint[f"layer.{name}"] = torch.cat(parts, axis)
+    K = torch.func.functional_call(kernel, joint, (L, rate))  # (n D, L) or (2, n D, L)
+    return [part.clone() for part in K.chunk(len(layers), -2)]  # forward adds D in place
 
 
 # ---------------------------------------------------------------- model
@@ -674,6 +674,7 @@ class S4Model(nn.Module):
         self.blocks = nn.ModuleList()
         for i in range(config.n_layers):
             self.blocks.append(S4Block(config.d_model, mixer(config, i), config.dropout))
+        self.joint = [Kernel(self.blocks[0].mixer)]  # in a list: no parameters of this module
         self.norm = nn.LayerNorm(config.d_model)
 
     def embed_input(self, x):
@@ -691,7 +692,8 @@ class S4Model(nn.Module):
         each = [options] * len(self.blocks)
         if self.config.joint_kernels:
             mixers = [block.mixer for block in self.blocks]
-            each = [{"K": K} for K in joint_kernels(mixers, h.shape[1], **options)]
+            kernels = joint_kernels(*self.joint, mixers, h.shape[1], **options)
+            each = [{"K": K} for K in kernels]
         for block, its_options in zip(self.blocks, each, strict=True):
             h = block(h, keep, **its_options)
         return self.norm(h)
