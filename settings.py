@@ -99,7 +99,7 @@ class Config:
     eval_every: int = flag(500, "steps between validations")
     resume: bool = flag(False, "continue the run in --out, or runs/latest, from its checkpoint")
     precision: str = flag("float32", "arithmetic", "float32", "float64", "bfloat16")
-    compile: bool = flag(False, "torch.compile the model (pays for a transformer on a GPU)")
+    compile: bool = flag(False, "torch.compile the model (pays on a GPU if lengths are equal)")
     eager: bool = flag(False, "on a GPU, launch kernels one by one instead of as CUDA graphs")
     pad_to: int = flag(None, "pad batches to multiples of this length (default: 64 on a GPU, or 1)")
     sequence_parallel: str = flag(None, "split each sequence over processes", "ring", "ulysses")
