@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,11 @@ def after_step(monkeypatch, stage, step, act):
             act()
 
     monkeypatch.setattr(checkpoint.Run, "log", spy)
+
+
+def test_means_of_regression_leave_its_other_sums_alone():
+    found = checkpoint.means(torch.tensor([6.0, 3.0, torch.nan, 9, 9, 9, 9]))
+    assert found == {"loss": 2.0}
 
 
 def die():
@@ -81,14 +87,17 @@ def test_an_unfinished_run_is_neither_replaced_nor_continued_with_other_settings
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path, monkeypatch, number):
+def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path, monkeypatch, capsys, number):
+    began = time.perf_counter() - 0.1  # seconds are rounded to tenths
     run(tmp_path, "whole")
     with monkeypatch.context() as patch:
         after_step(patch, "pretrain", 4, lambda: signal.raise_signal(number))
         with pytest.raises(KeyboardInterrupt, match="--resume continues"):
             run(tmp_path, "cut")
+    assert "press Ctrl-C again to quit immediately" in capsys.readouterr().err
     assert checkpoint.load(tmp_path / "cut" / "checkpoint.pt")["step"] == 4
-    run(tmp_path, "cut", resume=True)
+    speed = run(tmp_path, "cut", resume=True)["speed"]
+    assert 0 < speed["seconds"] < time.perf_counter() - began
     assert bits(tmp_path / "whole")[0] == bits(tmp_path / "cut")[0]
 
 

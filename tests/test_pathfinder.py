@@ -95,9 +95,24 @@ def test_the_pictures_depend_on_the_seed_alone(size, n, sha256):
 
 
 def test_a_shard_has_a_random_stream_of_its_own():
-    shard = pathfinder.draw_shard(pathfinder.SHARD + 4, 32, 6, seed=7, i=1)
+    shard = pathfinder.draw_shard(504, 32, 6, seed=7, i=1)  # shards of 500
     pictures, labels, _ = pathfinder.draw_pictures(np.random.RandomState([7, 3, 1]), 32, 6, 4)
     assert (shard[0] == pictures).all() and (shard[1] == labels).all()
+
+
+def test_a_first_segment_finds_the_few_free_places_or_none():
+    brush = pathfinder.make_brush(32, 1)
+    taken = np.full((300, brush.side**2), 255, brush.blank.dtype)
+    taken[:, brush.window[500] + brush.seed.flatten()] = 0
+    found = pathfinder.free_starts(np.random.RandomState(0), brush, taken)
+    angle = np.random.RandomState(0).randint(0, 360, 300)
+    usable = np.flatnonzero(brush.usable[angle])
+    assert (found[1] == angle[usable]).all() and (found[2] == usable).all()
+    for start, turn in zip(found[0], found[1], strict=True):
+        place = brush.window[(brush.where(brush.window) == start).all(1)]
+        assert (taken[0, place + brush.seed[turn]] == 0).all()
+    taken[:] = 255
+    assert not len(pathfinder.free_starts(np.random.RandomState(0), brush, taken)[0])
 
 
 def test_pairs_get_stuck_as_often_as_in_the_original():
