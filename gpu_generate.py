@@ -2,9 +2,9 @@
 
     tokens = generate(model, prompt, 100, head)  # as model.generate(prompt, 100, head)
 
-For S4Model (mixers S4, S4D, DLR) and Transformer (mixer Attention).  Both keep their state in the
-same memory and never change a shape, as graphs demand (see gpu_step.py), and both touch it as
-little as they can:
+For S4Model (mixers S4, S4D, DLR) and Transformer (mixer Attention).  Both keep their state at fixed
+addresses and never change a shape, as graphs demand (see gpu_step.py), and both touch it as little
+as they can:
 
     S4             reads and writes the state once per token: O(N) operations, compiled into one
     Transformer    reads keys and values up to the next multiple of 1,024 positions, once
@@ -29,36 +29,36 @@ def planes(v):
 
 
 def recurrence(mixer):
-    """The layer as x' = x + R x + q (p x) + B_bar u, y = C x' + D u, with 2 x 2 blocks R.
+    """The layer as x' = x + T x + left (right x) + B_bar u, y = C x' + D u, with 2 x 2 blocks T.
 
-    Returns R, q, p, B_bar, C as pairs of (D, N/2), and D (D,).  R has blocks a -b; b a.
+    Returns T, left, right, B_bar, C as pairs of (D, N/2), and D (D,).  T has blocks a -b; b a.
     """
     E, B_bar, C = mixer.system()
-    q = torch.zeros_like(B_bar)  # (D, N, 1)
-    p = q.mT
+    left = torch.zeros_like(B_bar)  # (D, N, 1)
+    right = left.mT
     if isinstance(mixer, S4):
-        _, _, q, p = mixer.low_rank()
-    R = E - q @ p  # (D, N, N)
-    R = R.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (D, N/2, 2, N/2, 2)
-    R = R.diagonal(dim1=1, dim2=3)  # (D, 2, 2, N/2)
-    pairs = [R[:, :, 0].unbind(1)]  # a, b
-    for vector in (q, p, B_bar, C):
+        _, _, left, right = mixer.low_rank()
+    T = E - left @ right  # (D, N, N)
+    T = T.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (D, N/2, 2, N/2, 2)
+    T = T.diagonal(dim1=1, dim2=3)  # (D, 2, 2, N/2)
+    pairs = [T[:, :, 0].unbind(1)]  # a, b
+    for vector in (left, right, B_bar, C):
         pairs.append(planes(vector.flatten(1)))
     pairs = [[part.to(C.dtype).contiguous() for part in pair] for pair in pairs]
     return *pairs, mixer.D_skip
 
 
-def advance(re, im, u, R, q, p, B_bar, C, D_skip):
+def advance(re, im, u, T, left, right, B_bar, C, D_skip):
     """Take one token, u (B, D) -> y (B, D).  The state, re and im (B, D, N/2), changes in place."""
-    a, b = R
-    q_re, q_im = q
-    p_re, p_im = p
+    a, b = T
+    left_re, left_im = left
+    right_re, right_im = right
     B_re, B_im = B_bar
     C_re, C_im = C
-    px = (p_re * re + p_im * im).sum(-1, keepdim=True)  # (B, D, 1)
+    right_x = (right_re * re + right_im * im).sum(-1, keepdim=True)  # (B, D, 1)
     u = u[..., None]
-    change_re = a * re - b * im + q_re * px + B_re * u
-    change_im = b * re + a * im + q_im * px + B_im * u
+    change_re = a * re - b * im + left_re * right_x + B_re * u
+    change_im = b * re + a * im + left_im * right_x + B_im * u
     re += change_re
     im += change_im
     y = (C_re * re + C_im * im).sum(-1)
@@ -71,17 +71,17 @@ class S4Decoder:
     def __init__(self, model, state, n):
         self.model = model
         on_gpu = state[0].x.is_cuda
-        self.advance = torch.compile(advance, dynamic=False) if on_gpu else advance
+        self.advance = torch.compile(advance, dynamic=False) if on_gpu else advance  # CPU: tests
         self.layers = []
         for block, s in zip(model.blocks, state, strict=True):
             re, im = [part.contiguous() for part in planes(s.x)]
             self.layers.append((block, re, im, recurrence(block.mixer)))
 
-    def graph(self, i):
-        """Which graph token i needs: there is one."""
+    def reach(self, i):
+        """How much of the state token i may have to read: always all."""
         return 0
 
-    def __call__(self, token, graph):
+    def __call__(self, token, reach):
         h = self.model.embed(token)
         for block, re, im, system in self.layers:
             u = block.norm(h).to(re.dtype)
@@ -109,22 +109,22 @@ class TransformerDecoder:
             values = F.pad(cache.v.mT, room).contiguous()
             self.layers.append((block, keys, values))
 
-    def graph(self, i):
+    def reach(self, i):
         """How many positions token i may have to read."""
         windows = math.ceil((self.past + i + 1) / WINDOW)
         return min(windows * WINDOW, self.capacity)
 
-    def __call__(self, token, graph):
+    def __call__(self, token, reach):
         h = self.model.embed_at(token[:, None], self.position)  # (B, 1, D)
-        future = torch.arange(graph, device=h.device) > self.position  # (graph,)
+        future = torch.arange(reach, device=h.device) > self.position  # (reach,)
         for block, keys, values in self.layers:
             q, k, v = block.mixer.project(block.norm_mixer(h), self.position)
             keys.index_copy_(3, self.position, k.mT)
             values.index_copy_(3, self.position, v.mT)
             q = q[:, :, 0].unflatten(1, (keys.shape[1], -1))  # (B, G, H/G, E): heads per group
-            scores = q @ keys[..., :graph] / math.sqrt(q.shape[-1])
-            weights = scores.masked_fill(future, -math.inf).softmax(-1)  # (B, G, H/G, graph)
-            out = weights @ values[..., :graph].mT  # (B, G, H/G, E)
+            scores = q @ keys[..., :reach] / math.sqrt(q.shape[-1])
+            weights = scores.masked_fill(future, -math.inf).softmax(-1)  # (B, G, H/G, reach)
+            out = weights @ values[..., :reach].mT  # (B, G, H/G, E)
             h = h + block.mixer.out(out.flatten(1)[:, None])  # as Block.forward
             h = h + block.ffn(block.norm_ffn(h))
         self.position += 1
@@ -149,7 +149,7 @@ def pick(logits, temperature):
 def generate(model, prompt, n, head, temperature=0.0, graphs=None):
     """Continue prompt (B, L) by n tokens, (B, n) int64, as model.generate does.
 
-    ValueError if the model is not on a CUDA device.
+    ValueError if the prompt is not on a CUDA device.
     """
     if not temperature >= 0 or n < 1 or prompt.numel() == 0:
         found = f"temperature {temperature}, n {n}, prompt {tuple(prompt.shape)}"
@@ -161,16 +161,17 @@ def generate(model, prompt, n, head, temperature=0.0, graphs=None):
     tokens = [token.clone()]
     replays = {}
     for i in range(n - 1):
-        graph = decoder.graph(i)
+        reach = decoder.reach(i)  # there is a graph for each
 
-        def next_token(graph=graph):
-            logits = head(decoder(token, graph))
+        def next_token(reach=reach):
+            logits = head(decoder(token, reach))
             token.copy_(pick(logits, temperature))
 
-        if graph in replays:
-            replays[graph]()
-        else:  # a token of its own, which loads what cannot be recorded
+        if reach in replays:
+            replays[reach]()
+        else:
+            # this token runs unrecorded and loads what cannot be recorded; record() runs nothing
             graphs.rehearse(next_token)
-            replays[graph] = graphs.record(next_token)
+            replays[reach] = graphs.record(next_token)
         tokens.append(token.clone())
     return torch.stack(tokens, 1)

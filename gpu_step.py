@@ -7,9 +7,9 @@ On a GPU a small model spends most of a step launching kernels.  A CUDA graph re
 of a step once and then repeats them, in the same memory.  So, in a step that is recorded,
 
     inputs          are copied into buffers, one set per shape of the batch
-    shapes          do not depend on the data: targets to be ignored, where x[mask] would be plainer
+    shapes          do not depend on the data: ignored targets instead of x[mask]
     learning rates  are tensors, which every replay reads (see `prepare` and `set_lr`)
-    random numbers  follow torch's generator: torch.manual_seed before a step acts as outside
+    random numbers  follow torch's generator: torch.manual_seed before a step acts as ever
     gradients       live within the step, which begins and ends with p.grad = None
 
 Not included: steps of several processes, whose messages would have to be part of the graph.

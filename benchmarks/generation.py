@@ -75,11 +75,11 @@ def captured(model, token, state, n):
     graphs = Graphs()
     decoder = decoder_of(model, state, n)
     replays = {}
-    for graph in {decoder.graph(0), decoder.graph(1)}:
-        function = partial(decoder, token, graph)
+    for reach in {decoder.reach(0), decoder.reach(1)}:
+        function = partial(decoder, token, reach)
         graphs.rehearse(function)
-        replays[graph] = graphs.record(function)
-    return lambda i: replays[decoder.graph(i)]()
+        replays[reach] = graphs.record(function)
+    return lambda i: replays[decoder.reach(i)]()
 
 
 def seconds_per_step(model, batch, seen, capacity, args):

@@ -58,7 +58,7 @@ def test_a_graph_reads_no_more_positions_than_the_next_window():
     model, _, prompt = build("RoPE")
     _, state = model.prefill(prompt, model.initial_state(3))
     decoder = gpu_generate.TransformerDecoder(model, state, 3000)
-    assert [decoder.graph(i) for i in (0, 1010, 1011, 2999)] == [1024, 1024, 2048, 3013]
+    assert [decoder.reach(i) for i in (0, 1010, 1011, 2999)] == [1024, 1024, 2048, 3013]
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def test_one_product_keeps_the_digits_of_the_recurrence():
     model = S4Model(S4Config(8, 1, 64, vocab_size=11, causal=True, dt_min=1e-4))
     decoder = S4Decoder(model, model.initial_state(2), 0)
     tokens = torch.randint(0, 11, (2, 2000))
-    outs = [decoder(token, decoder.graph(i)) for i, token in enumerate(tokens.unbind(1))]
+    outs = [decoder(token, decoder.reach(i)) for i, token in enumerate(tokens.unbind(1))]
     want = model.double()(tokens)
     assert rel_err(torch.stack(outs, 1), want) < 1e-5
 
