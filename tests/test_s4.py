@@ -345,6 +345,16 @@ def test_joint_kernels_are_those_of_the_layers(mixer, causal):
     assert counts[1] < counts[0] - (400 if mixer is s4.s4_mixer else 50)
 
 
+@KINDS
+def test_a_given_kernel_stays_as_it_is(kind):
+    layer = kind(3, 8)
+    x = torch.randn(2, 50, 3)
+    with torch.no_grad():
+        K = layer.kernel(50)
+        first = layer(x, K=K)
+        assert torch.equal(first, layer(x)) and torch.equal(first, layer(x, K=K))
+
+
 def test_joint_kernels_need_equal_layers():
     def mixer(config, i):
         return s4.s4_mixer(config, i, (S4, S4D)[i])
