@@ -251,6 +251,20 @@ def test_two_scripts_without_a_guard_may_draw_the_same_pictures_at_once(whole, t
     assert len(list((tmp_path / "data").iterdir())) == 1
 
 
+def test_what_cannot_be_renamed_is_an_error_unless_it_is_there(tmp_path):
+    for there in (True, False):
+        path = tmp_path / str(there) / "x"
+        try:
+            with pathfinder.appearing(path) as part:
+                if there:
+                    path.mkdir()
+                    (path / "whole").touch()
+                    part.mkdir()
+            assert there and (path / "whole").exists()
+        except FileNotFoundError:
+            assert not there
+
+
 def test_every_seed_gives_other_pictures(tmp_path):
     sets = [pathfinder.load(tmp_path, 20, seed=seed) for seed in (0, 1, 2**32 - 1)]
     assert len({images.tobytes() for images, _ in sets}) == 3

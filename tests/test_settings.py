@@ -286,6 +286,17 @@ def test_the_path_of_a_former_file_is_a_name_of_its_row(path):
     assert resolve({"settings": path})[0] == resolve({"settings": "listops-s4"})[0]
 
 
+def test_each_stage_has_its_own_settings():
+    config = Config(pretrain_lr=0.1, finetune_lr=0.2, pretrain_steps=3, finetune_steps=4)
+    assert [config.lr(stage) for stage in pretrain.STAGES] == [0.1, 0.2]
+    assert [config.steps(stage) for stage in pretrain.STAGES] == [3, 4]
+
+
+def test_help_tells_the_defaults():
+    text = " ".join(settings.parser().format_help().split())
+    assert "over all processes (default: 64)" in text and "None" not in text
+
+
 def test_a_flag_goes_before_a_file_before_a_default(tmp_path):
     path = tmp_path / "a.json"
     values = {"model": "s4", "d_model": 32, "clip": 2, "data_dir": "données"}

@@ -179,6 +179,14 @@ def test_low_rank_starts_at_the_best_approximation_of_a_dense_start():
     assert not low.bias.any()
 
 
+def test_the_network_is_linear_gelu_linear():
+    layer = StructuredFFN(8, 16, partial(LowRank, R=4))
+    x = 3 * torch.randn(5, 8)
+    hidden = layer.fc1(x).double()
+    gelu = hidden / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+    assert rel_err(layer(x), layer.fc2(gelu.float())) < 1e-6
+
+
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_blocks_start_orthonormal(dtype, limit):
     for layer in (BlockDense(32, 96, 16, 4), BlockShuffle(32, 96, 4), BlockShuffle(96, 32, 4)):
