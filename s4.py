@@ -23,7 +23,7 @@ In real coordinates a state is Re x_1, Im x_1, Re x_2, ... of the kept half.  Th
 consists of 2 x 2 blocks, and A is these blocks minus 2 P P^T (P^* x, summed over both of a pair,
 is 2 P^T x).  Differences from the papers are
 marked where they occur.  Left out: other HiPPO matrices, parameters shared between channels, 2-D
-kernels, a CUDA kernel.
+kernels, a CUDA kernel, torch.func.
 
     python s4.py            checks, then a demo that ends with
                             accuracy 1.00, as a recurrence 1.00, target 0.95
@@ -589,12 +589,14 @@ def joint_kernels(kernel, layers, L, rate=1.0):
     A kernel takes many small operations, which cost a GPU as much as large ones.
     kernel: Kernel of one of the layers.  ValueError unless all are of the same kind and size.
     """
-    same = {(type(layer), layer.frequency.shape, layer.bidirectional) for layer in layers}
-    require(len(same) == 1, f"joint kernels need layers of one kind and size, got {same}")
+    first = layers[0]
+    for layer in layers:
+        same = type(layer) is type(first) and layer.C.shape == first.C.shape
+        require(same, f"joint kernels need layers of one kind and size, got {first} and {layer}")
     joint = {}
-    for name, _ in layers[0].named_parameters():
-        parts = [layer.get_parameter(name) for layer in layers]
-        axis = layers[0].channel_axes.get(name, 0)
+    for name, _ in first.named_parameters():
+        parts = [getattr(layer, name) for layer in layers]
+        axis = first.channel_axes.get(name, 0)
         joint[f"layer.{name}"] = torch.cat(parts, axis)
     K = torch.func.functional_call(
         kernel, joint, (L, rate)

@@ -17,7 +17,7 @@ damped by alpha^i: the near past gets a fine description, the far past a coarse 
 
 Differences from the paper are marked where they occur: the number of scales is rounded up, and each
 channel has its own Z. Left out: a recurrent mode (no small recurrence gives this kernel),
-sub-kernels summed instead of concatenated, learned decays, BatchNorm (LayerNorm here).
+sub-kernels summed instead of concatenated, learned decays, BatchNorm (LayerNorm here), torch.func.
 
     python sgconv.py            checks, then a demo: find the period of a noisy sine
     python sgconv.py --check    checks only

@@ -343,6 +343,8 @@ def test_joint_kernels_are_those_of_the_layers(mixer, causal):
         counts.append(len(operations.names))
     assert max(map(rel_err, found[1], found[0])) < 1e-13
     assert counts[1] < counts[0] - (400 if mixer is s4.s4_mixer else 50)
+    weights = {name: p.detach() for name, p in plain.named_parameters()}  # no nn.Parameter
+    assert rel_err(functional_call(fused, weights, (x, keep), rate), found[0][0]) < 1e-13
 
 
 @KINDS
