@@ -6,6 +6,7 @@ B counts sequences: a pair of documents is two of them, with one label.
 """
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -56,12 +57,19 @@ def identity(data):
 
 
 def fitted(config, about):
-    """Config with a mask ratio and loss for these data.  ValueError if it does not fit them."""
+    """Config with what depends on own data: mask ratio, loss, 300 to 3,000 steps of pretraining.
+
+    ValueError if it does not fit these data.
+    """
     ratio, loss = OWN_SYMBOLS if about["mean"] is None else OWN_VALUES
     losses = [loss]
     if about["n_channels"] == 1 and about["vocab_size"]:
         losses = ["ce", "l1"]  # gray levels are symbols and numbers
     config = replace(config, mask_ratio=config.mask_ratio or ratio, loss=config.loss or loss)
+    if config.pretrain_steps is None:
+        epoch = math.ceil(about["train"][0] / config.pretrain_batch_size)
+        steps = min(max(30 * epoch, 300), 3000)
+        config = replace(config, pretrain_steps=steps)
     if config.objective != "none" and config.loss not in losses:
         raise ValueError(f"loss {config.loss!r} does not fit task {config.task}: use --loss")
     short, long = about["min_len"], about["max_len"]

@@ -66,7 +66,7 @@ class Config:
     label_column: str = flag(None, "column of a .csv file with the label (default: label)")
     characters: bool = flag(False, "characters instead of bytes as tokens of text")
     max_len: int = flag(None, "cut texts to this many tokens")
-    pretrain_steps: int = flag(3000, "optimizer steps of pretraining")
+    pretrain_steps: int = flag(None, "optimizer steps of pretraining (default: 3000 or 30 epochs)")
     finetune_steps: int = flag(300, "optimizer steps of fine-tuning")
     pretrain_lr: float = flag(3e-3, "peak learning rate of pretraining")
     finetune_lr: float = flag(1e-3, "peak learning rate of fine-tuning")
@@ -111,9 +111,11 @@ class Config:
             expected = None if optional else misfit(f, value)
             if expected:
                 raise ValueError(f"{f.name} {value!r}: expected {expected}")
-        mask_ratio, loss = DENOISING.get(self.task, (None, None))  # own data: see `fitted`
-        self.mask_ratio = self.mask_ratio or mask_ratio
-        self.loss = self.loss or loss
+        if self.task in DENOISING:  # else own data: see `fitted`
+            mask_ratio, loss = DENOISING[self.task]
+            self.mask_ratio = self.mask_ratio or mask_ratio
+            self.loss = self.loss or loss
+            self.pretrain_steps = self.pretrain_steps or 3000
         self.pretrain_batch_size = self.pretrain_batch_size or self.batch_size
         self.causal = self.causal or self.objective == "causal"
         if self.objective == "masked" and self.causal:

@@ -58,7 +58,7 @@ def finished(path, config):
         raise ValueError(f"{path} is not the result of a run: {error}") from error
     free = pretrain.FREE
     if config.loss is None:  # your own data: train() chose these by their kind
-        free += ("mask_ratio", "loss")
+        free += ("mask_ratio", "loss", "pretrain_steps")
     changed = differences(old, asdict(config), free)
     if changed:
         raise ValueError(f"{path} has other settings: {changed}; remove it")

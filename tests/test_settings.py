@@ -9,6 +9,7 @@ import pytest
 import lra_data
 import pretrain
 import settings
+from batches import fitted
 from settings import Config, published, resolve
 
 ROOT = Path(__file__).parent.parent
@@ -284,6 +285,16 @@ def test_print_config_says_where_each_value_comes_from(capsys):
 )
 def test_the_path_of_a_former_file_is_a_name_of_its_row(path):
     assert resolve({"settings": path})[0] == resolve({"settings": "listops-s4"})[0]
+
+
+@pytest.mark.parametrize(("n", "steps"), [(10, 300), (1200, 30 * 19), (100_000, 3000)])
+def test_own_data_are_pretrained_for_30_epochs_unless_steps_are_given(n, steps):
+    about = {"mean": None, "train": [n, 20], "n_channels": None, "vocab_size": 256}
+    about |= {"min_len": 3, "max_len": 20}
+    config = Config(task="my.csv", device="cpu")
+    assert fitted(config, about).pretrain_steps == steps
+    assert fitted(replace(config, pretrain_steps=7), about).pretrain_steps == 7
+    assert Config(task="text").pretrain_steps == 3000
 
 
 def test_each_stage_has_its_own_settings():
