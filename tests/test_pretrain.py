@@ -171,6 +171,12 @@ def test_every_epoch_holds_every_example_once_with_little_padding():
     assert not np.array_equal(batches[0], batches[steps])
 
 
+def test_batches_are_the_same_on_every_machine_also_where_lengths_are_equal():
+    batches = list(itertools.islice(draw(np.tile([3, 1, 2], 400), 16, 3), 4))
+    assert batches[0][:5].tolist() == [484, 775, 256, 1174, 964]
+    assert np.concatenate(batches) @ np.arange(1, 65) == 997_835
+
+
 def test_subsets_are_nested():
     split = resident(symbols(range(1, 33)))
     small, large = split.subset(5), split.subset(20)
