@@ -37,6 +37,7 @@ from lra_data import SPLITS, Data, Split, check, pad, reading
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 MAX_VOCAB = 2**20
+NAME = re.compile("[+-]?0[0-9]|.*_")  # what int() would take for 1 and 10
 BROKEN = re.compile("[\0\ud800-\udfff]")  # NUL bytes, and what is not UTF-8
 
 
@@ -352,7 +353,9 @@ def rows_of(path):
 
 
 def parse(labels):
-    """(n,) labels as whole numbers, else as numbers, else as text."""
+    """(n,) labels as whole numbers, else as numbers, else as text.  01 and 1_0 are text."""
+    if any(NAME.match(label) for label in labels):
+        return np.array(labels)
     for kind in (int, float, str):
         with suppress(ValueError):
             return np.array([kind(label) for label in labels])

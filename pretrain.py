@@ -17,8 +17,9 @@ Data flow (this file follows the same order; the first line is batches.py):
     regression                   labels (n, k) instead of classes, trained on (y - y_mean) / y_std
     noisy input, mask, clean     Batch.x, Batch.where, Batch.target           (B, L)
 
-Every random choice is a function of (seed, stage, step) alone, so a run that was killed continues
-with the same bits. B counts sequences: a pair of documents is two of them, with one label.
+Every random choice follows from seed, stage, step, rank and kind of device, so a run that was
+killed continues with the same bits. B counts sequences: a pair of documents is two of them, with
+one label.
 
 Differences from the paper: validation masks are fixed (drawn anew there); attention does not see
 padding (it does there); every example is evaluated (the last partial batch is dropped there).
@@ -289,7 +290,7 @@ def seeded(config, *numbers, own=0):
 
     own: added for torch's own alone, so that processes with other examples drop other units.
     """
-    # the length comes first: numpy treats (1,) and (1, 0) as one seed; torch's seeds have 63 bits
+    # the length comes first: numpy treats (1,) and (1, 0) as one seed; >> 1 leaves room for own
     entropy = np.random.SeedSequence((len(numbers), *numbers))
     value = int(entropy.generate_state(1, np.uint64)[0]) >> 1
     torch.manual_seed(value + own)
@@ -415,8 +416,8 @@ def fit(stage, model, head, train, val, config, run):
     return best["score"]
 
 
-# Settings that may change when a run is resumed: they change rounding at most, and what dropout
-# drops if the batch is split.
+# Settings that may change when a run is resumed: they change rounding at most, what dropout drops
+# if the batch is split, and the masks if the device is of another kind.
 FREE = ("out", "resume", "overwrite", "device", "data_dir")
 FREE += ("accumulate", "compile", "eager", "pad_to")
 

@@ -21,9 +21,8 @@ Diagonal State Space Models", arXiv:2206.11893v2.
 Sizes: B sequences, L steps, D channels, N real numbers of state per channel (N/2 conjugate pairs).
 In real coordinates a state is Re x_1, Im x_1, Re x_2, ... of the kept half.  There diag(Lam)
 consists of 2 x 2 blocks, and A is these blocks minus 2 P P^T (P^* x, summed over both of a pair,
-is 2 P^T x).  Differences from the papers are
-marked where they occur.  Left out: other HiPPO matrices, parameters shared between channels, 2-D
-kernels, a CUDA kernel, torch.func.
+is 2 P^T x).  Differences from the papers are marked where they occur.  Left out: other HiPPO
+matrices, parameters shared between channels, 2-D kernels, a CUDA kernel, torch.func.
 
     python s4.py            checks, then a demo that ends with
                             accuracy 1.00, as a recurrence 1.00, target 0.95
@@ -458,9 +457,15 @@ class StateSpace(nn.Module):
         x = C.new_zeros(batch, *E.shape[:2])
         return State(x, E, B_bar, C)
 
+    def check_piece(self, x, state):
+        """Refuse x (B, L, D) that does not continue the sequences of the state."""
+        check_input(x, None, self.d_model)
+        size = len(state.x)
+        require(len(x) == size, f"expected batch size {size} as in the state, got {len(x)}")
+
     def step(self, x_t, state):
         """x_t (B, D), State -> y_t (B, D), new State."""
-        check_input(x_t[:, None], None, self.d_model)
+        self.check_piece(x_t[:, None], state)
         x, E, B_bar, C = state
         x = x.transpose(0, 1)  # (D, B, N): one product per channel
         u = x_t.to(x.dtype).T[..., None]  # (D, B, 1)
@@ -472,7 +477,7 @@ class StateSpace(nn.Module):
 
     def prefill(self, x, state):
         """x (B, L, D), State -> y (B, L, D), new State: L % 64 steps, then chunks of 64 tokens."""
-        check_input(x, None, self.d_model)
+        self.check_piece(x, state)
         rest = x.shape[1] % 64
         y = [x[:, :0]]  # something to join also at L = 0
         for x_t in x[:, :rest].unbind(1):
@@ -591,16 +596,17 @@ def joint_kernels(kernel, layers, L, rate=1.0):
     """
     first = layers[0]
     for layer in layers:
+        plain = not [*layer.children(), *layer.buffers()]  # else pruned, or parametrized
         same = type(layer) is type(first) and layer.C.shape == first.C.shape
-        require(same, f"joint kernels need layers of one kind and size, got {first} and {layer}")
+        how = "set joint_kernels=False for other models"
+        require(plain and same, f"joint kernels need plain layers of one kind and size: {how}")
     joint = {}
     for name, _ in first.named_parameters():
         parts = [getattr(layer, name) for layer in layers]
         axis = first.channel_axes.get(name, 0)
         joint[f"layer.{name}"] = torch.cat(parts, axis)
-    K = torch.func.functional_call(
-        kernel, joint, (L, rate)
-    )  # (layers * D, L), or (2, layers * D, L)
+    # (layers * D, L), or (2, layers * D, L)
+    K = torch.func.functional_call(kernel, joint, (L, rate))
     return K.chunk(len(layers), -2)
 
 
@@ -675,8 +681,8 @@ class S4Model(nn.Module):
         self.blocks = nn.ModuleList()
         for i in range(config.n_layers):
             self.blocks.append(S4Block(config.d_model, mixer(config, i), config.dropout))
-        # in a list, or its parameters would count twice
-        self.joint = [Kernel(self.blocks[0].mixer)]
+        if config.joint_kernels:  # in a list, or its parameters would count twice
+            self.joint = [Kernel(self.blocks[0].mixer)]
         self.norm = nn.LayerNorm(config.d_model)
 
     def embed_input(self, x):
@@ -707,8 +713,7 @@ class S4Model(nn.Module):
     def prefill(self, x, state, keep=None):
         """Continue state by x, (B, L) or (B, L, C).  Returns features (B, L, D), new state.
 
-        Without the axis L (a single value tensor (B, C) or token (B,)), take one step.
-
+        Without the axis L, as in `step`, x is one token or value.
         keep: (B, L) bool, False at padding, which must come before all real tokens.
         """
         h = self.embed_input(x)

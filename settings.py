@@ -66,7 +66,7 @@ class Config:
     label_column: str = flag(None, "column of a .csv file with the label (default: label)")
     characters: bool = flag(False, "characters instead of bytes as tokens of text")
     max_len: int = flag(None, "cut texts to this many tokens")
-    pretrain_steps: int = flag(None, "optimizer steps of pretraining (default: 3000 or 30 epochs)")
+    pretrain_steps: int = flag(None, "steps of pretraining (default: 3000; own data: 30 epochs)")
     finetune_steps: int = flag(300, "optimizer steps of fine-tuning")
     pretrain_lr: float = flag(3e-3, "peak learning rate of pretraining")
     finetune_lr: float = flag(1e-3, "peak learning rate of fine-tuning")

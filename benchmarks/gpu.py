@@ -40,11 +40,11 @@ STEPS = {  # in this order
 }
 RATES = {"transformer": (3e-4, 1e-3), "s4": (1e-3, 4e-3)}
 PICTURES = "data/fashion_mnist_28.npz"
-OWN = {"task": PICTURES, "loss": "l1", "mask_ratio": 0.5}
+ON_PICTURES = {"task": PICTURES, "loss": "l1", "mask_ratio": 0.5}
 TASKS = {  # settings, steps of 128 examples in about 20 epochs, other flags
     "listops": ("listops", 15_000, {}),
     "pathfinder": ("pathfinder32", 25_000, {"compile": True}),
-    "fashion": ("pathfinder32", 8_600, {"compile": True, **OWN}),
+    "fashion": ("pathfinder32", 8_600, {"compile": True, **ON_PICTURES}),
 }
 
 

@@ -7,11 +7,11 @@
 The parts are data (make_batch), forward (loss_sums), backward, optimizer (clipping and AdamW), and
 the rest of the loop (order, seeds, learning rate, metrics).  The first --warm-up steps of a stage
 are left out because they allocate memory and record graphs, one for each length of a batch, and the
-last one because it validates.  On a GPU the clock waits for
-the device before and after each part, so nothing overlaps, and a second run gives two bounds:
-tokens/s if the GPU never waited (torch.profiler's sum of kernel times), and if it only moved bytes
-at 3 TB/s.  The bytes are an estimate: what autograd keeps for backward is written and read, and so
-are gradients of the same size; weights, gradients and AdamW's moments are passed over ten times.
+last one because it validates.  On a GPU the clock waits for the device before and after each part,
+so nothing overlaps, and a second run gives two bounds: tokens/s if the GPU never waited
+(torch.profiler's sum of kernel times), and if it only moved bytes at 3 TB/s.  The bytes are an
+estimate: what autograd keeps for backward is written and read, and so are gradients of the same
+size; weights, gradients and AdamW's moments are passed over ten times.
 Parts and bounds are those of eager steps.  Steps as CUDA graphs overlap as in training: the clock
 waits only before the first and after the last of them, and a step has only data and rest.
 """

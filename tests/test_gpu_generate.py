@@ -62,7 +62,7 @@ def test_a_graph_reads_no_more_positions_than_the_next_window():
 
 
 @torch.no_grad()
-def test_one_product_keeps_the_digits_of_the_recurrence():
+def test_a_token_at_a_time_keeps_the_digits_of_the_convolution():
     torch.manual_seed(0)
     model = S4Model(S4Config(8, 1, 64, vocab_size=11, causal=True, dt_min=1e-4))
     decoder = S4Decoder(model, model.initial_state(2), 0)

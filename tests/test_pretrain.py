@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import socket
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,6 +176,41 @@ def test_batches_are_the_same_on_every_machine_also_where_lengths_are_equal():
     batches = list(itertools.islice(draw(np.tile([3, 1, 2], 400), 16, 3), 4))
     assert batches[0][:5].tolist() == [484, 775, 256, 1174, 964]
     assert np.concatenate(batches) @ np.arange(1, 65) == 997_835
+
+
+def test_only_whole_batches_are_compiled(tmp_path, monkeypatch):
+    """Each new size would be compiled, for half a minute."""
+    stance = []
+    found = set()
+    loss_sums = pretrain.loss_sums
+
+    @contextmanager
+    def set_stance(name):
+        stance.append(name)
+        yield
+        stance.pop()
+
+    def spy(model, head, batch, config):
+        found.add((len(batch.target), stance[-1]))
+        return loss_sums(model, head, batch, config)
+
+    load_small(monkeypatch)
+    monkeypatch.setattr(torch.compiler, "set_stance", set_stance)
+    monkeypatch.setattr(pretrain, "loss_sums", spy)
+    run(tmp_path, "a", batch_size=36)
+    assert {("default" if n == 36 else "force_eager") == name for n, name in found} == {True}
+    assert len({n for n, _ in found}) > 1
+
+
+def test_kernels_are_joint_on_a_gpu_unless_ranks_have_parts_of_them():
+    data = symbols([9, 9])
+    for device, split, joint in (
+        ("cpu", None, False),
+        ("cuda", None, True),
+        ("cuda", "ring", False),
+    ):
+        config = Config(model="s4", device=device, sequence_parallel=split)
+        assert pretrain.build_model(config, identity(data)).config.joint_kernels == joint
 
 
 def test_subsets_are_nested():

@@ -15,6 +15,8 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
+from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.prune import l1_unstructured
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import s4
@@ -357,13 +359,30 @@ def test_a_given_kernel_stays_as_it_is(kind):
         assert torch.equal(first, layer(x)) and torch.equal(first, layer(x, K=K))
 
 
-def test_joint_kernels_need_equal_layers():
-    def mixer(config, i):
+def test_joint_kernels_need_plain_and_equal_layers():
+    def unequal(config, i):
         return s4.s4_mixer(config, i, (S4, S4D)[i])
 
-    model = S4Model(S4Config(5, 2, 8, n_channels=3, joint_kernels=True), mixer)
-    with pytest.raises(ValueError, match="joint kernels need layers of one kind and size"):
-        model(torch.randn(2, 50, 3))
+    def pruned(config, i):
+        return l1_unstructured(s4.s4_mixer(config, i), "C", 0.5)
+
+    def clamped(config, i):
+        return register_parametrization(s4.s4_mixer(config, i), "log_dt", nn.Tanh())
+
+    for mixer in (unequal, pruned, clamped):
+        model = S4Model(S4Config(5, 2, 8, n_channels=3, joint_kernels=True), mixer)
+        with pytest.raises(ValueError, match=r"plain layers of one kind.*joint_kernels=False"):
+            model(torch.randn(2, 50, 3))
+
+
+@KINDS
+def test_a_piece_of_another_batch_size_does_not_continue_a_state(kind):
+    layer = kind(3, 8)
+    for n in (1, 3):
+        with pytest.raises(ValueError, match=f"expected batch size 5 as in the state, got {n}"):
+            layer.prefill(torch.randn(n, 7, 3), layer.initial_state(5))
+        with pytest.raises(ValueError, match=f"expected batch size 5 as in the state, got {n}"):
+            layer.step(torch.randn(n, 3), layer.initial_state(5))
 
 
 @KINDS
