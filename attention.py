@@ -12,7 +12,7 @@
 
 Differences from the paper are marked where they occur: pre-norm and a last norm, GELU, embeddings
 without the factor sqrt(d_model).  Not included: cross-attention, sliding windows, paged caches,
-a head (put one on the features).
+a head (put one on the features), second derivatives (torch's fused kernels have none).
 
     python attention.py            checks and a demo
     python attention.py --check    checks only
@@ -319,7 +319,8 @@ class Attention(nn.Module):
         if not self.causal:
             raise ValueError("recurrent mode needs causal=True, or new tokens change old outputs")
         shape = (batch, self.n_kv_heads, capacity, self.d_head)
-        like = next(self.parameters())  # not qkv.weight: an adapter may wrap the projection
+        # not qkv.weight, which an adapter may wrap; a quantized layer has no parameters
+        like = next(self.parameters(), torch.empty(0))
         return Cache(like.new_zeros(shape), like.new_zeros(shape))
 
     @torch.no_grad()

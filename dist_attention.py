@@ -794,8 +794,12 @@ def process_group(device="cpu", timeout=60.0):
         device = f"cuda:{local_rank % gpus}"
         torch.cuda.set_device(device)
     limit = timedelta(seconds=timeout)
+    # torchrun --max-restarts keeps its store, with the addresses of the processes that have died
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     with lost(f"rank {rank} of {world}: could not join the others"):
-        dist.init_process_group(backend, timeout=limit)
+        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+        dist.init_process_group(backend, timeout=limit, world_size=world, rank=rank, store=store)
         long_waits = dist.new_group(backend="gloo", timeout=limit)
     try:
         with lost(f"rank {rank} of {world}: another rank was lost"):

@@ -715,15 +715,8 @@ def self_check():
     return [("ListOps: values by level == by stack", wrong, 0)]
 
 
-def print_any_text():
-    """Let print() escape what the console cannot show, as on stderr, instead of failing."""
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
 @one_line_errors("lra_data.py")
 def main(argv=None):
-    print_any_text()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     own = "a task, a .npz, .csv or .tsv file, or file.py:function (default: list all tasks)"
     parser.add_argument("task", nargs="?", help=own)

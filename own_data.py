@@ -38,6 +38,7 @@ from lra_data import SPLITS, Data, Split, check, pad, reading
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 MAX_VOCAB = 2**20
 NAME = re.compile("[+-]?0[0-9]|.*_")  # what int() would take for 1 and 10
+MEANING = "integers are tokens: turn values into floats, and mark padding by lengths"
 BROKEN = re.compile("[\0\ud800-\udfff]")  # NUL bytes, and what is not UTF-8
 
 
@@ -126,8 +127,10 @@ def random_split(name, n, seed):
 def moments(name, array, what, values):
     """Mean and standard deviation of each column of (n, C), as tuples."""
     constant = np.flatnonzero(values.min(0) == values.max(0)).tolist()
-    drop = f"drop it, np.delete({array}, {constant[:20]}, -1)"
-    reason = f"{what} {constant[:20]} (from 0) is constant in the training split: {drop}"
+    how = f"drop it, np.delete({array}, {constant[:20]}, -1)"
+    if values.shape[1] == 1:
+        how = "nothing can be learned from it"
+    reason = f"{what} {constant[:20]} (from 0) is constant in the training split: {how}"
     need(not constant, f"{name}: {reason}")
     mean = values.mean(0, dtype=np.float64)
     std = values.std(0, dtype=np.float64)
@@ -215,8 +218,9 @@ def known_labels(name, labels, n, about):
     classes = about["classes"] or range(about["n_classes"])
     place = {str(label): i for i, label in enumerate(classes)}
     labels = [str(label) for label in labels.tolist()]
-    unknown = sorted(set(labels) - set(place))
-    need(not unknown, f"{name}: the run does not know class {', '.join(unknown)[:60]}")
+    unknown = ", ".join(sorted(set(labels) - set(place)))
+    bad = np.array([label not in place for label in labels])
+    no_row(bad, name, f"the run does not know class {unknown[:60]}")
     return np.array([place[label] for label in labels])
 
 
@@ -263,7 +267,7 @@ def check_inputs(name, x, lengths):
     x = x[:, : lengths.max()]
     lengths = lengths.astype(np.int32)
     if x.ndim == 2 and x.dtype.kind in "iu":
-        no_row(x < 0, name, "a negative token (integers are tokens; turn values into floats)")
+        no_row(x < 0, name, f"a negative token ({MEANING})")
         no_row(x >= MAX_VOCAB, name, f"a token above {MAX_VOCAB - 1:,}: number them from 0")
         return x.astype(np.uint8 if x.max() < 256 else np.int32), lengths
     return as_float32(name, "x", x.reshape(*x.shape[:2], -1)), lengths
@@ -297,7 +301,7 @@ def read_arrays(path, labeled=True):
     """Return the arrays of a .npz file by name."""
     is_npz = zipfile.is_zipfile(path)
     need(is_npz, f"{path}: no such file, or not a .npz file: make it with numpy.savez")
-    expected = "numbers or text, not objects: pad rows to one length, save y.astype(str)"
+    expected = "numbers or text, not objects: pad rows to one length, save text by .astype(str)"
     with reading(path, expected), np.load(path) as file:
         arrays = dict(file)
     complete = "x" in arrays and ("y" in arrays or not labeled)
@@ -312,26 +316,38 @@ def read_table(path, text_column, label_column, labeled=True):
     rows = rows_of(path)
     _, header = next(rows, (path, []))
     header = [name.strip() for name in header]
+    while header and not header[-1]:  # a spreadsheet's empty columns
+        header.pop()
+    width = len(header)
     found = ", ".join(header) or "an empty file"
-    need(len(set(header)) == len(header), f"{path}: two columns have one name: {found}")
+    need(len(set(header)) == width, f"{path}: two columns have one name: {found}")
     separator = SEPARATORS[path.suffix.lower()]
     hint = f"--text-column and --label-column name yours, {separator!r} separates them"
     needed = [text_column, label_column] if labeled else [text_column]
     for name in needed:
         need(name in header, f"{path}: no column {name} in {found} ({hint})")
     columns = {name: [] for name in (text_column, label_column, "split") if name in header}
+    unlabeled = []  # their places
     for place, row in rows:
-        fits = len(row) == len(header)
-        need(fits, f"{place}: {len(row)} fields, but the first line has {len(header)}: quote texts")
+        fits = len(row) >= width and not any(row[width:])
+        need(fits, f"{place}: {len(row)} fields, but the first line has {width}: quote texts")
         for name, values in columns.items():
             value = row[header.index(name)]
             word = value.strip()
-            missing = word.lower() in ("", "nan", "inf", "-inf")
-            need(not missing, f"{place}: {name} is {word or 'empty'}")
+            is_label = name == label_column
+            if is_label and not word:
+                unlabeled.append(f"{place}: {name} is empty")
+            need(word or is_label, f"{place}: {name} is empty")
+            unknown = is_label and word.lower() in ("nan", "inf", "-inf")
+            need(not unknown, f"{place}: {name} is {word}")
             values.append(value if name == text_column else word)
     texts = columns[text_column]
     need(texts, f"{path}: no examples after the first line")
     labels = columns.get(label_column)
+    if not labeled and len(unlabeled) == len(texts):
+        labels = None
+    elif unlabeled:
+        raise ValueError(unlabeled[0])
     return texts, labels and parse(labels), columns.get("split")
 
 
@@ -344,8 +360,8 @@ def rows_of(path):
         try:
             for row in reader:
                 good = not BROKEN.search("".join(row))
-                need(good, f"{place}: not UTF-8 text, save the file as UTF-8")
-                if row:
+                need(good, f"{place}: not UTF-8 text, or a NUL byte: save the file as UTF-8")
+                if any(row) or len(row) == 1:  # else it is empty, perhaps a spreadsheet's ",,"
                     yield place, row
                 place = f"{path}, line {reader.line_num + 1}"
         except csv.Error as error:

@@ -623,9 +623,18 @@ def run_all(function, jobs, processes, name):
 ERRORS = (ValueError, TypeError, OSError, MemoryError, BrokenProcessPool, KeyboardInterrupt)
 
 
+def print_anywhere():
+    """Let print() escape letters that the console lacks, and let progress bars do without one."""
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr
+    if sys.stderr is None:  # closed, by 2>&-
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+
+
 @contextmanager
 def one_line_errors(program):
     """End in one line instead of a traceback: bad input, a full disk, Ctrl-C, a closed pipe."""
+    print_anywhere()
     try:
         yield
         print(end="", flush=True)

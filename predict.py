@@ -26,7 +26,6 @@ import batches
 import checkpoint
 import own_data
 import pretrain
-from lra_data import print_any_text
 from own_data import need
 from pathfinder import one_line_errors
 from settings import Config
@@ -79,9 +78,12 @@ class Predictor(nn.Module):
 
 
 def load(folder, device="cpu"):
-    """The fine-tuned model of a finished run, as a Predictor in eval mode, without gradients."""
+    """The fine-tuned model of a finished run, as a Predictor in eval mode, without gradients.
+
+    folder: of the run, or the path of its model.pt.
+    """
     folder = checkpoint.find_run(folder)
-    path = folder / "model.pt"
+    path = folder if folder.is_file() else folder / "model.pt"
     reason = "no run of pretrain.py, or unfinished: continue it with --resume"
     need(path.exists(), f"{folder} has no model.pt ({reason})")
     state = checkpoint.load(path)
@@ -132,6 +134,7 @@ def score(out, labels, about):
         return f"accuracy {100 * right:.2f} %, loss {loss:.4g}"
     error = out - labels
     r2 = 1 - error.square().sum(0) / (labels - labels.mean(0)).square().sum(0)
+    r2 = r2.nan_to_num(0, 0, 0)  # as in training
     return f"R2 {r2.mean().item():.4g}, mean absolute error {error.abs().mean().item():.4g}"
 
 
@@ -154,7 +157,9 @@ def command(args):
     regular = not out.is_symlink() and (out.is_file() or not out.exists())  # no /dev/stdout
     writable = os.access(out.parent, os.W_OK)
     need(regular and writable, f"--out {out}: expected a file in an existing, writable folder")
-    free = not out.exists() or (args.overwrite and not out.samefile(args.data))
+    itself = out.exists() and out.samefile(args.data)
+    need(not itself, f"--out {out} is the file to read: choose another")
+    free = args.overwrite or not out.exists()
     need(free, f"{out} exists: choose another --out, or pass --overwrite")
     predictor = load(args.run, args.device)
     about = predictor.about
@@ -176,7 +181,6 @@ def command(args):
 
 @one_line_errors("predict.py")
 def main(argv=None):
-    print_any_text()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("run", help="folder of a finished run")

@@ -29,11 +29,13 @@ Not included: data that do not fit into device memory.
     python pretrain.py --settings lattice-s4              in a new folder; runs/latest is its link
     python pretrain.py --task my.csv --model s4           your own data (own_data.py)
     torchrun --standalone --nproc-per-node 4 pretrain.py --settings listops-s4
+                                          with --max-restarts and --out, a restart resumes the run
 """
 
 import copy
 import itertools
 import math
+import os
 import sys
 from dataclasses import asdict, replace
 from functools import partial
@@ -54,6 +56,7 @@ from attention import Transformer, TransformerConfig
 from batches import Batch, draw, fitted, identity, load_data, normalize, pad, part, resident, send
 from checkpoint import Run, check_out, differences, find_run, load, means, new_folder, ranks
 from dist_attention import RankLost, process_group, wait_for_rank0
+from pathfinder import print_anywhere
 from s4 import S4Config, S4Model, dlr_mixer, print_table, s4_mixer, s4d_mixer
 from settings import KERNELS, Config, parser, resolve
 from sgconv import SGConvConfig, SGConvModel
@@ -253,6 +256,7 @@ def regression_score(sums, y_std):
     count = sums[1]
     error, square, y, y_square = sums[3:].view(4, -1).cpu()  # each (k,), of standardized targets
     r2 = 1 - square / (y_square - y * y / count)
+    r2 = r2.nan_to_num(0, 0, 0)  # of a constant target
     error = error / count * torch.tensor(y_std, dtype=torch.float64)
     return {"r2": r2.mean().item(), "mae": error.mean().item()}
 
@@ -335,8 +339,8 @@ def evaluate(model, head, split, stage, config):
     wait_for_rank0()  # parts may take unequal time, longer than a sum over ranks waits
     sums = dist_attention.SumOverRanks.apply(sums)
     if sums[1] == 0:
-        few = f"none of {len(split)} examples has a masked position to be judged by"
-        raise ValueError(f"{few}: use more of them or a larger --mask-ratio")
+        how = "use longer ones, more of them, or a larger --mask-ratio"
+        raise ValueError(f"no position of {len(split)} examples is masked or has a next one: {how}")
     score = means(sums)
     if y_std:
         score.update(regression_score(sums, y_std))
@@ -418,7 +422,7 @@ def fit(stage, model, head, train, val, config, run):
 
 # Settings that may change when a run is resumed: they change rounding at most, what dropout drops
 # if the batch is split, and the masks if the device is of another kind.
-FREE = ("out", "resume", "overwrite", "device", "data_dir")
+FREE = ("out", "resume", "overwrite", "device", "data_dir", "task")  # the data are compared
 FREE += ("accumulate", "compile", "eager", "pad_to")
 
 
@@ -596,6 +600,9 @@ def run_command(config):
     folder = find_run(config.out or "runs/latest")
     if config.resume and not (folder / "config.json").exists():
         raise ValueError(f"{folder} contains no run: nothing to resume")
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if restarts > 0 and config.out:
+        config = replace(config, resume=True)
     with process_group(config.device) as (rank, _, device):
         result = train(replace(config, device=str(device)))
     if rank == 0:
@@ -624,7 +631,7 @@ def command(argv):
 
 
 def main(argv=None):
-    lra_data.print_any_text()
+    print_anywhere()
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv:

@@ -22,7 +22,7 @@ Sizes: B sequences, L steps, D channels, N real numbers of state per channel (N/
 In real coordinates a state is Re x_1, Im x_1, Re x_2, ... of the kept half.  There diag(Lam)
 consists of 2 x 2 blocks, and A is these blocks minus 2 P P^T (P^* x, summed over both of a pair,
 is 2 P^T x).  Differences from the papers are marked where they occur.  Left out: other HiPPO
-matrices, parameters shared between channels, 2-D kernels, a CUDA kernel, torch.func.
+matrices, parameters shared between channels, 2-D kernels, a CUDA kernel, torch.func, torch.jit.
 
     python s4.py            checks, then a demo that ends with
                             accuracy 1.00, as a recurrence 1.00, target 0.95
@@ -381,7 +381,8 @@ class StateSpace(nn.Module):
     rate: step of the input in units of the training step, 2 for half the sampling rate.
     Discretizes in float64; kernels and states are float32 (or float64), also under autocast and in
     a half-precision model.  The FFT leaks rounding error (and NaNs) across positions: causality
-    holds up to float precision.
+    holds up to float precision.  A pruned C follows its mask in forward alone, so call
+    torch.nn.utils.prune.remove before prefill and step.
     """
 
     # axis of the channels where it is not the first: for joint_kernels, dist_attention

@@ -5,6 +5,7 @@ import json
 import math
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import make_golden
@@ -499,11 +500,16 @@ def test_demo_reaches_its_target(capsys):
     assert "after 80 steps" in capsys.readouterr().out
 
 
-def test_generation_works_with_an_adapter_around_each_projection():
-    layer = Attention(8, 2, causal=True).double()
-    layer.qkv = nn.Sequential(layer.qkv)  # without attributes of a Linear
-    layer.out = nn.Sequential(layer.out)
-    x = torch.randn(2, 5, 8, dtype=torch.float64)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_generation_with_an_adapter_around_each_projection(quantized):
+    layer = Attention(8, 2, causal=True)
+    for name in ("qkv", "out"):
+        linear = layer._modules.pop(name)
+        adapter = nn.Sequential(linear)  # without attributes of a Linear
+        if quantized:  # also without parameters
+            adapter = partial(F.linear, weight=linear.weight.data, bias=linear.bias.data)
+        setattr(layer, name, adapter)
+    x = torch.randn(2, 5, 8)
     _, state = layer.prefill(x[:, :4], layer.initial_state(2))
     y, _ = layer.step(x[:, 4], state)
-    assert rel_err(y, layer(x)[:, -1]) < 1e-12
+    assert rel_err(y, layer(x)[:, -1]) < 1e-5

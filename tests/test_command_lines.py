@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import pathfinder
+
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")])
 FILES = ["s4", "sgconv", "attention", "structured_ffn", "dist_attention", "pretrain"]
@@ -66,3 +68,9 @@ def test_every_command_reads_its_arguments(path):
     text = path.read_text(encoding="utf-8")
     reads = "ArgumentParser(" in text or "takes_no_arguments(__doc__)" in text or "argv" in text
     assert reads or '__name__ == "__main__"' not in text
+
+
+def test_a_command_without_a_console_shows_no_progress(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)  # as after 2>&-
+    pathfinder.main(["32", "--n", "3", "--processes", "1", "--data-dir", str(tmp_path)])
+    assert list(tmp_path.iterdir())

@@ -164,6 +164,13 @@ def test_a_tsv_file_has_tabs_and_blank_lines_are_skipped(tmp_path):
     assert texts_of(data) == ["a, b"] * N
 
 
+def test_what_spreadsheets_add_is_skipped(tmp_path):
+    """Empty columns on the right and empty rows; nan is a text like any other."""
+    rows = [f"nan,{i % 2},,\n,,,," for i in range(N)]
+    data = lra_data.load(write(tmp_path, table(rows, "text,label,,")))
+    assert texts_of(data) == ["nan"] * N and data.classes == ("0", "1")
+
+
 def test_a_table_and_an_npz_that_mean_the_same_are_the_same(tmp_path):
     rows = [f"{text},{label}" for text, label in zip(TEXTS, CLASSES + 9, strict=True)]
     from_table = lra_data.load(write(tmp_path, table(rows)), seed=3)
@@ -315,6 +322,7 @@ def test_values_and_targets_are_read_for_prediction_as_they_are(tmp_path):
     [
         (dict(x=TOKENS[:1]), SYMBOLS, None),
         ("id,text\n1,hello\n", BYTES, None),
+        (labeled(["", " "]), BYTES, None),
         (labeled(["yes", "yes", "no"]), BYTES, [1, 1, 0]),
         (dict(x=TOKENS[:2], y=[4, 3]), SYMBOLS, [1, 0]),
         (dict(x=TOKENS[:2], y=[4, 3]), UNNAMED, [4, 3]),
@@ -348,10 +356,11 @@ KINDS = {
     "channels": (dict(x=VALUES[..., :1]), SIGNAL, "1-channel values, but .* 2-channel values"),
     "vocabulary": (dict(x=TOKENS + 1), SYMBOLS, "my.npz, row 1: a token is not in .* 0 .. 6"),
     "length": (dict(x=TOKENS), SHORT, "my.npz: length 6, but the run reads at most 5"),
-    "class": (dict(x=TOKENS[:3], y=[3, 5, 9]), SYMBOLS, "the run does not know class 5, 9"),
+    "class": (dict(x=TOKENS[:3], y=[3, 5, 9]), SYMBOLS, "row 1: the run does not know class 5, 9"),
     "targets for classes": (dict(x=TOKENS, y=TARGETS), SYMBOLS, "float32 .*run predicts classes"),
     "classes for targets": (dict(x=VALUES, y=["a"] * N), NUMBERS, "<U1 .*run predicts 3 numbers"),
     "too few targets": (dict(x=VALUES, y=CLASSES), NUMBERS, r"\(20, 1\), but .* predicts 3 "),
+    "some labels": (labeled(["yes", ""]), BYTES, "my.csv, line 3: label is empty"),
     "text for values": (labeled(["yes"]), {**SIGNAL, "vocab_size": 256}, "the run reads no text"),
     "text for tokens": (labeled(["yes"]), SYMBOLS, "my.csv: text, but the run reads no text"),
     "text for trees": (labeled(["yes"]), TREES, "my.csv: text, but the run reads no text"),
@@ -411,7 +420,7 @@ BROKEN = {
     ),
     "one class": (xy(y=0 * CLASSES + 5), "only one class, 5"),
     "label missing": (xy(y=["a", " "] * 10), "row 1: its label is missing"),
-    "negative token": (xy(changed(TOKENS, (6, 0), -1)), "row 6: a negative token"),
+    "negative token": (xy(changed(TOKENS, (6, 0), -1)), "row 6: a negative token .*by lengths"),
     "huge token": (xy(changed(TOKENS, (6, 5), 2**20)), "row 6: a token above 1,048,575"),
     "boolean x": (xy(TOKENS > 3), "x is bool, expected integers or floats"),
     "boolean y": (xy(y=CLASSES > 0), r"y is bool, .*; for classes, save y.astype\(str\)"),
@@ -433,7 +442,7 @@ BROKEN = {
     "no y": (dict(x=TOKENS), "arrays x, expected x, y"),
     "no x": (dict(X=TOKENS, y=CLASSES), "arrays X, y, expected x, y .*numpy.savez"),
     "misspelled lengths": (xy(length=LENGTHS), "arrays x, y, length, expected"),
-    "object array": (xy(OBJECTS), r"numbers or text, not objects: .*y.astype\(str\)"),
+    "object array": (xy(OBJECTS), r"numbers or text, not objects: .*.astype\(str\)"),
     "empty file": ("", "my.csv: no column text in an empty file"),
     "header only": ("text,label\n", "my.csv: no examples after the first line"),
     "no column text": (table(["a,b"], "x,label"), r"no column text in x, label \(--text-column"),
@@ -441,12 +450,14 @@ BROKEN = {
     "semicolons": (table(["a;b"], "text;label"), "no column text in text;label .*',' separates"),
     "column twice": (table(["a,b,c"], "text,label,text"), "two columns have one name: text, label"),
     "empty text": (table(["a,b", " ,b"]), "line 3: text is empty"),
+    "empty label": (table(["a,b", "a, "]), "line 3: label is empty"),
     "label nan": (labeled(["1.5", "nan"]), "line 3: label is nan"),
     "label infinite": (labeled(["1.5", "-inf"]), "line 3: label is -inf"),
+    "constant label": (labeled(["1.5"] * 20), "target .0. .* is constant .*: nothing can be"),
     "a field less": (table(["a,b", "c"]), "line 3: 1 fields, but the first line has 2"),
     "a field more": (table(["a,b", "c,d", "e,f,g"]), "line 4: 3 fields, but the first line has 2"),
     "line numbers count lines": (table(['"a\nb\nc",0', "", "d,"]), "line 6: label is empty"),
-    "not UTF-8": (b"text,label\nb,0\ncaf\xe9,1\n", "line 3: not UTF-8 text, save the file as"),
+    "not UTF-8": (b"text,label\nb,0\ncaf\xe9,1\n", "line 3: not UTF-8 text, or a NUL byte: save"),
     "a NUL byte": (table(["a,b", "c,d", "e\0f,g"]), "line 4: (not UTF-8 text|.*NUL)"),  # csv's
     "UTF-16": (labeled("01").encode("utf-16"), "line 1: (not UTF-8 text|.*NUL)"),
     "an open quote": (table(["a,b", '"c,d', "e,f"]), "line 3: unexpected end of data"),

@@ -3,7 +3,10 @@
 import copy
 import itertools
 import json
+import os
 import socket
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -336,6 +339,12 @@ def test_scores_are_those_of_all_examples_whatever_the_batches(target):
     assert found.keys() == {"loss", "r2", "mae"}
 
 
+def test_r2_of_a_constant_target_is_0():
+    """-inf is no number of JSON."""
+    sums = torch.tensor([2, 4, torch.nan, 4, 4, 8, 16], dtype=torch.float64)  # y = 2, error 1
+    assert pretrain.regression_score(sums, [1.0]) == {"r2": 0, "mae": 1}
+
+
 @pytest.mark.parametrize("data", [symbols([8, 12, 12]), pairs([8, 12, 12, 9, 7, 7])])
 def test_the_parts_of_a_batch_are_the_batch(data):
     """Also more parts than examples: the empty ones weigh nothing."""
@@ -610,6 +619,36 @@ def test_a_dead_rank_ends_the_other_and_the_run_goes_on(tmp_path):
     assert (folder / "result.json").exists() and len(list(folder.parent.iterdir())) == 2
 
 
+DIES_ONCE = """
+import os, signal
+import checkpoint, pretrain
+
+save = checkpoint.Run.save
+
+def save_and_die(run, *state):
+    save(run, *state)
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] + os.environ["RANK"] == "01":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.Run.save = save_and_die
+pretrain.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_torchrun_restarts_a_run_where_it_was(tmp_path):
+    script = tmp_path / "dies_once.py"
+    script.write_text(DIES_ONCE)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node", "2", "--max-restarts", "1"]
+    args = ["--pretrain-steps", "2", "--finetune-steps", "2", "--eval-every", "2", "--out", "a"]
+    path = {"PYTHONPATH": str(Path(pretrain.__file__).parent)}
+    command = [*torchrun, str(script), *runs.SMALL, *args]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | path, check=True, timeout=300)
+    assert (tmp_path / "a" / "result.json").exists()
+
+
 # ------------------------------------------------------------------------------ command line
 
 
@@ -625,7 +664,12 @@ def test_a_dead_rank_ends_the_other_and_the_run_goes_on(tmp_path):
             {"model": "s4", "compile": True},
             "s4 would be compiled for each length from 5 to 30",
         ),
-        (symbols([5] * 8), {"mask_ratio": 1e-6}, "none of 8 examples has a masked.*--mask-ratio"),
+        (
+            symbols([5] * 8),
+            {"mask_ratio": 1e-6},
+            "no position of 8 examples.*--mask-ratio",
+        ),
+        (symbols([1] * 8), {"objective": "causal"}, "no position of 8 .* next one"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_with_their_numbers(
