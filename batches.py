@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import lra_data
 from settings import OWN_SYMBOLS, OWN_VALUES
@@ -120,12 +119,12 @@ class Resident:
         labels = self.labels.repeat_interleave(2, 0)
         return Resident(tokens, labels, self.lengths.reshape(-1), self.about)
 
-    def gather(self, index):
-        """Examples, cut to the longest: raw (B, L[, C]), keep (B, L) bool or None (no padding)."""
+    def gather(self, index, multiple=1):
+        """Examples, cut (see `trim`): raw (B, L[, C]), keep (B, L) bool or None (no padding)."""
         raw = self.tokens[send(index, self.tokens.device)]
         if self.lengths.ndim == 2:
             raw = raw.flatten(0, 1)
-        return trim(raw, self.lengths[index].reshape(-1))
+        return trim(raw, self.lengths[index].reshape(-1), multiple)
 
 
 def send(values, device):
@@ -136,10 +135,15 @@ def send(values, device):
     return values.to(device, non_blocking=True)
 
 
-def trim(raw, lengths):
-    """Cut (B, L[, C]) to the longest of lengths (B,), on the host: raw and keep (see `gather`)."""
-    L = int(lengths.max())
-    raw = raw[:, :L]
+def trim(raw, lengths, multiple=1):
+    """Cut (B, L[, C]) to the longest of lengths (B,), on the host: raw and keep (see `gather`).
+
+    Rounded up to a multiple: on a GPU each new length costs a plan of the attention kernel, and a
+    CUDA graph.
+    """
+    longest = int(lengths.max())
+    raw = raw[:, : longest + -longest % multiple]
+    L = raw.shape[1]
     if lengths.min() == L:
         return raw, None  # attention can use its fastest kernel
     lengths = send(lengths, raw.device)
@@ -191,28 +195,6 @@ class Batch(NamedTuple):
     keep: torch.Tensor | None  # (B, L) bool, True = real token; None: no padding
     where: torch.Tensor | None  # (B, L) bool, positions that count; None: one label per example
     target: torch.Tensor  # (B, L) ids or (B, L, C) values; per example (B,) labels or (B, k)
-
-
-def pad(batch, multiple, longest):
-    """Pad to a multiple of so many positions, up to the longest: fewer shapes on a GPU.
-
-    Each new shape costs a plan of the attention kernel, and a CUDA graph.
-    """
-    L = batch.x.shape[1]
-    more = min(-L % multiple, longest - L)
-    if more <= 0:
-        return batch
-    x, keep, where, target = batch
-    if keep is None:
-        keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-
-    def padded(t):
-        after_positions = (0, 0) * (t.ndim - 2)
-        return F.pad(t, (*after_positions, 0, more))
-
-    if where is None:
-        return Batch(padded(x), padded(keep), None, target)
-    return Batch(padded(x), padded(keep), padded(where), padded(target))
 
 
 def part(batch, i, n):

@@ -7,7 +7,7 @@ architectures disappears.
 Data flow (this file follows the same order; the first line is batches.py):
 
     load_data -> Resident (on the device, once) -> draw (indices) -> gather
-    -> make_batch (corrupt) -> model -> head -> loss_sums -> fit (the loop)
+    -> make_batch -> model -> head -> loss_sums -> fit (the loop)
     train: fit, the same model with a new head, fit, test, model.pt (see predict.py)
 
     paper                        here                                         shape
@@ -53,7 +53,7 @@ import gpu_step
 import lra_data
 import sgconv
 from attention import Transformer, TransformerConfig
-from batches import Batch, draw, fitted, identity, load_data, normalize, pad, part, resident, send
+from batches import Batch, draw, fitted, identity, load_data, normalize, part, resident, send
 from checkpoint import Run, check_out, differences, find_run, load, means, new_folder, ranks
 from dist_attention import RankLost, process_group, wait_for_rank0
 from pathfinder import print_anywhere
@@ -65,7 +65,7 @@ from structured_ffn import ffn_factory
 STAGES = ("pretrain", "finetune")
 VALIDATION_SEED = 2310_02980  # for the masks of validation and test
 
-# -------------------------------------------------------------------- corrupt: make a batch
+# ------------------------------------------------------------------------ make a batch
 
 
 def inputs(raw, where, about):
@@ -84,21 +84,16 @@ def inputs(raw, where, about):
 
 
 def make_batch(split, index, stage, config, generator):
-    """Examples by index -> Batch for a stage, padded as the settings say."""
-    batch = corrupt(split, index, stage, config, generator)
-    return pad(batch, config.multiple(), split.about["max_len"])
-
-
-def corrupt(split, index, stage, config, generator):
     """Examples by index -> Batch for a stage (2310.02980v4, section 2)."""
-    raw, keep = split.gather(index)
+    raw, keep = split.gather(index, config.multiple())
     if stage == "finetune":
         labels = split.labels[send(index, raw.device)]
         return Batch(inputs(raw, None, split.about), keep, None, labels)
     real = raw.new_ones(raw.shape[:2], dtype=torch.bool) if keep is None else keep
     if config.objective == "masked":  # independent positions, all of them replaced (no 80/10/10)
-        where = torch.rand(real.shape, generator=generator, device=raw.device) < config.mask_ratio
-        where = where & real
+        longest = int(split.lengths[index].max())  # without what --pad-to adds
+        noise = torch.rand(len(raw), longest, generator=generator, device=raw.device)
+        where = F.pad(noise < config.mask_ratio, (0, raw.shape[1] - longest)) & real
         x = inputs(raw, where, split.about)
         clean = raw
     else:  # causal: predict the input one step later, at all but the last position of a sequence

@@ -9,6 +9,7 @@ import pytest
 import runs
 import tape
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import batches
@@ -154,6 +155,8 @@ def loss_and_gradients(name, model, **settings):
     body = pretrain.initial_model(config, about)
     head = pretrain.initial_head(stage, body, config, about)
     split = batches.resident(data.train, about, "cpu")
+    positions = (0, 0, 0, 20) if data.mean else (0, 20)
+    split = replace(split, tokens=F.pad(split.tokens, positions))  # as if others were longer
     if stage == "pretrain":
         split = split.documents()
     generator = pretrain.seeded(config, 1)
@@ -182,10 +185,10 @@ def test_padding_and_fixed_shapes_change_rounding_only(name, model, monkeypatch)
 
 
 def test_batches_are_padded_to_multiples_but_not_beyond_the_longest_example():
-    batch = batches.Batch(torch.zeros(2, 100), None, None, torch.zeros(2))
-    assert batches.pad(batch, 64, 1000).x.shape == (2, 128)
-    assert batches.pad(batch, 64, 110).x.shape == (2, 110)
-    assert batches.pad(batch, 50, 1000) is batch
+    for stored, multiple, width in [(1000, 64, 128), (110, 64, 110), (1000, 50, 100)]:
+        raw, keep = batches.trim(torch.ones(2, stored), np.array([100, 100]), multiple)
+        assert raw.shape == (2, width)
+        assert keep is None if width == 100 else (keep.sum(1) == 100).all()
 
 
 @pytest.mark.parametrize(("device", "eager", "graphs", "multiple"), [
