@@ -172,8 +172,8 @@ def in_units_of_y(target, about):
 def draw(lengths, batch_size, *seed):
     """Yield the indices of each step, without end, as a function of the seed (integers) alone.
 
-    An epoch is a random permutation, cut into pools of 64 batches. Each pool is sorted by length
-    and cut into batches, which are shuffled: every example once, with little padding.
+    An epoch is a random permutation, cut into pools of 64 to 127 batches. Each pool is sorted by
+    length and cut into batches, which are shuffled: every example once, with little padding.
     """
     for epoch in itertools.count():
         rng = np.random.default_rng([*seed, epoch])

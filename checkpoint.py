@@ -137,7 +137,7 @@ def check_free(folder, replace=False):
 
 
 def check_out(folder, replace=False):
-    """`check_free`, and OSError if a run cannot write to the folder.  Leaves nothing in it."""
+    """`check_free`, and OSError if a run cannot write to the folder.  Leaves no file."""
     check_free(folder, replace)
     if ranks()[0] > 0:
         return
@@ -285,7 +285,7 @@ class Run:
         return self.bar
 
     def log(self, step, sums, tokens):
-        """Note a step: sums (3,) of loss, count, correct on the device, tokens read."""
+        """Note a step: sums of loss, count, correct, ... on the device, tokens read."""
         self.pending.append(sums)
         self.tokens += tokens
         if (step + 1) % LOG_EVERY == 0:

@@ -584,7 +584,7 @@ def appearing(path):
         part = Path(folder) / path.name
         yield part
         try:
-            part.rename(path)
+            os.replace(part, path)
         except OSError:
             if not path.exists():  # else another process was faster: what it made is the same
                 raise

@@ -4,7 +4,7 @@
     python predict.py runs/a new.npz --out guesses.csv
 
     model = predict.load("runs/latest")    # a torch module, from model.pt alone
-    logits = model(x, lengths)             # x as in the data file
+    logits = model(x, lengths)             # x as in the .npz file, or bytes of texts
 
 The file gets one line per example: the class and the probability of every class, or the k values
 of a regression. If the new data have labels, their score is printed. Data with other symbols,
@@ -27,7 +27,7 @@ import checkpoint
 import own_data
 import pretrain
 from own_data import need
-from pathfinder import one_line_errors
+from pathfinder import appearing, one_line_errors
 from settings import Config
 
 
@@ -138,17 +138,6 @@ def score(out, labels, about):
     return f"R2 {r2.mean().item():.4g}, mean absolute error {error.abs().mean().item():.4g}"
 
 
-def write(path, rows):
-    """Write a .csv file that appears when it is complete."""
-    temporary = path.with_name(path.name + ".new")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def command(args):
     world = int(os.environ.get("WORLD_SIZE", 1))
     how = "start it with python, not torchrun"
@@ -173,7 +162,8 @@ def command(args):
     kind = {**about, "max_len": limit}
     tokens, lengths, labels = own_data.examples(args.data, kind, text, label)
     found = predict(predictor, tokens, lengths, config.batch_size)
-    write(out, table(found, about))
+    with appearing(out) as part, open(part, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(table(found, about))
     print(f"{len(found):,} predictions in {out}")
     if labels is not None:
         print(score(found, labels, about))

@@ -119,14 +119,14 @@ def build_model(config, about):
         sizes["n_channels"] = about["n_channels"] + 1  # the last one is the flag
     if config.model == "transformer":
         ffn = None if config.ffn == "dense" else ffn_factory(config.ffn)
-        own = {"n_heads": config.n_heads, "d_ff": config.d_ff, "rope": config.rope}
-        return Transformer(TransformerConfig(**sizes, **own), ffn=ffn)
+        sizes.update(n_heads=config.n_heads, d_ff=config.d_ff, rope=config.rope)
+        return Transformer(TransformerConfig(**sizes), ffn=ffn)
     if config.model == "sgconv":
         return SGConvModel(SGConvConfig(**sizes, **sgconv_kernel(config, about["max_len"])))
     mixer = {"s4": s4_mixer, "s4d": s4d_mixer, "diagonal": dlr_mixer}[config.model]
-    own = {"d_state": config.d_state, "dt_min": config.dt_min, "dt_max": config.dt_max}
-    own["joint_kernels"] = config.device.startswith("cuda") and not config.sequence_parallel
-    return S4Model(S4Config(**sizes, **own), mixer)
+    sizes.update(d_state=config.d_state, dt_min=config.dt_min, dt_max=config.dt_max)
+    sizes["joint_kernels"] = config.device.startswith("cuda") and not config.sequence_parallel
+    return S4Model(S4Config(**sizes), mixer)
 
 
 def sgconv_kernel(config, L):
@@ -189,7 +189,7 @@ def uses_graphs(config):
 def outputs(model, head, x, keep, where, config, positions=()):
     """What the head says: (n, width) at the positions `where`, or (examples, width) if None.
 
-    In a CUDA graph, whose shapes must not depend on the data, (B L, width) at all positions.
+    With CUDA graphs, whose shapes must not depend on the data, (B L, width) at all positions.
     """
     if x.is_floating_point():
         x = x.to(next(head.parameters()).dtype)
@@ -284,15 +284,15 @@ def compiled_if(condition):
 # --------------------------------------------------------------------------------- the loop
 
 
-def seeded(config, *numbers, own=0):
+def seeded(config, *numbers, rank=0):
     """A generator that is a function of these integers. Seeds torch's own (weights, dropout) too.
 
-    own: added for torch's own alone, so that processes with other examples drop other units.
+    rank: added to torch's own seed, so that processes with other examples drop other units.
     """
-    # the length comes first: numpy treats (1,) and (1, 0) as one seed; >> 1 leaves room for own
+    # the length comes first: numpy treats (1,) and (1, 0) as one seed; >> 1 leaves room for rank
     entropy = np.random.SeedSequence((len(numbers), *numbers))
     value = int(entropy.generate_state(1, np.uint64)[0]) >> 1
-    torch.manual_seed(value + own)
+    torch.manual_seed(value + rank)
     return torch.Generator(config.device).manual_seed(value)
 
 
@@ -378,14 +378,14 @@ def fit(stage, model, head, train, val, config, run):
     if world > 1:
         objective = data_parallel(objective, stage, train, config)
     eager_step = partial(take_step, objective, optimizer, config)
-    full_step = eager_step
+    full_step = eager_step  # of whole batches
     if uses_graphs(config):
         full_step = gpu_step.CapturedStep(eager_step, objective, optimizer)
     order = draw(train.longest(), config.batch(stage), config.seed, number)
     order = itertools.islice(order, start, None)
 
     for step in run.steps(stage, start, steps):
-        generator = seeded(config, config.seed, number, step, own=rank)
+        generator = seeded(config, config.seed, number, step, rank=rank)
         index = next(order)
         batch = make_batch(train, index, stage, config, generator)  # of all processes
         factor = schedule(step, steps, config.warmup, config.schedule)
@@ -408,7 +408,7 @@ def fit(stage, model, head, train, val, config, run):
                 best = {"merit": merit, "score": score, **copy.deepcopy(weights)}
         if validate or run.interrupted:
             run.save(step, parts, best)  # raises KeyboardInterrupt if interrupted
-            wait_for_rank0()
+            wait_for_rank0()  # which writes
 
     model.load_state_dict(best["model"])
     head.load_state_dict(best["head"])
@@ -523,11 +523,11 @@ def data_parallel(objective, stage, train, config):
 def rank0_first(make, config):
     """make(config), first on rank 0, which may fill a cache, then on the others."""
     rank, _ = ranks()
-    if rank > 0:
-        wait_for_rank0()
-    data = make(config)
     if rank == 0:
-        wait_for_rank0()
+        data = make(config)
+    wait_for_rank0()
+    if rank > 0:
+        data = make(config)
     wait_for_rank0()
     return data
 

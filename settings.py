@@ -25,7 +25,7 @@ FFNS = ("dense", "lowrank", "blockdense", "blockshuffle")
 # Masking ratio and denoising loss of each task (arXiv:2310.02980v4, sections 2 and C.3).
 # "ce": cross entropy over symbols or gray levels; "l1": absolute error of normalized values.
 DENOISING = {
-    "lattice": (0.30, "ce"),  # ours
+    "lattice": (0.30, "ce"),
     **dict.fromkeys(("listops", "listops-small", "listops-tiny"), (0.10, "ce")),
     **dict.fromkeys(("text", "text-characters"), (0.15, "ce")),
     **dict.fromkeys(("retrieval", "retrieval-characters"), (0.15, "ce")),
@@ -37,6 +37,7 @@ DENOISING = {
 for side in (32, 64, 128, 256):
     for level in ("", "-medium", "-easy"):
         DENOISING[f"pathfinder{side}{level}"] = (0.50, "ce")
+OURS = ("lattice", "image")  # not from the paper
 OWN_SYMBOLS = (0.15, "ce")  # your own data, like Text
 OWN_VALUES = (0.50, "l1")  # like Image and sCIFAR
 
@@ -75,7 +76,7 @@ class Config:
     accumulate: int = flag(1, "gradient accumulation steps (saves memory)")
     warmup: float = flag(0.1, "fraction of a stage's steps with warmup")
     schedule: str = flag("cosine", "learning-rate schedule after warmup", "cosine", "constant")
-    weight_decay: float = flag(0.01, "AdamW weight decay of the matrices")
+    weight_decay: float = flag(0.01, "AdamW weight decay of the body's matrices")
     clip: float = flag(1.0, "largest gradient norm")
     mask_ratio: float = flag(None, "fraction of masked positions (default: the task's)")
     loss: str = flag(None, "denoising loss (default: the task's)", "ce", "l1")
@@ -141,7 +142,7 @@ class Config:
 
 
 BELOW_1 = math.nextafter(1, 0)
-# The numbers that fit into a machine and into float32: least, largest, in words.
+# Least, largest, in words.  Products of such numbers stay finite, sizes fit into 32 bits.
 LIMITS = {
     int: (1, 1e9, "a positive number up to 1e+09"),
     float: (1e-30, 1e30, "a positive number up to 1e+30"),
@@ -461,11 +462,14 @@ def resolve(given):
         elif key in found:
             origin[key] = f"{name}: {found[key][1]}"
         elif key in ("mask_ratio", "loss") and config.task in DENOISING:
-            origin[key] = f"of task {config.task}: {SPT}, sections 2 and C.3"
+            source = "ours" if config.task in OURS else f"{SPT}, sections 2 and C.3"
+            origin[key] = f"of task {config.task}: {source}"
         elif key in ("mask_ratio", "loss"):
             origin[key] = f"your own data: {OWN_SYMBOLS} if symbols, {OWN_VALUES} if values"
-        else:
+        elif getattr(config, key) == getattr(Config, key):
             origin[key] = "default"
+        else:
+            origin[key] = "follows from other settings"
     if departures:
         origin["departures"] = departures
     return config, origin

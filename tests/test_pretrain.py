@@ -532,7 +532,7 @@ def test_steps_have_different_streams_and_processes_share_the_masks_alone():
         mask = torch.rand(3, generator=pretrain.seeded(Config(**TINY), *entropy))
         seen += [tuple(mask.tolist()), tuple(torch.rand(2).tolist())]
     assert len(set(seen)) == 10
-    mask = torch.rand(3, generator=pretrain.seeded(Config(**TINY), 3, own=1))
+    mask = torch.rand(3, generator=pretrain.seeded(Config(**TINY), 3, rank=1))
     assert tuple(mask.tolist()) == seen[0] and tuple(torch.rand(2).tolist()) != seen[1]
 
 

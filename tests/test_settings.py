@@ -270,14 +270,17 @@ def test_bad_settings_are_refused_with_their_numbers(bad, message):
 def test_print_config_says_where_each_value_comes_from(capsys):
     """Also for another machine, which has CUDA."""
     given = ["--settings", "listops-s4", "--seed", "7", "--device", "cuda"]
+    given += ["--objective", "causal"]
     pretrain.main([*given, "--print-config"])
     shown = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "Table 5" in shown["pretrain_batch_size"] and " 128 " in shown["pretrain_batch_size"]
     assert " 7 " in shown["seed"] and "command line" in shown["seed"]
     assert "default" in shown["n_heads"] and "C.3" in shown["mask_ratio"]
+    assert "follows from other settings" in shown["causal"]
     assert "batch norm" in shown["differs"]
     pretrain.main(["--settings", "lattice-s4", "--print-config"])
-    assert capsys.readouterr().out.endswith("differs from the source: -\n")
+    shown = capsys.readouterr().out
+    assert shown.endswith("differs from the source: -\n") and "task lattice: ours" in shown
 
 
 @pytest.mark.parametrize(
