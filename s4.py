@@ -22,7 +22,8 @@ Sizes: B sequences, L steps, D channels, N real numbers of state per channel (N/
 In real coordinates a state is Re x_1, Im x_1, Re x_2, ... of the kept half.  There diag(Lam)
 consists of 2 x 2 blocks, and A is these blocks minus 2 P P^T (P^* x, summed over both of a pair,
 is 2 P^T x).  Differences from the papers are marked where they occur.  Left out: other HiPPO
-matrices, parameters shared between channels, 2-D kernels, a CUDA kernel, torch.func, torch.jit.
+matrices, parameters shared between channels, 2-D kernels, a CUDA kernel, torch.func, torch.jit,
+devices without float64 (MPS).
 
     python s4.py            checks, then a demo that ends with
                             accuracy 1.00, as a recurrence 1.00, target 0.95
@@ -812,7 +813,9 @@ def check_kernels(dtype, device, limit, N=64, L=16384):
     """The torch kernels of one channel against the reference."""
     for kind in (S4, S4D):
         layer = kind(1, N).to(device, dtype)
-        p = {k: v.double().cpu().numpy().ravel() for k, v in layer.named_parameters()}
+        p = {}
+        for name, parameter in layer.named_parameters():
+            p[name] = parameter.double().cpu().numpy().ravel()
         Lam = both(-np.exp(p["log_decay"]) + 1j * p["frequency"])
         B = both(p["B"].view(complex))
         dt = np.exp(p["log_dt"])
@@ -880,8 +883,10 @@ def demo(steps=120, L=256, target=0.95):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    accuracy = (head(model(x)[:, -1]).argmax(-1) == symbol).double().mean()
-    recurrent = (model.generate(x, 1, head)[:, 0] == symbol).double().mean()
+    guess = head(model(x)[:, -1]).argmax(-1)
+    accuracy = (guess == symbol).double().mean()
+    guess = model.generate(x, 1, head)[:, 0]
+    recurrent = (guess == symbol).double().mean()
     print(f"  accuracy {accuracy:.2f}, as a recurrence {recurrent:.2f}, target {target}")
     return min(accuracy, recurrent) >= target
 
