@@ -56,6 +56,7 @@ from attention import Transformer, TransformerConfig
 from batches import Batch, draw, fitted, identity, load_data, normalize, part, resident, send
 from checkpoint import Run, check_out, differences, find_run, load, means, new_folder, ranks
 from dist_attention import RankLost, process_group, wait_for_rank0
+from gpu_kernels import JointS4Model
 from pathfinder import print_anywhere
 from s4 import S4Config, S4Model, dlr_mixer, print_table, s4_mixer, s4d_mixer
 from settings import KERNELS, Config, parser, resolve
@@ -125,8 +126,9 @@ def build_model(config, about):
         return SGConvModel(SGConvConfig(**sizes, **sgconv_kernel(config, about["max_len"])))
     mixer = {"s4": s4_mixer, "s4d": s4d_mixer, "diagonal": dlr_mixer}[config.model]
     sizes.update(d_state=config.d_state, dt_min=config.dt_min, dt_max=config.dt_max)
-    sizes["joint_kernels"] = config.device.startswith("cuda") and not config.sequence_parallel
-    return S4Model(S4Config(**sizes), mixer)
+    whole = config.device.startswith("cuda") and not config.sequence_parallel
+    kind = JointS4Model if whole else S4Model
+    return kind(S4Config(**sizes), mixer)
 
 
 def sgconv_kernel(config, L):

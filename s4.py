@@ -386,7 +386,7 @@ class StateSpace(nn.Module):
     torch.nn.utils.prune.remove before prefill and step.
     """
 
-    # axis of the channels where it is not the first: for joint_kernels, dist_attention
+    # axis of the channels where it is not the first: for gpu_kernels.py, dist_attention.py
     channel_axes = {"C": 1}  # noqa: RUF012
 
     def __init__(self, d_model, d_state, bidirectional):
@@ -579,39 +579,6 @@ class DLR(StateSpace):
         return Lam, torch.ones_like(Lam)
 
 
-class Kernel(nn.Module):
-    """layer.kernel as the forward of a module: functional_call asks for one, made beforehand."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, L, rate):
-        return self.layer.kernel(L, rate)
-
-
-def joint_kernels(kernel, layers, L, rate=1.0):
-    """Return layer.kernel(L, rate) of each layer, computed as if all were one layer.
-
-    A kernel takes many small operations, which cost a GPU as much as large ones.
-    kernel: Kernel of one of the layers.  ValueError unless all are of the same kind and size.
-    """
-    first = layers[0]
-    for layer in layers:
-        plain = not [*layer.children(), *layer.buffers()]  # else pruned, or parametrized
-        same = type(layer) is type(first) and layer.C.shape == first.C.shape
-        how = "set joint_kernels=False for other models"
-        require(plain and same, f"joint kernels need plain layers of one kind and size: {how}")
-    joint = {}
-    for name, _ in first.named_parameters():
-        parts = [getattr(layer, name) for layer in layers]
-        axis = first.channel_axes.get(name, 0)
-        joint[f"layer.{name}"] = torch.cat(parts, axis)
-    # (layers * D, L), or (2, layers * D, L)
-    K = torch.func.functional_call(kernel, joint, (L, rate))
-    return K.chunk(len(layers), -2)
-
-
 # ---------------------------------------------------------------- model
 
 
@@ -647,7 +614,6 @@ class S4Config:
     dropout: float = 0.0
     dt_min: float = 1e-3
     dt_max: float = 1e-1
-    joint_kernels: bool = False  # of all blocks at once: faster on a GPU
 
 
 def s4_mixer(config, i, kind=S4):
@@ -683,8 +649,6 @@ class S4Model(nn.Module):
         self.blocks = nn.ModuleList()
         for i in range(config.n_layers):
             self.blocks.append(S4Block(config.d_model, mixer(config, i), config.dropout))
-        if config.joint_kernels:  # in a list, or its parameters would count twice
-            self.joint = [Kernel(self.blocks[0].mixer)]
         self.norm = nn.LayerNorm(config.d_model)
 
     def embed_input(self, x):
@@ -699,13 +663,8 @@ class S4Model(nn.Module):
     def forward(self, x, keep=None, **options):
         """keep: (B, L) bool, False at padding."""
         h = self.embed_input(x)  # (B, L, D)
-        each = [options] * len(self.blocks)
-        if self.config.joint_kernels:
-            mixers = [block.mixer for block in self.blocks]
-            kernels = joint_kernels(self.joint[0], mixers, h.shape[1], **options)
-            each = [{"K": K} for K in kernels]
-        for block, its_options in zip(self.blocks, each, strict=True):
-            h = block(h, keep, **its_options)
+        for block in self.blocks:
+            h = block(h, keep, **options)
         return self.norm(h)
 
     def initial_state(self, batch, **options):

@@ -85,6 +85,7 @@ def test_an_unfinished_run_is_neither_replaced_nor_continued_with_other_settings
     newest.rename(newest.with_name("checkpoint.pt.previous"))
     with pytest.raises(ValueError, match="contains an unfinished run"):
         run(tmp_path, "a")
+    run(tmp_path, "a", resume=True, accumulate=2, eager=True, pad_to=4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

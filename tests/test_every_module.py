@@ -25,6 +25,7 @@ import s4
 import sgconv
 import structured_ffn
 from attention import Attention, Transformer, TransformerConfig
+from gpu_kernels import JointS4Model
 from s4 import DLR, S4, S4D, S4Config, S4Model, rel_err
 from sgconv import SGConv, SGConv2d, SGConvConfig, SGConvModel
 from structured_ffn import BlockDense, BlockShuffle, LowRank, Merged, StructuredFFN
@@ -47,10 +48,7 @@ MODULES = {  # how to make it, shape of an input
     "BlockShuffle": (lambda: BlockShuffle(16, 24, 2), (5, 16)),
     "StructuredFFN": (lambda: StructuredFFN(8, 16, partial(LowRank, R=4)), (2, 9, 8)),
     "S4Model": (lambda: S4Model(S4Config(6, 2, 4, n_channels=3)), (2, 9, 3)),
-    "S4Model, joint": (
-        lambda: S4Model(S4Config(6, 2, 4, n_channels=3, joint_kernels=True)),
-        (2, 9, 3),
-    ),
+    "JointS4Model": (lambda: JointS4Model(S4Config(6, 2, 4, n_channels=3)), (2, 9, 3)),
     "SGConvModel": (lambda: SGConvModel(SGConvConfig(6, 2, 16, 4, n_channels=3)), (2, 9, 3)),
     "Transformer": (lambda: Transformer(TransformerConfig(8, 2, 2, n_channels=3)), (2, 9, 3)),
 }
@@ -72,7 +70,7 @@ def gradients(run, module, x, scale=1.0):
 
 
 def test_every_module_is_in_the_list():
-    tested = {Merged, s4.Kernel}  # for inference only; part of a function
+    tested = {Merged}  # for inference only
     for name in MODULES:
         for module in build(name)[0].modules():
             tested.update(type(module).__mro__)
