@@ -319,10 +319,11 @@ def read_table(path, text_column, label_column, labeled=True):
     while header and not header[-1]:  # a spreadsheet's empty columns
         header.pop()
     width = len(header)
-    found = ", ".join(header) or "an empty file"
+    found = shorten(", ".join(header), 100) or "an empty file"
     need(len(set(header)) == width, f"{path}: two columns have one name: {found}")
     separator = SEPARATORS[path.suffix.lower()]
-    hint = f"--text-column and --label-column name yours, {separator!r} separates them"
+    hint = f"--text-column and --label-column name yours, {separator!r} separates them; "
+    hint += "numbers go into a .npz file"
     needed = [text_column, label_column] if labeled else [text_column]
     for name in needed:
         need(name in header, f"{path}: no column {name} in {found} ({hint})")
