@@ -328,28 +328,27 @@ def read_table(path, text_column, label_column, labeled=True):
     for name in needed:
         need(name in header, f"{path}: no column {name} in {found} ({hint})")
     columns = {name: [] for name in (text_column, label_column, "split") if name in header}
-    unlabeled = []  # their places
+    places = []
     for place, row in rows:
         fits = len(row) >= width and not any(row[width:])
         need(fits, f"{place}: {len(row)} fields, but the first line has {width}: quote texts")
+        places.append(place)
         for name, values in columns.items():
             value = row[header.index(name)]
-            word = value.strip()
-            is_label = name == label_column
-            if is_label and not word:
-                unlabeled.append(f"{place}: {name} is empty")
-            need(word or is_label, f"{place}: {name} is empty")
-            unknown = is_label and word.lower() in ("nan", "inf", "-inf")
-            need(not unknown, f"{place}: {name} is {word}")
-            values.append(value if name == text_column else word)
+            values.append(value if name == text_column else value.strip())
     texts = columns[text_column]
     need(texts, f"{path}: no examples after the first line")
+    for place, text in zip(places, texts, strict=True):
+        need(text.strip(), f"{place}: {text_column} is empty")
     labels = columns.get(label_column)
-    if not labeled and len(unlabeled) == len(texts):
+    if labels and (labeled or any(labels)):  # else an empty column
+        for place, label in zip(places, labels, strict=True):
+            known = label.lower() not in ("", "nan", "inf", "-inf")
+            need(known, f"{place}: {label_column} is {label or 'empty'}")
+        labels = parse(labels)
+    else:
         labels = None
-    elif unlabeled:
-        raise ValueError(unlabeled[0])
-    return texts, labels and parse(labels), columns.get("split")
+    return texts, labels, columns.get("split")
 
 
 def rows_of(path):

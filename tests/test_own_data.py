@@ -454,6 +454,7 @@ BROKEN = {
     "column twice": (table(["a,b,c"], "text,label,text"), "two columns have one name: text, label"),
     "empty text": (table(["a,b", " ,b"]), "line 3: text is empty"),
     "empty label": (table(["a,b", "a, "]), "line 3: label is empty"),
+    "empty labels": (labeled(["", ""]), "line 2: label is empty"),
     "label nan": (labeled(["1.5", "nan"]), "line 3: label is nan"),
     "label infinite": (labeled(["1.5", "-inf"]), "line 3: label is -inf"),
     "constant label": (labeled(["1.5"] * 20), "target .0. .* is constant .*: nothing can be"),
