@@ -181,8 +181,9 @@ def test_command_line_lists_every_task_without_arguments(capsys):
     assert set(lines) == set(lra_data.TASKS)
     assert lines["listops-tiny"].endswith("generated")
     assert lines["image"].endswith(lra_data.CIFAR)
-    for name, size in (("pathx", 128), ("pathx256", 256)):
-        assert lra_data.TASKS[name].options == dict(size=size, contour=14)
+    pictures = [("pathx", 128, 14), ("pathx256", 256, 14), ("pathfinder64-medium", 64, 9)]
+    for name, size, contour in pictures:
+        assert lra_data.TASKS[name].options == dict(size=size, contour=contour)
 
 
 def test_command_line_prints_the_summary(tmp_path, capsys):
