@@ -16,9 +16,9 @@ import lra_data
 # ------------------------------------------------------------- small files in the published formats
 
 
-def png(pixels, mode="L"):
+def png(pixels, mode="L", form="PNG"):
     buffer = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(buffer, "PNG")
+    Image.fromarray(pixels).convert(mode).save(buffer, form)
     return buffer.getvalue()
 
 
@@ -281,14 +281,13 @@ def test_speech_follows_the_official_lists(task, stride, trees, tmp_path):
     assert abs(data.mean[0] - whole.mean()) < 1e-6 and abs(data.std[0] / whole.std() - 1) < 1e-9
 
 
-@pytest.mark.parametrize("task", ["listops-tiny", "pathfinder32", "speech"])
-def test_an_unwritable_folder_is_noticed_before_the_work(task, trees, tmp_path, monkeypatch):
-    for work in ("lra_data.make_listops", "pathfinder.draw_pictures", "lra_data.read_wav"):
+@pytest.mark.parametrize("task", ["listops-tiny", "pathfinder32"])
+def test_an_unwritable_folder_is_noticed_before_the_work(task, tmp_path, monkeypatch):
+    for work in ("lra_data.make_listops", "pathfinder.draw_pictures"):
         monkeypatch.setattr(work, lambda *_: pytest.fail("too late"))
-    options = {"source": trees / task} if task == "speech" else {}
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        lra_data.load(task, tmp_path / "file", **options)
+        lra_data.load(task, tmp_path / "file")
 
 
 @pytest.mark.parametrize(
@@ -347,8 +346,7 @@ GRAY = np.arange(1024, dtype=np.uint8).reshape(32, 32)
 
 BROKEN = {  # task, file, content, reason
     "unknown token": ("listops", TREE, HEAD + "[AVG 1 ]\t1\n", "line 2: .*AVG"),
-    "unclosed": ("listops", TREE, HEAD + "[MIN 1 2\t1\n", "expected a header, then a tree"),
-    "closed twice": ("listops", TREE, HEAD + "[MIN 1 ] ]\t1\n", "expected a header, then a tree"),
+    "unclosed": ("listops", TREE, HEAD + "[MIN 1 2\t2\n", "expected a header, then a tree"),
     "no arguments": ("listops", TREE, HEAD + "[MIN ]\t0\n", "expected a header, then a tree"),
     "two roots": ("listops", TREE, HEAD + "1 2\t1\n", "expected a header, then a tree"),
     "wrong answer": ("listops", TREE, HEAD + "1\t1\n[MIN 1 2 ]\t2\n", "line 3: answer 2, not 1"),
@@ -356,8 +354,7 @@ BROKEN = {  # task, file, content, reason
     "label 2": ("pathfinder32", TABLE, ROW + "imgs/0 sample_1.png 1 2\n", "line 2: '2'.* 0 or 1"),
     "no text": ("pathfinder32", TABLE, b"\x93NUMPY\x01\x00v", "line 1: .*utf-8.* expected folder"),
     "png cut": ("pathfinder32", SAMPLE, png(GRAY)[:-30], "truncated"),
-    "png empty": ("pathfinder32", SAMPLE, b"", "expected an 8-bit grayscale PNG file"),
-    "no png": ("pathfinder32", SAMPLE, b"GIF89a" + bytes(99), "expected an 8-bit grayscale"),
+    "no png": ("pathfinder32", SAMPLE, png(GRAY, form="BMP"), "expected an 8-bit grayscale"),
     "other size": ("pathfinder32", SAMPLE, png(GRAY[:31, :31]), "expected .* of 32 x 32"),
     "color": ("pathfinder32", SAMPLE, png(GRAY, "RGB"), r"\('RGB', \(32, 32\)\), not .* 8-bit"),
     "record cut": ("image", BATCH, bytes(3073 * 4 - 1), "size 12291 .*expected CIFAR-10"),
