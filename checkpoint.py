@@ -204,7 +204,8 @@ class Run:
             state = load(previous)
             if self.rank == 0:
                 newest.unlink(missing_ok=True)  # `save` must not keep it as the previous one
-        how = "with --resume, repeat the first command's flags (see config.json) on the same data"
+        config = self.folder / "config.json"
+        how = f"--settings {config} --resume continues it, on the same data"
         for kind, now in self.about.items():
             if changed := differences(state[kind], now, self.free):
                 found = f"{self.folder} contains a run with other {kind}: {changed}"

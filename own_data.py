@@ -37,12 +37,13 @@ from lra_data import SPLITS, Data, Split, check, pad, reading
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 MAX_VOCAB = 2**20
+MAX_LEN = 4096  # of a text
 NAME = re.compile("[+-]?0[0-9]|.*_")  # what int() would take for 1 and 10
 MEANING = "integers are tokens: turn values into floats, and mark padding by lengths"
 BROKEN = re.compile("[\0\ud800-\udfff]")  # NUL bytes, and what is not UTF-8
 
 
-def load(task, seed=0, text_column="text", label_column="label", characters=False, max_len=4096):
+def load(task, seed=0, text_column="text", label_column="label", characters=False, max_len=MAX_LEN):
     """Return a .npz, .csv or .tsv file, or what `file.py:function` returns, as `Data`.
 
     seed: of the random split.  Of tables alone: characters, one token per character instead of
@@ -54,14 +55,14 @@ def load(task, seed=0, text_column="text", label_column="label", characters=Fals
         need(max_len > 0, f"{task}: max_len is {max_len}, expected 1 or more")
         texts, labels, split = read_table(path, text_column, label_column)
         if split is None:
-            split = random_split(path.name, len(texts), seed)
+            split = random_split(path.name, labels, seed)
         symbols = vocabulary(texts, split, max_len) if characters else None
         size = len(symbols) if characters else 256
         tokens, lengths = encode(path.name, texts, symbols, max_len)
         own = dict(name=path.name, vocab_size=size, symbols=symbols)
         data = from_arrays(tokens, labels, lengths, split, **own)
     else:
-        only_tables = not characters and max_len == 4096
+        only_tables = not characters and max_len == MAX_LEN
         need(only_tables, f"{task}: characters and max_len are options of .csv and .tsv files")
         if suffix == ".npz":
             data = from_arrays(**read_arrays(path), seed=seed, name=path.name)
@@ -82,13 +83,13 @@ def from_arrays(
     tokens, lengths = check_inputs(name, x, lengths)
     n = len(tokens)
     labels = check_labels(name, y, n)
+    split = random_split(name, labels, seed) if split is None else np.asarray(split)
     facts = dict(vocab_size=None, n_classes=None, symbols=symbols)
     if labels.ndim == 1:
         classes, labels = np.unique(labels, return_inverse=True)
         need(len(classes) > 1, f"{name}: only one class, {classes[0]}")
         facts["classes"] = tuple(str(label) for label in classes.tolist())
         facts["n_classes"] = len(classes)
-    split = random_split(name, n, seed) if split is None else np.asarray(split)
     need(split.shape == (n,), f"{name}: split has shape {split.shape}, but x has {n} rows")
     unknown = ~np.isin(split, SPLITS)
     found = split[unknown][:1].tolist()
@@ -108,18 +109,25 @@ def from_arrays(
         facts["y_mean"], facts["y_std"] = moments(name, "y", "target", train.labels)
     else:
         unseen = [facts["classes"][i] for i in np.setdiff1d(labels, train.labels)]
-        reason = f"class {', '.join(unseen)[:60]} is not in the training split"
-        need(not unseen, f"{name}: {reason} (for regression, write floats: 3.0, not 3)")
+        how = "merge rare ones or name the splits; for regression, write floats: 3.0, not 3"
+        need(not unseen, f"{name}: no class {', '.join(unseen)[:60]} in the training split ({how})")
     return Data(name, *parts, **facts)
 
 
-def random_split(name, n, seed):
-    """Names of splits (n,): a tenth of the rows is val, a tenth is test."""
+def random_split(name, labels, seed):
+    """Names of splits (n,): a tenth of the rows is val, a tenth is test.
+
+    A class with a name that would be in these alone goes to the training split.
+    """
+    n = len(labels)
     need(n >= 10, f"{name}: {n} examples are too few to split, expected 10 or more")
     order = np.random.RandomState([seed, 6]).permutation(n)
     split = np.full(n, "train")
     split[order[: n // 10]] = "val"
     split[order[n // 10 : n // 10 * 2]] = "test"
+    if labels.dtype.kind == "U":  # others may be the numbers of a regression
+        for label in set(labels.tolist()) - set(labels[split == "train"].tolist()):
+            split[labels == label] = "train"
     say(f"{name}: split at random, 80/10/10, with seed {seed}")
     return split
 

@@ -154,9 +154,11 @@ def command(args):
     about = predictor.about
     config = predictor.config
     need(not about["pairs"], f"{args.run} reads pairs of documents: use predict.load in Python")
-    # texts are cut as in training; of other inputs, only those for sgconv have a longest length
-    limited = config.model == "sgconv" or not args.data.lower().endswith(".npz")
-    limit = about["max_len"] if limited else None
+    limit = None  # of the length of arrays
+    if not args.data.lower().endswith(".npz"):
+        limit = config.max_len or own_data.MAX_LEN  # texts are cut as in training
+    if config.model == "sgconv":
+        limit = about["max_len"]
     text = args.text_column or config.text_column or "text"
     label = args.label_column or config.label_column or "label"
     kind = {**about, "max_len": limit}

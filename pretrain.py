@@ -434,6 +434,8 @@ def train(config, position=0):
         check_out(config.out, config.resume or config.overwrite)
     data = rank0_first(load_data, config)
     about = identity(data)
+    if config.pretrained:
+        about = as_pretrained(about, config)
     config = fitted(config, about)
     train_split = resident(data.train, about, config.device)
     val_split = resident(data.val, about, config.device)
@@ -488,14 +490,27 @@ BODY = ("model", "d_model", "n_layers", "n_heads", "d_ff", "ffn", "d_state", "ro
 TOKENS = ("vocab_size", "n_channels", "symbols", "mean", "std")
 
 
+def read_pretrained(path):
+    state = load(Path(path))
+    if "model" not in state or "optimizer" in state or state.get("stage") == "finetune":
+        raise ValueError(f"{path} is not what pretraining left: pass the pretrained.pt of a run")
+    return state
+
+
+def as_pretrained(about, config):
+    """Normalize values as in pretraining, perhaps on other examples of the same channels."""
+    old = read_pretrained(config.pretrained).get("data", {})
+    if about["mean"] is None or old.get("n_channels") != about["n_channels"]:
+        return about
+    return {**about, "mean": old["mean"], "std": old["std"]}
+
+
 def load_pretrained(model, config, about):
     """Load the weights of an earlier run, whose model and symbols must be those of this run."""
     path = Path(config.pretrained)
     if config.out and path.resolve().parent == Path(config.out).resolve():
         raise ValueError(f"--out {config.out} contains {path} and would replace it: choose another")
-    state = load(path)
-    if "model" not in state or "optimizer" in state or state.get("stage") == "finetune":
-        raise ValueError(f"{path} is not what pretraining left: pass the pretrained.pt of a run")
+    state = read_pretrained(path)
     old = {**state.get("settings", {}), **state.get("data", {})}
     now = {name: getattr(config, name) for name in BODY}
     now.update({name: about[name] for name in TOKENS})

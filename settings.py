@@ -7,6 +7,7 @@
 
 `--settings` takes the name of a row of the table below, or a JSON file of your own:
 {"settings": {name: value}, "sources": {name: where the value comes from}}; sources may be left out.
+The config.json of a run is such a file too: it repeats the run, or with --resume continues it.
 Flags override settings, settings override the defaults of Config.
 """
 
@@ -96,7 +97,7 @@ class Config:
     pooling: str = flag("mean", "pooling over positions", "mean", "max", "last")
     target_loss: str = flag("l2", "loss of regression, on standardized targets", "l2", "l1")
     labels: int = flag(None, "fine-tune on this many examples (nested subsets)")
-    pretrained: str = flag(None, "skip pretraining and start from this pretrained.pt")
+    pretrained: str = flag(None, "start from this pretrained.pt, also of other data of that kind")
     eval_every: int = flag(500, "steps between validations")
     resume: bool = flag(False, "continue the run in --out, or runs/latest, from its checkpoint")
     precision: str = flag("float32", "arithmetic", "float32", "float64", "bfloat16")
@@ -487,10 +488,13 @@ def read_settings(name):
     try:
         content = json.loads(path.read_text("utf-8-sig"))  # skips a byte-order mark
         sources = content.get("sources", {})
+        values = content.get("settings", content)  # config.json of a run has no key "settings"
         found = {}
-        for key, value in content["settings"].items():
+        for key, value in values.items():
             found[key] = (value, sources.get(key, "no source"))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         expected = 'expected {"settings": {name: value}, "sources": {name: text}}'
         raise ValueError(f"{path} is not a file of settings ({error}): {expected}") from error
+    for key in ("data", "resume", "overwrite"):  # of a run: what it read, how it was started
+        found.pop(key, None)
     return found, ""

@@ -398,8 +398,8 @@ def convert(model, make, pick):
             picked[name] = module
     shared = [n for n, m in picked.items() if type(m) is not nn.Linear or readers[m.weight] != 1]
     if shared or not picked:
-        got = f"{len(picked)} inside the model; other code reads or sets the weights of {shared}"
-        raise ValueError(f"pick must accept nn.Linear with a weight of its own, got {got}")
+        got = f"other code reads or sets the weights of {shared}" if shared else "it accepts none"
+        raise ValueError(f"pick must accept nn.Linear with a weight of its own: {got}")
     new = {module: from_linear(module, make) for module in picked.values()}
     errors = {}
     for name, module in picked.items():

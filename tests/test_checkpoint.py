@@ -79,7 +79,7 @@ def test_an_unfinished_run_is_neither_replaced_nor_continued_with_other_settings
             run(tmp_path, "a")
     with pytest.raises(ValueError, match="contains an unfinished run: pass --resume"):
         run(tmp_path, "a")
-    with pytest.raises(ValueError, match="settings: seed 0 -> 1; with --resume, repeat the first"):
+    with pytest.raises(ValueError, match=r"seed 0 -> 1; --settings .*config.json --resume"):
         run(tmp_path, "a", resume=True, seed=1)
     newest = tmp_path / "a" / "checkpoint.pt"
     newest.rename(newest.with_name("checkpoint.pt.previous"))

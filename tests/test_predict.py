@@ -242,6 +242,18 @@ def test_inputs_that_cannot_be_right_are_refused(runs):
             model(x, lengths)
 
 
+def test_a_text_is_cut_as_in_training_not_at_the_longest_text_of_training(runs, tmp_path):
+    text = "good bad " * 30  # training had 35 bytes at most
+    (tmp_path / "new.csv").write_text(f"review\n{text}\n", encoding="utf-8")
+    command = [runs / "table", tmp_path / "new.csv", "--out", tmp_path / "out.csv"]
+    predict.main([str(arg) for arg in command])
+    logits = predict.load(runs / "table")([list(text.encode())])
+    expected = logits.softmax(1)[0].tolist()
+    assert [float(p) for p in rows_of(tmp_path / "out.csv")[1][1:]] == pytest.approx(
+        expected, rel=1e-4
+    )
+
+
 def test_only_sgconv_refuses_inputs_longer_than_those_of_training(runs, tmp_path, capsys):
     options = {"objective": "none", "finetune_steps": 1}
     run(tmp_path, "a", task=str(runs / "train.npz"), model="sgconv", **options)

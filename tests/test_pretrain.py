@@ -510,6 +510,22 @@ def test_weights_of_another_length_are_refused_in_one_line(tmp_path):
         pretrain.load_pretrained(model, config, identity(data))
 
 
+def test_values_are_normalized_as_in_pretraining(monkeypatch, tmp_path):
+    """Fine-tuning may see other examples, with other means."""
+    load_small(monkeypatch, numbers())
+    own = {"task": "own", "pretrain_steps": 1, "finetune_steps": 1}
+    run(tmp_path, "a", **own)
+    other = replace(numbers(seed=1), mean=(7.0,) * 3, std=(9.0,) * 3)
+    load_small(monkeypatch, other)
+    own["pretrained"] = str(tmp_path / "a" / "pretrained.pt")
+    run(tmp_path, "b", **own)
+    about = checkpoint.load(tmp_path / "b" / "model.pt")["data"]
+    assert about["mean"] == numbers().mean and about["std"] == numbers().std
+    load_small(monkeypatch, replace(numbers(C=2), mean=(7.0,) * 2, std=(9.0,) * 2))
+    with pytest.raises(ValueError, match="n_channels 3 -> 2"):
+        run(tmp_path, "c", **own)
+
+
 def test_other_data_are_refused_by_name(story, monkeypatch, tmp_path):
     """What the run learned of "0" is not true of "u"; fine-tuning may see other examples."""
     stored = json.loads((story.root / "a" / "config.json").read_text())["data"]

@@ -324,6 +324,14 @@ def test_a_flag_goes_before_a_file_before_a_default(tmp_path):
     assert config.data_dir == "données"
 
 
+def test_the_config_of_a_run_is_a_file_of_settings(tmp_path):
+    config = Config(model="s4", out=str(tmp_path), overwrite=True, device="cpu")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**vars(config), "data": {"name": "lattice"}}))
+    again, _ = resolve({"settings": str(path), "resume": True})
+    assert again == replace(config, overwrite=False, resume=True)
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
