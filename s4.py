@@ -531,7 +531,7 @@ class S4(StateSpace):
     def system(self, rate=1.0):
         E, B_bar, _, _ = self.low_rank(rate)
         C = output_rows(as_complex(self.C))
-        return E, B_bar, C.transpose(0, 1)
+        return E, B_bar, torch.stack(C.unbind(), 1)  # torch 2.9 cannot compile a transpose here
 
     def impulse_response(self, L, rate):
         return two_level_kernel(*self.system(rate), L)
