@@ -290,6 +290,13 @@ def test_the_path_of_a_former_file_is_a_name_of_its_row(path):
     assert resolve({"settings": path})[0] == resolve({"settings": "listops-s4"})[0]
 
 
+def test_a_file_that_exists_is_read_whatever_its_name(tmp_path):
+    path = tmp_path / "settings" / "listops-s4.json"
+    path.parent.mkdir()
+    path.write_text('{"settings": {"seed": 5}}')
+    assert resolve({"settings": str(path)})[0].seed == 5
+
+
 @pytest.mark.parametrize(("n", "steps"), [(10, 300), (1200, 30 * 19), (100_000, 3000)])
 def test_own_data_are_pretrained_for_30_epochs_unless_steps_are_given(n, steps):
     about = {"mean": None, "train": [n, 20], "n_channels": None, "vocab_size": 256}
@@ -309,6 +316,7 @@ def test_each_stage_has_its_own_settings():
 def test_help_tells_the_defaults():
     text = " ".join(settings.parser().format_help().split())
     assert "over all processes (default: 64)" in text and "None" not in text
+    assert "caches (default: data)" in text
 
 
 def test_a_flag_goes_before_a_file_before_a_default(tmp_path):
