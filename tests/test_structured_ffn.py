@@ -1,12 +1,10 @@
-"""structured_ffn.py: golden values, exact properties, errors, guide, pre-merge and command line."""
+"""structured_ffn.py: golden values, exact properties, errors, guide, pre-merge."""
 
 import copy
 import itertools
 import json
 import math
 import random
-import re
-import runpy
 from functools import partial
 from pathlib import Path
 
@@ -539,7 +537,7 @@ def test_compiles_into_one_graph(make):
     assert len(graphs) <= 2
 
 
-# ---------------------------------------------------------------- checks, command line
+# ---------------------------------------------------------------- checks
 
 
 @pytest.mark.parametrize(
@@ -567,23 +565,3 @@ def test_zeros_and_other_shapes_are_not_compared():
     for b in (torch.zeros(3), torch.ones(1)):
         with pytest.raises(AssertionError):
             rel_err(torch.zeros(3), b)
-
-
-def test_one_failed_row_fails_the_check(capsys, monkeypatch):
-    rows = {torch.float64: [("a", math.nan, 1.0), ("b", 0.0, 1.0)], torch.float32: []}
-    monkeypatch.setattr(sf, "self_check", lambda dtype, device: rows[dtype])
-    assert sf.main(["--check"]) == 1
-    printed = capsys.readouterr().out
-    assert printed.count(" FAILED\n") == printed.count(" ok\n") == 1
-
-
-@pytest.mark.slow
-def test_whole_file_runs(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["structured_ffn.py"])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(sf.__file__, run_name="__main__")
-    printed = capsys.readouterr().out
-    assert stop.value.code == 0 and "FAILED" not in printed
-    assert printed.count(" ok\n") == 31
-    plain, guided = re.search(r"another: (\S+), guided (\S+)", printed).groups()
-    assert 0.03 < float(plain) < 0.1 and 0.01 < float(guided) < 0.04
