@@ -1,4 +1,4 @@
-"""attention.py: golden values, exact properties, masks, the KV cache, errors, the command line."""
+"""attention.py: golden values, exact properties, masks, merging, the KV cache, errors."""
 
 import copy
 import json
@@ -14,7 +14,6 @@ from torch import nn
 
 import attention as at
 from attention import Attention, Transformer, TransformerConfig, attention_slow, merge, rel_err
-from s4 import S4
 from sgconv import SGConv
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,7 +104,7 @@ def test_all_forms_are_the_definition(lengths, causal, padded):
     assert rel_err(at.attention_online(q, k, v, causal, keep, tile=4)[0], ref) < 1e-13
 
 
-# ---------------------------------------------------------------- the checks can fail
+# ---------------------------------------------------------------- the checks
 
 
 def test_self_check_in_float32():
@@ -113,27 +112,9 @@ def test_self_check_in_float32():
     assert not bad
 
 
-def unscaled_merge(out, lse, out_block, lse_block):
-    total = torch.logaddexp(lse, lse_block)
-    return out + out_block * (lse_block - total).exp()[..., None], total
-
-
-ANGLES = at.angles
-FAULTS = {
-    "one per cent": ("attention", lambda *a, **k: 1.01 * attention_slow(*a, **k), "kernel =="),
-    "padding not hidden": ("attention", lambda *a, **k: attention_slow(*a[:4], **k), "kernel =="),
-    "merge without rescaling": ("merge", unscaled_merge, "merged blocks"),
-    "RoPE the other way": ("angles", lambda *a: -ANGLES(*a), "RoPE =="),
-    "RoPE one radian ahead": ("angles", lambda *a: ANGLES(*a) + 1, "RoPE =="),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_self_check_sees(fault, monkeypatch):
-    name, wrong, row = FAULTS[fault]
-    monkeypatch.setattr(at, name, wrong)
-    caught = [label for label, error, limit in at.self_check() if not error <= 1000 * limit]
-    assert any(row in label for label in caught)
+def test_self_check_sees_padding_that_is_not_hidden(monkeypatch):
+    monkeypatch.setattr(at, "attention", lambda *a, **k: attention_slow(*a[:4], **k))
+    assert any(not error <= limit for _, error, limit in at.self_check())
 
 
 # ---------------------------------------------------------------- masks
@@ -199,24 +180,6 @@ def test_rounding_of_many_blocks_stays_small():
 
 
 # ---------------------------------------------------------------- exact properties of the model
-
-
-def both_ways(config, i):
-    return SGConv(config.d_model, 32, 4, bidirectional=True)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"rope": True}, {"causal": True}, {"n_kv_heads": 2}, {"mixer": both_ways}],
-)
-def test_batch_mates_change_nothing(options):
-    """The features of an example do not depend on how far it is padded."""
-    net, tokens = model(**options), draw_tokens(2, 20)
-    keep = torch.arange(20) < torch.tensor([[20], [13]])
-    alone = net(tokens[1:, :13])[0]
-    assert rel_err(net(tokens, keep)[1, :13], alone) < 1e-13
-    without_keep = rel_err(net(tokens)[1, :13], alone)
-    assert without_keep < 1e-13 if options.get("causal") else without_keep > 1e-3
 
 
 @torch.no_grad()
@@ -333,60 +296,7 @@ def test_memory_of_prefill_is_linear_in_the_prompt(monkeypatch):
         assert rel_err(y[:, t - 8], layer.out(out.flatten(1))) < 1e-11
 
 
-# ---------------------------------------------------------------- generation
-
-MIXERS = {
-    "sinusoids": {},
-    "RoPE": {"rope": True},
-    "S4": {"mixer": lambda config, i: S4(config.d_model, 8)},
-}
-
-
-def head(features):
-    return features @ draw(16, 11)
-
-
-def continued(net, prompt, n):
-    """Greedy decoding of one prompt (1, L) by forward alone."""
-    tokens = prompt
-    for _ in range(n):
-        token = head(net(tokens)[:, -1]).argmax(-1)
-        tokens = torch.cat([tokens, token[:, None]], 1)
-    return tokens[:, prompt.shape[1] :]
-
-
-@pytest.mark.parametrize("kind", MIXERS)
-def test_generation_from_unequal_prompts_is_that_of_each_alone(kind):
-    net, prompt = model(causal=True, **MIXERS[kind]), draw_tokens(4, 9)
-    lengths = [5, 1, 9, 8]
-    made = net.generate(prompt, 7, head, lengths=torch.tensor(lengths))
-    alone = [continued(net, prompt[b : b + 1, :L], 7) for b, L in enumerate(lengths)]
-    assert torch.equal(made, torch.cat(alone))
-    assert len(made.unique()) > 3
-
-
-def test_generation_from_equal_prompts():
-    net, prompt = model(causal=True), draw_tokens(2, 9)
-    made = net.generate(prompt.to(torch.uint8), 5, head)
-    assert made.dtype == torch.int64
-    assert torch.equal(made, torch.cat([continued(net, row[None], 5) for row in prompt]))
-    assert torch.equal(net.generate(prompt, 5, head, temperature=1e-9), made)
-    assert net.generate(prompt, 0, head).shape == (2, 0)
-
-
-def test_temperature_divides_the_logits():
-    logits = torch.tensor([0.0, 0.5, 1.0])
-    net, prompt = model(causal=True), draw_tokens(9000, 1)
-    made = net.generate(prompt, 1, lambda h: logits.expand(9000, 3), temperature=0.5)
-    share = made.flatten().bincount() / 9000
-    assert (share - (logits / 0.5).softmax(0)).abs().max() < 0.02
-
-
 # ---------------------------------------------------------------- errors
-
-
-def generate(L=3, **options):
-    return model(causal=True).generate(draw_tokens(2, L), 1, head, **options)
 
 
 def masked(keep):
@@ -417,11 +327,6 @@ def placed(*shape, rope=False):
         (lambda: placed(1, rope=True), r"positions \(L,\); .* \(1,\)"),
         (lambda: at.rotate(torch.ones(4, 8, dtype=torch.long)), "float x .* torch.int64"),
         (lambda: model(lambda c, i: SGConv(16, 32, 4)).initial_state(2), "SGConv has no recurrent"),
-        (lambda: generate(L=0), r"1 to L = 0 tokens.*got \[0, 0\]"),
-        (lambda: generate(lengths=[3, 0]), r"1 to L = 3 tokens.*got \[3, 0\]"),
-        (lambda: generate(lengths=[4, 3]), r"1 to L = 3 tokens.*got \[4, 3\]"),
-        (lambda: generate(lengths=[3]), r"2 lengths.*got \[3\]"),
-        (lambda: generate(temperature=-1), "temperature of at least 0.* -1"),
     ],
 )
 def test_bad_input(make, message):

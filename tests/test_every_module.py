@@ -1,6 +1,6 @@
 """Every model file, and its public modules and functions, used as people use PyTorch.
 
-A new module is covered by adding it to MODULES and SIZES, a new function by adding it to CALLS.
+A new module is covered by adding it to MODULES and ARGUMENTS, a new function by adding it to CALLS.
 """
 
 import ast
@@ -9,6 +9,7 @@ import inspect
 import io
 import math
 import pickle
+import pkgutil
 import re
 import runpy
 import sys
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import linear
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import checkpoint
 
@@ -44,7 +46,7 @@ EACH_FILE = pytest.mark.parametrize("file", FILES, ids=lambda file: file.__name_
 
 
 def run_as_script(file, *arguments):
-    """Return what `python FILE.py ARGUMENTS` prints, if all is well."""
+    """As python FILE.py ARGUMENTS, which must end well."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(sys, "argv", [file.__file__, *arguments])
         runpy.run_path(file.__file__, run_name="__main__")
@@ -83,6 +85,50 @@ def test_one_failed_row_fails_the_check(file, capsys, monkeypatch):
     monkeypatch.setattr(file, "rel_err", lambda a, b: next(errors, 0.0))
     assert file.main(["--check"]) == 1
     assert capsys.readouterr().out.count(" FAILED\n") == 1
+
+
+PLACES = {  # what may be wrong, and the rows of the table that must show it
+    "s4.krylov": "S4 kernel",
+    "s4.bilinear": "S4 kernel",
+    "s4.diagonal_kernel": "S4D kernel",
+    "s4.fft_conv": "layer",
+    "s4.StateSpace.step": "layer",
+    "s4.StateSpace.prefill": "layer",
+    "sgconv.upsample": "kernel",
+    "sgconv.fft_conv": "layer",
+    "attention.attention": "fused kernel",
+    "attention.attention_slow": "written out",
+    "attention.attention_online": "online softmax",
+    "attention.attention_newest": "== forward",
+    "attention.merge": "merged blocks",
+    "attention.rotate": "RoPE",
+    "structured_ffn.grid_linear": "forward",
+    "structured_ffn.grid_linear_slow": "einsum",
+    "dist_attention.fused_block": "ring:",
+}
+FAULTS = {
+    "1 %": lambda y: 1.01 * y,
+    "one late": lambda y: y.roll(1, -1),
+    "nearly zero": lambda y: 1e-9 * y,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("place", PLACES)
+def test_the_checks_see_a_fault(place, fault, monkeypatch):
+    right = pkgutil.resolve_name(place)
+
+    def faulty(*args, **options):
+        """Change the result, or the first of several."""
+        value = right(*args, **options)
+        if torch.is_tensor(value):
+            return FAULTS[fault](value)
+        return FAULTS[fault](value[0]), *value[1:]
+
+    monkeypatch.setattr(place, faulty)
+    rows = sys.modules[place.split(".")[0]].self_check()
+    errors = [(error, limit) for name, error, limit in rows if PLACES[place] in name]
+    assert errors and not any(error <= limit for error, limit in errors)
 
 
 def tree(path, name):
@@ -313,6 +359,96 @@ def test_data_parallel_changes_no_gradient(name, option, one_rank):
     parallel = DistributedDataParallel(module, **options)
     for _ in range(2):  # a static graph is recorded in the first step
         assert torch.equal(gradients(parallel, module, x), want)
+
+
+# ---------------------------------------------------------------- models
+
+MODELS = {  # by their kind of mixer; options of the config
+    "S4": lambda **c: S4Model(S4Config(8, d_state=8, **c)),
+    "S4D": lambda **c: S4Model(S4Config(8, d_state=8, **c), s4.s4d_mixer),
+    "DLR": lambda **c: S4Model(S4Config(8, d_state=8, **c), s4.dlr_mixer),
+    "sinusoids": lambda **c: Transformer(TransformerConfig(8, **c)),
+    "RoPE": lambda **c: Transformer(TransformerConfig(8, rope=True, n_kv_heads=2, **c)),
+    "S4 in a Transformer": lambda **c: Transformer(TransformerConfig(8, **c), mixer=s4_mixer),
+    "SGConv": lambda **c: SGConvModel(SGConvConfig(8, max_len=40, kernel_dim=4, **c)),
+}
+RECURRENT = pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "SGConv"])
+
+
+def s4_mixer(config, i):
+    return S4(config.d_model, 8, not config.causal)
+
+
+def model_of(kind, **options):
+    torch.manual_seed(0)
+    return MODELS[kind](**options).double()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_batch_mates_change_nothing(kind, causal):
+    """The features of an example do not depend on how far it is padded, nor with what."""
+    model = model_of(kind, n_channels=3, causal=causal)
+    x = torch.randn(3, 40, 3).double()
+    lengths = [40, 23, 1]
+    keep = torch.arange(40) < torch.tensor(lengths)[:, None]
+    padding = 0.0 if isinstance(model, Transformer) else torch.nan
+    changed = torch.where(keep[..., None], x, padding)
+    for b, n in enumerate(lengths):
+        alone = model(x[b : b + 1, :n])[0]
+        assert rel_err(model(x, keep)[b, :n], alone) < 1e-11
+        assert rel_err(model(changed, keep)[b, :n], alone) < 1e-11
+    without_keep = rel_err(model(x)[2, :1], alone)
+    assert without_keep < 1e-11 if causal else without_keep > 1e-3
+
+
+@RECURRENT
+def test_generation_is_the_argmax_of_the_whole_and_of_each_prompt_alone(kind):
+    model = model_of(kind, vocab_size=11, causal=True)
+    head = partial(linear, weight=torch.randn(11, 8).double())
+    prompts = torch.randint(0, 11, (5, 150), dtype=torch.uint8)
+    lengths = torch.tensor([150, 1, 64, 149, 87], dtype=torch.int32)
+    got = model.generate(prompts, 12, head, lengths=lengths)
+    assert torch.equal(got, model.generate(prompts, 12, head, lengths=lengths.tolist()))
+    assert torch.equal(got[:1], model.generate(prompts[:1], 12, head))
+    assert torch.equal(got[:1], model.generate(prompts[:1], 12, head, temperature=1e-9))
+    for prompt, length, want in zip(prompts, lengths, got, strict=True):
+        tokens = prompt[None, :length]
+        for _ in range(12):
+            best = head(model(tokens))[:, -1].argmax(-1)
+            tokens = torch.cat([tokens, best[:, None]], 1)
+        assert torch.equal(tokens[0, length:], want)
+    assert len(got.unique()) > 3
+    none = model.generate(prompts, 0, head)
+    assert none.shape == (5, 0) and none.dtype == torch.int64
+
+
+@RECURRENT
+def test_sampling_follows_the_temperature(kind):
+    logits = torch.tensor([0.0, 1.0, 2.0])
+    model = model_of(kind, vocab_size=3, causal=True)
+    prompt = torch.zeros(4000, 1, dtype=torch.int64)
+    drawn = model.generate(prompt, 1, lambda h: logits.expand(len(h), 3), temperature=2.0)
+    share = drawn[:, 0].bincount(minlength=3) / 4000
+    assert (share - (logits / 2).softmax(-1)).abs().max() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("L", "options", "message"),
+    [
+        (0, {}, r"got \[0, 0\]"),
+        (5, {"lengths": [4, 0]}, r"got \[4, 0\]"),
+        (5, {"lengths": [4, 6]}, r"to L = 5 .*got \[4, 6\]"),
+        (5, {"lengths": [4]}, r"2 lengths .*got \[4\]"),
+        (5, {"temperature": -1.0}, "temperature .*got .*-1"),
+        (5, {"temperature": math.nan}, "temperature .*got .*nan"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["S4", "RoPE"])
+def test_prompts_that_cannot_be_continued_are_refused(kind, L, options, message):
+    model = model_of(kind, vocab_size=3, causal=True)
+    with pytest.raises(ValueError, match=message):
+        model.generate(torch.zeros(2, L).long(), 2, nn.Linear(8, 3).double(), **options)
 
 
 # ---------------------------------------------------------------- functions: shapes and dtypes

@@ -1,4 +1,4 @@
-"""sgconv.py: golden values, exact properties, errors, and the command line."""
+"""sgconv.py: golden values, exact properties, errors and plug-ins."""
 
 import copy
 import json
@@ -172,32 +172,10 @@ def test_gradcheck(bidirectional, decay):
         assert torch.autograd.gradgradcheck(run, (few, layer.w, layer.D_skip))
 
 
-@CAUSAL_OR_NOT
-def test_padding_is_absent(bidirectional):
-    model = model_of(vocab_size=7, causal=not bidirectional)
-    x = torch.randint(7, (3, 30), dtype=torch.uint8)
-    lengths = [30, 17, 1]
-    keep = torch.arange(30) < torch.tensor(lengths)[:, None]
-    y = model(x, keep)
-    for b, L in enumerate(lengths):
-        assert rel_err(y[b, :L], model(x[b : b + 1, :L])[0]) < 1e-12
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_causal_model_reads_no_future_and_two_sided_does(causal):
-    model = model_of(n_channels=2, causal=causal)
-    x = torch.randn(1, 30, 2, dtype=torch.float64)
-    y = model(x)
-    x[:, 20] += 1
-    change = (model(x) - y).abs().amax((0, 2))
-    assert change[20:].min() > 1e-6
-    assert (change[:20].max() < 1e-12) == causal
-
-
 def test_checkpoint_carries_the_normalizer():
     a = model_of(vocab_size=7)
     b = SGConvModel(a.config).double()  # another draw
-    x = torch.randint(7, (2, 40))
+    x = torch.randint(7, (2, 40), dtype=torch.uint8)
     assert rel_err(b(x), a(x)) > 0.1
     b.load_state_dict(a.state_dict())
     assert torch.equal(a(x), b(x))
@@ -299,7 +277,7 @@ def test_what_would_be_silently_wrong_is_refused(call, message):
         call()
 
 
-# ---------------------------------------------------------------- plug-ins, checks
+# ---------------------------------------------------------------- plug-ins
 
 
 def test_sgconv2d_reads_row_by_row_both_ways():
@@ -336,8 +314,3 @@ def test_a_layer_built_on_the_meta_device_and_loaded_equals_the_saved_one(assign
     layer.load_state_dict(saved.state_dict(), assign=assign)
     x = torch.randn(2, 20, 4)
     assert torch.equal(layer(x), saved(x))
-
-
-def test_self_check_sees_steps_in_place_of_lines(monkeypatch):
-    monkeypatch.setattr(sgconv, "upsample", lambda w, factor: w.repeat_interleave(factor, -1))
-    assert not all(error <= limit for _, error, limit in sgconv.self_check())

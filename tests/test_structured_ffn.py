@@ -550,17 +550,6 @@ def test_self_check(dtype, limit):
     assert all(row[1] <= row[2] == limit for row in rows)
 
 
-@pytest.mark.parametrize("factor", [0.0, 1.01, math.nan])
-@pytest.mark.parametrize(
-    ("name", "row"), [("grid_linear", "forward"), ("grid_linear_slow", "einsum")]
-)
-def test_self_check_can_fail(name, row, factor, monkeypatch):
-    good = getattr(sf, name)
-    monkeypatch.setattr(sf, name, lambda *a: factor * good(*a))
-    failed = {name for name, error, limit in sf.self_check() if not error <= limit}
-    assert {f"{kind}: {row}" for kind in MAKERS} <= failed
-
-
 def test_zeros_and_other_shapes_are_not_compared():
     for b in (torch.zeros(3), torch.ones(1)):
         with pytest.raises(AssertionError):
