@@ -242,17 +242,17 @@ def test_attend_is_called_in_every_block():
 @pytest.mark.parametrize("options", [{}, {"rope": True, "n_kv_heads": 2}])
 def test_steps_of_a_model(options):
     """prefill, a second prefill and steps == forward, with a cache that must grow."""
-    net, tokens = model(causal=True, **options), draw_tokens(2, 600)
+    net, tokens = model(causal=True, **options), draw_tokens(2, 800)
     y, state = net.prefill(tokens[:, :100], net.initial_state(2))
-    z, state = net.prefill(tokens[:, 100:590], state)
+    z, state = net.prefill(tokens[:, 100:790], state)  # three chunks
     parts = [y, z]
-    for t in range(590, 600):
+    for t in range(790, 800):
         y, state = net.step(tokens[:, t], state)
         parts.append(y[:, None])
     assert rel_err(torch.cat(parts, 1), net(tokens)) < 1e-13
     caches, past = state
-    assert past == caches[0].length == 600
-    assert caches[0].k.shape[2] == caches[0].v.shape[2] == 2 * 590  # doubled at the first step
+    assert past == caches[0].length == 800
+    assert caches[0].k.shape[2] == caches[0].v.shape[2] == 2 * 790  # doubled at the first step
     assert net(tokens[:, :0]).shape == (2, 0, 16)
 
 
@@ -271,29 +271,20 @@ def test_a_cache_is_continued_once_and_refuses_another_batch():
     assert torch.equal(net.step(tokens[:, 3], branch)[0], first)
 
 
-def test_memory_of_prefill_is_linear_in_the_prompt(monkeypatch):
-    """65,536 tokens after 8 in the cache; the kernel runs for one chunk in 16, the rest is 0."""
-    torch.manual_seed(0)
-    layer = Attention(2, 1, causal=True).double()
-    x = draw(1, 65544, 2)
-    _, state = layer.prefill(x[:, :8], layer.initial_state(1))
+def test_prefill_needs_no_square_of_the_prompt(monkeypatch):
+    """The masks of a long prompt after 8 tokens in the cache have 256 rows."""
     kernel = F.scaled_dot_product_attention
-    masks, computed = [], []
+    masks = []
 
-    def some_chunks(q, k, v, mask, **options):
-        masks.append(mask.numel())
-        if len(masks) % 16:
-            return torch.zeros_like(q)
-        computed.append(k.shape[2] - 1)  # the last query of this chunk
+    def noted(q, k, v, mask, **options):
+        masks.append(tuple(mask.shape))
         return kernel(q, k, v, mask, **options)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", some_chunks)
-    y, _ = layer.prefill(x[:, 8:], state)
-    assert max(masks) <= 256 * 65544 and computed[-1] == 65543
-    q, k, v = layer.project(x, torch.arange(65544))
-    for t in computed:
-        out = attention_slow(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1])
-        assert rel_err(y[:, t - 8], layer.out(out.flatten(1))) < 1e-11
+    layer = Attention(2, 1, causal=True).double()
+    _, state = layer.prefill(draw(1, 8, 2), layer.initial_state(1))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    layer.prefill(draw(1, 600, 2), state)
+    assert masks == [(256, 264), (256, 520), (88, 608)]
 
 
 # ---------------------------------------------------------------- errors
