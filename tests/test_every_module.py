@@ -14,7 +14,6 @@ import re
 import runpy
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -301,26 +300,6 @@ def test_exports(name):
         assert rel_err(program.module()(x), module(x)) < 1e-6
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("name", ["S4Model", "SGConvModel", "Transformer"])
-def test_an_exported_model_takes_any_batch_and_shorter_inputs(name, causal):
-    """It is exported at the longest length; shorter inputs are padded on the right."""
-    model, _ = build(name)
-    model = type(model)(replace(model.config, causal=causal)).double().eval()
-    x = torch.randn(5, 9, 3).double()
-    lengths = [9, 4, 8, 7, 1]
-    keep = torch.arange(9) < torch.tensor(lengths)[:, None]  # (5, 9)
-    batch = {0: torch.export.Dim("batch")}
-    export = partial(torch.export.export, model, strict=False)
-    with torch.no_grad():
-        plain = export((x[:2],), dynamic_shapes=(batch,)).module()
-        padded = export((x[:2], keep[:2]), dynamic_shapes=(batch, batch)).module()
-        assert rel_err(plain(x), model(x)) < 1e-12
-        assert rel_err(plain(x[:1]), model(x[:1])) < 1e-12
-        for row, short, n in zip(padded(x, keep), x, lengths, strict=True):
-            assert rel_err(row[:n], model(short[None, :n])[0]) < 1e-12
-
-
 @pytest.mark.parametrize(
     ("name", "how"),
     [
@@ -400,6 +379,25 @@ def test_batch_mates_change_nothing(kind, causal):
         assert rel_err(model(changed, keep)[b, :n], alone) < 1e-11
     without_keep = rel_err(model(x)[2, :1], alone)
     assert without_keep < 1e-11 if causal else without_keep > 1e-3
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", ["S4", "SGConv", "sinusoids"])
+def test_an_exported_model_takes_any_batch_and_shorter_inputs(kind, causal):
+    """It is exported at the longest length; shorter inputs are padded on the right."""
+    model = model_of(kind, n_channels=3, causal=causal).eval()
+    x = torch.randn(5, 9, 3).double()
+    lengths = [9, 4, 8, 7, 1]
+    keep = torch.arange(9) < torch.tensor(lengths)[:, None]  # (5, 9)
+    batch = {0: torch.export.Dim("batch")}
+    export = partial(torch.export.export, model, strict=False)
+    with torch.no_grad():
+        plain = export((x[:2],), dynamic_shapes=(batch,)).module()
+        padded = export((x[:2], keep[:2]), dynamic_shapes=(batch, batch)).module()
+        assert rel_err(plain(x), model(x)) < 1e-12
+        assert rel_err(plain(x[:1]), model(x[:1])) < 1e-12
+        for row, short, n in zip(padded(x, keep), x, lengths, strict=True):
+            assert rel_err(row[:n], model(short[None, :n])[0]) < 1e-12
 
 
 @RECURRENT
