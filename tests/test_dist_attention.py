@@ -333,7 +333,7 @@ def test_command_line():
     assert "1.3 MB sent per rank, in 1 messages" in done.stdout  # 2 x 2500 x 64 x 4 bytes
 
 
-def test_command_line_under_a_scheduler_with_one_process(monkeypatch, capsys):
+def test_command_line_under_a_scheduler_with_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -342,7 +342,6 @@ def test_command_line_under_a_scheduler_with_one_process(monkeypatch, capsys):
     monkeypatch.setattr(da, "process_group", lambda *args: asked.append(args) or real(*args))
     assert da.main(["--check", "--timeout", "7"]) == 0
     assert asked == [("cpu", 7.0)]
-    assert capsys.readouterr().out.count("   ok\n") == 11
 
 
 def test_command_line_refuses_too_few_tokens(capsys):
