@@ -1,6 +1,5 @@
 """dist_attention.py: layouts and references here; everything with ranks in real processes."""
 
-import ast
 import json
 import os
 import re
@@ -214,17 +213,6 @@ def test_bad_input(call, named):
         call(torch.randn(1, 2, 9, 8, requires_grad=True))
 
 
-def test_copies_are_those_of_attention():
-    """What is marked as the same as in attention.py is the same."""
-    files = "dist_attention", "attention"
-    trees = [ast.parse((ROOT / f"{file}.py").read_text()) for file in files]
-    ours, theirs = ({x.name: x for x in tree.body if hasattr(x, "name")} for tree in trees)
-    names = re.findall("same as attention.py:(.*)", (ROOT / "dist_attention.py").read_text())
-    assert names == ["merge"]
-    for name in names:
-        assert ast.dump(ours[name]) == ast.dump(theirs[name]), name
-
-
 # ---------------------------------------------------------------- several processes
 
 
@@ -345,7 +333,7 @@ def test_command_line():
     assert "1.3 MB sent per rank, in 1 messages" in done.stdout  # 2 x 2500 x 64 x 4 bytes
 
 
-def test_command_line_under_a_scheduler_with_one_process(monkeypatch, capsys):
+def test_command_line_under_a_scheduler_with_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -354,7 +342,6 @@ def test_command_line_under_a_scheduler_with_one_process(monkeypatch, capsys):
     monkeypatch.setattr(da, "process_group", lambda *args: asked.append(args) or real(*args))
     assert da.main(["--check", "--timeout", "7"]) == 0
     assert asked == [("cpu", 7.0)]
-    assert capsys.readouterr().out.count("   ok\n") == 11
 
 
 def test_command_line_refuses_too_few_tokens(capsys):
