@@ -169,6 +169,12 @@ def check_shapes(q, k, v, keep):
         expect(mask, "k (B, G, Lk, E), bool keep (B, Lk)", k, keep)
 
 
+def require(ok, message):
+    """Raise ValueError unless ok."""
+    if not ok:
+        raise ValueError(message)
+
+
 def expect(condition, expected, *tensors):
     """Raise ValueError, with what was expected and the tensors' shapes, unless condition."""
     if not condition:
@@ -251,8 +257,8 @@ class Cache:
 
         This cache is stale afterwards.
         """
-        if self.k is None:
-            raise ValueError(f"cache already moved past token {self.length}; deepcopy it to branch")
+        here = self.k is not None
+        require(here, f"cache already moved past token {self.length}; deepcopy it to branch")
         expect(len(k) == len(self.k), "keys of the cache's batch size", self.k, k)
         end = self.length + k.shape[2]
         capacity = self.k.shape[2]
@@ -284,9 +290,9 @@ class Attention(nn.Module):
         if n_kv_heads is None:
             n_kv_heads = n_heads
         sizes = d_model, n_heads, n_kv_heads
-        if min(sizes) < 1 or d_model % n_heads or n_heads % n_kv_heads:
-            names = "d_model, n_heads, n_kv_heads"
-            raise ValueError(f"{names} must be positive, each divisible by the next; got {sizes}")
+        fits = min(sizes) >= 1 and d_model % n_heads == 0 and n_heads % n_kv_heads == 0
+        names = "d_model, n_heads, n_kv_heads"
+        require(fits, f"{names} must be positive, each divisible by the next; got {sizes}")
         self.n_heads = n_heads
         self.n_kv_heads = n_kv_heads
         self.d_head = d_model // n_heads
@@ -316,8 +322,8 @@ class Attention(nn.Module):
 
     def initial_state(self, batch, capacity=256):
         """An empty KV cache for `capacity` tokens; it doubles when full."""
-        if not self.causal:
-            raise ValueError("recurrent mode needs causal=True, or new tokens change old outputs")
+        how = "recurrent mode needs causal=True, or new tokens change old outputs"
+        require(self.causal, how)
         shape = (batch, self.n_kv_heads, capacity, self.d_head)
         # not qkv.weight, which an adapter may wrap; a quantized layer has no parameters
         like = next(self.parameters(), torch.empty(0))
@@ -405,9 +411,8 @@ class Transformer(nn.Module):
         d_ff = 4 * c.d_model if c.d_ff is None else c.d_ff
         inputs = [n for n in (c.vocab_size, c.n_channels) if n is not None]
         sizes = [*inputs, c.d_model, c.n_layers, d_ff]
-        if len(inputs) != 1 or min(sizes) < 1:
-            rule = "set exactly one of vocab_size and n_channels, and sizes of at least 1"
-            raise ValueError(f"{rule}; got {c}")
+        rule = "set exactly one of vocab_size and n_channels, and sizes of at least 1"
+        require(len(inputs) == 1 and min(sizes) >= 1, f"{rule}; got {c}")
         if ffn is None:
             ffn = FeedForward
         self.config = c
@@ -491,9 +496,9 @@ class Transformer(nn.Module):
         shortest = int(lengths.min())
         longest = int(lengths.max())
         fits = lengths.shape == (B,) and 1 <= shortest and longest <= L
-        if not fits or not temperature >= 0:
-            expected = f"{B} lengths of 1 to L = {L} tokens, temperature of at least 0"
-            raise ValueError(f"expected {expected}; got {lengths.tolist()}, {temperature}")
+        expected = f"{B} lengths of 1 to L = {L} tokens, temperature of at least 0"
+        got = f"{lengths.tolist()}, {temperature}"
+        require(fits and temperature >= 0, f"expected {expected}; got {got}")
         h, state = self.prefill(prompt[:, :shortest], self.initial_state(B))
         h = h[:, -1]  # (B, D)
         tokens = F.pad(prompt.long(), (0, n))  # (B, L + n)

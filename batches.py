@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import lra_data
-from settings import OWN_SYMBOLS, OWN_VALUES
+from settings import OWN_SYMBOLS, OWN_VALUES, require
 
 # Settings that are options of lra_data.load, and their names there.
 OPTIONS = {
@@ -69,12 +69,12 @@ def fitted(config, about):
         epoch = math.ceil(about["train"][0] / config.pretrain_batch_size)
         steps = min(max(30 * epoch, 300), 3000)
         config = replace(config, pretrain_steps=steps)
-    if config.objective != "none" and config.loss not in losses:
-        raise ValueError(f"loss {config.loss!r} does not fit task {config.task}: use --loss")
+    fits = config.objective == "none" or config.loss in losses
+    require(fits, f"loss {config.loss!r} does not fit task {config.task}: use --loss")
     short, long = about["min_len"], about["max_len"]
-    if config.compile and config.model != "transformer" and short < long:
-        many = f"for each length from {short} to {long}"
-        raise ValueError(f"compile: {config.model} would be compiled {many}, drop it")
+    once = not config.compile or config.model == "transformer" or short == long
+    many = f"for each length from {short} to {long}"
+    require(once, f"compile: {config.model} would be compiled {many}, drop it")
     return config
 
 
@@ -105,8 +105,8 @@ class Resident:
 
     def subset(self, n):
         """The first n examples of one fixed random order, so that subsets are nested."""
-        if not 0 < n <= len(self):
-            raise ValueError(f"labels {n}: the training split has {len(self)} examples")
+        fits = 0 < n <= len(self)
+        require(fits, f"labels {n}: the training split has {len(self)} examples")
         chosen = np.random.RandomState(42).permutation(len(self))[:n]
         lengths = self.lengths[chosen]
         return Resident(self.tokens[chosen], self.labels[chosen], lengths, self.about)

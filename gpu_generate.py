@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from gpu_step import Graphs
-from s4 import S4, S4Model
+from s4 import S4, S4Model, require
 
 WINDOW = 1024  # positions; there is a graph for each multiple
 
@@ -151,9 +151,9 @@ def generate(model, prompt, n, head, temperature=0.0, graphs=None):
 
     ValueError if the prompt is not on a CUDA device.
     """
-    if not temperature >= 0 or n < 1 or prompt.numel() == 0:
-        found = f"temperature {temperature}, n {n}, prompt {tuple(prompt.shape)}"
-        raise ValueError(f"expected temperature >= 0, n >= 1 and a prompt, got {found}")
+    fits = temperature >= 0 and n >= 1 and prompt.numel() > 0
+    found = f"temperature {temperature}, n {n}, prompt {tuple(prompt.shape)}"
+    require(fits, f"expected temperature >= 0, n >= 1 and a prompt, got {found}")
     graphs = graphs or Graphs(prompt.device)
     features, state = model.prefill(prompt, model.initial_state(len(prompt)))
     decoder = decoder_of(model, state, n)

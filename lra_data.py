@@ -36,7 +36,7 @@ import numpy as np
 from tqdm import tqdm
 
 import pathfinder
-from pathfinder import appearing, naming, one_line_errors, print_table
+from pathfinder import appearing, naming, one_line_errors, print_table, require
 
 # RandomState([seed, k]) is one stream per use: 1 lattice, 2 listops, 3 pathfinder, 4 the order of
 # its published files, 5 the held-out tenth.  Legacy streams are the same in all versions of numpy.
@@ -347,8 +347,7 @@ def load_text(name, data_dir, seed, *, characters=False, max_len=4096, source=No
     labels = []
     for folder in ("train/neg", "train/pos", "test/neg", "test/pos"):
         paths = sorted((root / folder).glob("[!.]*.txt"))
-        if not paths:
-            raise ValueError(f"{root / folder}: expected .txt files with reviews")
+        require(paths, f"{root / folder}: expected .txt files with reviews")
         for path in paths:
             with reading(path, "a review in UTF-8"):
                 texts.append(path.read_bytes().decode("utf-8-sig")[:max_len])
@@ -527,9 +526,9 @@ def load(task, data_dir="data", seed=0, **options):
         import own_data  # it imports this file
 
         return own_data.load(task, seed, **options)
-    if task not in TASKS:
-        own = "a .npz, .csv or .tsv file, file.py:function"
-        raise ValueError(f"unknown task {task!r}: expected one of {own}, {', '.join(TASKS)}")
+    own = "a .npz, .csv or .tsv file, file.py:function"
+    expected = f"expected one of {own}, {', '.join(TASKS)}"
+    require(task in TASKS, f"unknown task {task!r}: {expected}")
     options = TASKS[task].options | options
     data = TASKS[task].load(task, data_dir, seed, **options)
     check(data)
@@ -546,9 +545,9 @@ def check(data):
         else:
             expected = f"labels 0 .. {data.n_classes - 1}"
             fits = np.isin(labels, range(data.n_classes)).all()
-        if len(labels) == 0 or not fits:
-            found = f"{len(labels)} examples with labels {np.unique(labels)[:20].tolist()}"
-            raise ValueError(f"{data.name}: {name} has {found}; expected at least one, {expected}")
+        found = f"{len(labels)} examples with labels {np.unique(labels)[:20].tolist()}"
+        reason = f"{data.name}: {name} has {found}; expected at least one, {expected}"
+        require(len(labels) > 0 and fits, reason)
 
 
 def summary(data):
@@ -642,8 +641,7 @@ def reading(path, expected):
 
 def expect(name, found, wanted):
     """Raise ValueError if what a file says is not what it should say."""
-    if found != wanted:
-        raise ValueError(f"{name} {found}, not {wanted}")
+    require(found == wanted, f"{name} {found}, not {wanted}")
 
 
 def parse_lines(path, parse, expected, skip=0):
@@ -655,8 +653,7 @@ def parse_lines(path, parse, expected, skip=0):
                 text = line.decode("utf-8-sig").rstrip("\r\n")
                 if number > skip:
                     rows.append(parse(text))
-    if not rows:
-        raise ValueError(f"{path}: no examples; expected {expected}")
+    require(rows, f"{path}: no examples; expected {expected}")
     return rows
 
 

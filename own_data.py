@@ -34,6 +34,7 @@ from textwrap import shorten
 import numpy as np
 
 from lra_data import SPLITS, Data, Split, check, pad, reading
+from pathfinder import require
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 MAX_VOCAB = 2**20
@@ -52,7 +53,7 @@ def load(task, seed=0, text_column="text", label_column="label", characters=Fals
     path = Path(task)
     suffix = path.suffix.lower()
     if suffix in SEPARATORS:
-        need(max_len > 0, f"{task}: max_len is {max_len}, expected 1 or more")
+        require(max_len > 0, f"{task}: max_len is {max_len}, expected 1 or more")
         texts, labels, split = read_table(path, text_column, label_column)
         if split is None:
             split = random_split(path.name, labels, seed)
@@ -63,7 +64,7 @@ def load(task, seed=0, text_column="text", label_column="label", characters=Fals
         data = from_arrays(tokens, labels, lengths, split, **own)
     else:
         only_tables = not characters and max_len == MAX_LEN
-        need(only_tables, f"{task}: characters and max_len are options of .csv and .tsv files")
+        require(only_tables, f"{task}: characters and max_len are options of .csv and .tsv files")
         if suffix == ".npz":
             data = from_arrays(**read_arrays(path), seed=seed, name=path.name)
         else:
@@ -87,17 +88,17 @@ def from_arrays(
     facts = dict(vocab_size=None, n_classes=None, symbols=symbols)
     if labels.ndim == 1:
         classes, labels = np.unique(labels, return_inverse=True)
-        need(len(classes) > 1, f"{name}: only one class, {classes[0]}")
+        require(len(classes) > 1, f"{name}: only one class, {classes[0]}")
         facts["classes"] = tuple(str(label) for label in classes.tolist())
         facts["n_classes"] = len(classes)
-    need(split.shape == (n,), f"{name}: split has shape {split.shape}, but x has {n} rows")
+    require(split.shape == (n,), f"{name}: split has shape {split.shape}, but x has {n} rows")
     unknown = ~np.isin(split, SPLITS)
     found = split[unknown][:1].tolist()
     no_row(unknown, name, f"split is {found}, expected 'train', 'val' or 'test'")
     parts = []
     for part in SPLITS:
         rows = np.flatnonzero(split == part)
-        need(len(rows) > 0, f"{name}: no row of split {part}; without split, 80/10/10 at random")
+        require(len(rows) > 0, f"{name}: no row of split {part}; without split, 80/10/10 at random")
         parts.append(Split(tokens[rows], labels[rows], lengths[rows]))
     train = parts[0]
     if tokens.ndim == 2:
@@ -110,7 +111,8 @@ def from_arrays(
     else:
         unseen = [facts["classes"][i] for i in np.setdiff1d(labels, train.labels)]
         how = "merge rare ones or name the splits; for regression, write floats: 3.0, not 3"
-        need(not unseen, f"{name}: no class {', '.join(unseen)[:60]} in the training split ({how})")
+        missing = f"no class {', '.join(unseen)[:60]} in the training split"
+        require(not unseen, f"{name}: {missing} ({how})")
     return Data(name, *parts, **facts)
 
 
@@ -120,7 +122,7 @@ def random_split(name, labels, seed):
     A class with a name that would be in these alone goes to the training split.
     """
     n = len(labels)
-    need(n >= 10, f"{name}: {n} examples are too few to split, expected 10 or more")
+    require(n >= 10, f"{name}: {n} examples are too few to split, expected 10 or more")
     order = np.random.RandomState([seed, 6]).permutation(n)
     split = np.full(n, "train")
     split[order[: n // 10]] = "val"
@@ -139,7 +141,7 @@ def moments(name, array, what, values):
     if values.shape[1] == 1:
         how = "nothing can be learned from it"
     reason = f"{what} {constant[:20]} (from 0) is constant in the training split: {how}"
-    need(not constant, f"{name}: {reason}")
+    require(not constant, f"{name}: {reason}")
     mean = values.mean(0, dtype=np.float64)
     std = values.std(0, dtype=np.float64)
     return tuple(mean.tolist()), tuple(std.tolist())
@@ -178,7 +180,7 @@ def examples(path, about, text_column="text", label_column="label"):
     max_len = about["max_len"] or sys.maxsize
     if path.suffix.lower() in SEPARATORS:
         reads_text = symbols[0] == "<unk>" if symbols else about["vocab_size"] == 256
-        need(reads_text and not about["mean"], f"{path}: text, but the run reads no text")
+        require(reads_text and not about["mean"], f"{path}: text, but the run reads no text")
         texts, labels, _ = read_table(path, text_column, label_column, labeled=False)
         tokens, lengths = encode(path.name, texts, symbols, max_len)
     else:
@@ -187,7 +189,7 @@ def examples(path, about, text_column="text", label_column="label"):
         labels = arrays.get("y")
     check_kind(path.name, tokens, about)
     L = tokens.shape[1]
-    need(L <= max_len, f"{path}: length {L}, but the run reads at most {max_len}")
+    require(L <= max_len, f"{path}: length {L}, but the run reads at most {max_len}")
     if labels is not None:
         labels = known_labels(path.name, labels, len(tokens), about)
     return tokens, lengths, labels
@@ -201,7 +203,7 @@ def check_kind(name, tokens, about):
     """Refuse tokens (n, L) or values (n, L, C) that a run cannot read."""
     kind = f"{len(about['mean'])}-channel values" if about["mean"] else "tokens"
     found = kind_of(tokens)
-    need(found == kind, f"{name}: x are {found}, but the run reads {kind} (integers are tokens)")
+    require(found == kind, f"{name}: x are {found}, but the run reads {kind} (integers are tokens)")
     if kind == "tokens":
         size = about["vocab_size"]
         no_row(tokens >= size, name, f"a token is not in the run's vocabulary, 0 .. {size - 1}")
@@ -220,7 +222,7 @@ def known_labels(name, labels, n, about):
         goal = "classes (integers or text)"
     labels = check_labels(name, labels, n)
     found = f"{labels.dtype} {labels.shape}"
-    need(labels.shape == shape, f"{name}: labels are {found}, but the run predicts {goal}")
+    require(labels.shape == shape, f"{name}: labels are {found}, but the run predicts {goal}")
     if labels.ndim == 2:
         return labels
     classes = about["classes"] or range(about["n_classes"])
@@ -233,12 +235,6 @@ def known_labels(name, labels, n, about):
 
 
 # ---------------------------------------------------------------------------------------- checks
-
-
-def need(ok, message):
-    """Raise ValueError unless ok."""
-    if not ok:
-        raise ValueError(message)
 
 
 def no_row(bad, name, reason):
@@ -262,14 +258,14 @@ def check_inputs(name, x, lengths):
     L is the longest length.
     """
     x = np.array(x)  # a copy
-    need(x.dtype.kind in "iuf", f"{name}: x is {x.dtype}, expected integers or floats")
+    require(x.dtype.kind in "iuf", f"{name}: x is {x.dtype}, expected integers or floats")
     shape = "(n, L) or (n, L, C); a picture is a row of pixels: reshape(n, -1, C)"
-    need(x.ndim in (2, 3) and x.size > 0, f"{name}: x has shape {x.shape}, expected {shape}")
+    require(x.ndim in (2, 3) and x.size > 0, f"{name}: x has shape {x.shape}, expected {shape}")
     n, L = x.shape[:2]
     lengths = np.full(n, L) if lengths is None else np.asarray(lengths)
     found = f"{lengths.dtype} {lengths.shape}"
     fits = lengths.shape == (n,) and lengths.dtype.kind in "iu"
-    need(fits, f"{name}: lengths are {found}, expected integers {(n,)}")
+    require(fits, f"{name}: lengths are {found}, expected integers {(n,)}")
     no_row((lengths < 1) | (lengths > L), name, f"its length is not in 1 .. {L}")
     x[np.arange(L) >= lengths[:, None]] = 0
     x = x[:, : lengths.max()]
@@ -285,13 +281,13 @@ def check_labels(name, y, n):
     """Targets (n, k) float32, or the classes as they are, integers or text (n,)."""
     y = np.asarray(y)
     kinds = "integers, floats or text; for classes, save y.astype(str)"
-    need(y.dtype.kind in "iufU", f"{name}: y is {y.dtype}, expected {kinds}")
-    need(y.shape[:1] == (n,), f"{name}: y has shape {y.shape}, but x has {n} rows")
+    require(y.dtype.kind in "iufU", f"{name}: y is {y.dtype}, expected {kinds}")
+    require(y.shape[:1] == (n,), f"{name}: y has shape {y.shape}, but x has {n} rows")
     if y.dtype.kind == "f":
-        need(y.ndim < 3, f"{name}: y has shape {y.shape}, expected (n,) or (n, k)")
+        require(y.ndim < 3, f"{name}: y has shape {y.shape}, expected (n,) or (n, k)")
         return as_float32(name, "y", y.reshape(n, -1))
     shapes = "(n,), such as y[:, 0], or y.argmax(1) if one-hot; regression needs floats"
-    need(y.ndim == 1, f"{name}: y has shape {y.shape}, expected {shapes}")
+    require(y.ndim == 1, f"{name}: y has shape {y.shape}, expected {shapes}")
     no_row(np.char.str_len(np.char.strip(y.astype(str))) == 0, name, "its label is missing")
     return y
 
@@ -308,14 +304,14 @@ def say(message):
 def read_arrays(path, labeled=True):
     """Return the arrays of a .npz file by name."""
     is_npz = zipfile.is_zipfile(path)
-    need(is_npz, f"{path}: no such file, or not a .npz file: make it with numpy.savez")
+    require(is_npz, f"{path}: no such file, or not a .npz file: make it with numpy.savez")
     expected = "numbers or text, not objects: pad rows to one length, save text by .astype(str)"
     with reading(path, expected), np.load(path) as file:
         arrays = dict(file)
     complete = "x" in arrays and ("y" in arrays or not labeled)
     known = complete and set(arrays) <= {"x", "y", "lengths", "split"}
     expected = "x, y and optionally lengths and split, as in numpy.savez(path, x=x, y=y)"
-    need(known, f"{path}: arrays {', '.join(arrays)}, expected {expected}")
+    require(known, f"{path}: arrays {', '.join(arrays)}, expected {expected}")
     return arrays
 
 
@@ -328,31 +324,31 @@ def read_table(path, text_column, label_column, labeled=True):
         header.pop()
     width = len(header)
     found = shorten(", ".join(header), 100) or "an empty file"
-    need(len(set(header)) == width, f"{path}: two columns have one name: {found}")
+    require(len(set(header)) == width, f"{path}: two columns have one name: {found}")
     separator = SEPARATORS[path.suffix.lower()]
     hint = f"--text-column and --label-column name yours, {separator!r} separates them; "
     hint += "numbers go into a .npz file"
     needed = [text_column, label_column] if labeled else [text_column]
     for name in needed:
-        need(name in header, f"{path}: no column {name} in {found} ({hint})")
+        require(name in header, f"{path}: no column {name} in {found} ({hint})")
     columns = {name: [] for name in (text_column, label_column, "split") if name in header}
     places = []
     for place, row in rows:
         fits = len(row) >= width and not any(row[width:])
-        need(fits, f"{place}: {len(row)} fields, but the first line has {width}: quote texts")
+        require(fits, f"{place}: {len(row)} fields, but the first line has {width}: quote texts")
         places.append(place)
         for name, values in columns.items():
             value = row[header.index(name)]
             values.append(value if name == text_column else value.strip())
     texts = columns[text_column]
-    need(texts, f"{path}: no examples after the first line")
+    require(texts, f"{path}: no examples after the first line")
     for place, text in zip(places, texts, strict=True):
-        need(text.strip(), f"{place}: {text_column} is empty")
+        require(text.strip(), f"{place}: {text_column} is empty")
     labels = columns.get(label_column)
     if labels and (labeled or any(labels)):  # else an empty column
         for place, label in zip(places, labels, strict=True):
             known = label.lower() not in ("", "nan", "inf", "-inf")
-            need(known, f"{place}: {label_column} is {label or 'empty'}")
+            require(known, f"{place}: {label_column} is {label or 'empty'}")
         labels = parse(labels)
     else:
         labels = None
@@ -368,7 +364,7 @@ def rows_of(path):
         try:
             for row in reader:
                 good = not BROKEN.search("".join(row))
-                need(good, f"{place}: not UTF-8 text, or a NUL byte: save the file as UTF-8")
+                require(good, f"{place}: not UTF-8 text, or a NUL byte: save the file as UTF-8")
                 if any(row) or len(row) == 1:  # else it is empty, perhaps a spreadsheet's ",,"
                     yield place, row
                 place = f"{path}, line {reader.line_num + 1}"
@@ -419,7 +415,8 @@ def call(task):
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{task}: {type(error).__name__}: {reason}") from error
-    need(isinstance(data, Data), f"{task} returned {type(data).__name__}, expected lra_data.Data")
+    found = type(data).__name__
+    require(isinstance(data, Data), f"{task} returned {found}, expected lra_data.Data")
     for part in SPLITS:
         split = getattr(data, part)
         tokens, _ = check_inputs(f"{task}, {part}", split.tokens, split.lengths)

@@ -491,6 +491,12 @@ def draw_pictures(rng, size, contour, n):
 # ------------------------------------------------------------------------- data sets, kept on disk
 
 
+def require(ok, message):
+    """Raise ValueError unless ok."""
+    if not ok:
+        raise ValueError(message)
+
+
 def load(data_dir, n, size=32, contour=14, seed=0, processes=None):
     """Draw n pictures: images (n, size, size) uint8, labels (n,) int64.
 
@@ -499,12 +505,10 @@ def load(data_dir, n, size=32, contour=14, seed=0, processes=None):
     """
     known = size in SHEETS and contour in CONTOURS
     in_range = 1 <= n <= 10**8 and 0 <= seed < 2**32 and (processes is None or processes >= 1)
-    if not (known and in_range):
-        raise ValueError(
-            f"size {size}, contour {contour}, n {n}, seed {seed}, processes {processes}: expected "
-            f"a size of {list(SHEETS)}, a contour of {list(CONTOURS)}, n from 1 to 10^8, a seed "
-            "from 0 to 2^32 - 1, at least 1 process"
-        )
+    found = f"size {size}, contour {contour}, n {n}, seed {seed}, processes {processes}"
+    sizes = f"a size of {list(SHEETS)}, a contour of {list(CONTOURS)}"
+    numbers = "n from 1 to 10^8, a seed from 0 to 2^32 - 1, at least 1 process"
+    require(known and in_range, f"{found}: expected {sizes}, {numbers}")
     folder = Path(data_dir) / f"pathfinder{size}-{contour}-{n}-seed{seed}-{VERSION}"
     make = partial(draw_shard, n, size, contour, seed)
     return cached(folder, n, size, make, processes or usable_cpus())
@@ -543,8 +547,8 @@ def read(folder, n, size):
     try:
         images = np.load(folder / "images.npy", mode)
         labels = np.load(folder / "labels.npy")
-        if images.shape != (n, size, size) or labels.shape != (n,):
-            raise ValueError(f"images {images.shape}, labels {labels.shape}")
+        fits = images.shape == (n, size, size) and labels.shape == (n,)
+        require(fits, f"images {images.shape}, labels {labels.shape}")
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: damaged ({error}); delete it and try again") from error
     return images, labels

@@ -26,8 +26,7 @@ import batches
 import checkpoint
 import own_data
 import pretrain
-from own_data import need
-from pathfinder import appearing, one_line_errors
+from pathfinder import appearing, one_line_errors, require
 from settings import Config
 
 
@@ -64,16 +63,16 @@ class Predictor(nn.Module):
         like = self.about["train"]  # (n, L), (n, L, C) or (n, 2, L)
         axis = 1 if self.about["pairs"] else 2  # of pairs or channels
         fits = x.ndim == len(like) and list(x.shape[axis : axis + 1]) == like[axis : axis + 1]
-        need(fits, f"x has shape {tuple(x.shape)}, but the run was trained on {like}")
+        require(fits, f"x has shape {tuple(x.shape)}, but the run was trained on {like}")
         if self.about["mean"] is None:
             x = x.flatten(0, -2)
             size = self.about["vocab_size"]
             fits = not x.is_floating_point() and 0 <= int(x.min()) and int(x.max()) < size
-            need(fits, f"x ({x.dtype}) must be integers from 0 to {size - 1}")
+            require(fits, f"x ({x.dtype}) must be integers from 0 to {size - 1}")
         B, L = x.shape[:2]
         lengths = torch.full((B,), L) if lengths is None else torch.as_tensor(lengths).flatten()
         fits = len(lengths) == B and lengths.min() >= 1 and lengths.max() <= L
-        need(fits, f"{len(lengths)} lengths for {B} inputs: expected 1 to {L} for each")
+        require(fits, f"{len(lengths)} lengths for {B} inputs: expected 1 to {L} for each")
         return x, lengths.cpu().numpy()
 
 
@@ -85,7 +84,7 @@ def load(folder, device="cpu"):
     folder = checkpoint.find_run(folder)
     path = folder if folder.is_file() else folder / "model.pt"
     reason = "no run of pretrain.py, or unfinished: continue it with --resume"
-    need(path.exists(), f"{folder} has no model.pt ({reason})")
+    require(path.exists(), f"{folder} has no model.pt ({reason})")
     state = checkpoint.load(path)
     try:
         about = state["data"]
@@ -141,19 +140,19 @@ def score(out, labels, about):
 def command(args):
     world = int(os.environ.get("WORLD_SIZE", 1))
     how = "start it with python, not torchrun"
-    need(world == 1, f"this is one process, but WORLD_SIZE is {world}: {how}")
+    require(world == 1, f"this is one process, but WORLD_SIZE is {world}: {how}")
     out = Path(args.out)
     regular = not out.is_symlink() and (out.is_file() or not out.exists())  # no /dev/stdout
     writable = os.access(out.parent, os.W_OK)
-    need(regular and writable, f"--out {out}: expected a file in an existing, writable folder")
+    require(regular and writable, f"--out {out}: expected a file in an existing, writable folder")
     itself = out.exists() and out.samefile(args.data)
-    need(not itself, f"--out {out} is the file to read: choose another")
+    require(not itself, f"--out {out} is the file to read: choose another")
     free = args.overwrite or not out.exists()
-    need(free, f"{out} exists: choose another --out, or pass --overwrite")
+    require(free, f"{out} exists: choose another --out, or pass --overwrite")
     predictor = load(args.run, args.device)
     about = predictor.about
     config = predictor.config
-    need(not about["pairs"], f"{args.run} reads pairs of documents: use predict.load in Python")
+    require(not about["pairs"], f"{args.run} reads pairs of documents: use predict.load in Python")
     limit = None  # of the length of arrays
     if not args.data.lower().endswith(".npz"):
         limit = config.max_len or own_data.MAX_LEN  # texts are cut as in training

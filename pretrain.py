@@ -59,7 +59,7 @@ from dist_attention import RankLost, process_group, wait_for_rank0
 from gpu_kernels import JointS4Model
 from pathfinder import print_anywhere
 from s4 import S4Config, S4Model, dlr_mixer, print_table, s4_mixer, s4d_mixer
-from settings import KERNELS, Config, parser, resolve
+from settings import KERNELS, Config, parser, require, resolve
 from sgconv import SGConvConfig, SGConvModel
 from structured_ffn import ffn_factory
 
@@ -335,9 +335,9 @@ def evaluate(model, head, split, stage, config):
     objective.train()
     wait_for_rank0()  # parts may take unequal time, longer than a sum over ranks waits
     sums = dist_attention.SumOverRanks.apply(sums)
-    if sums[1] == 0:
-        how = "use longer ones, more of them, or a larger --mask-ratio"
-        raise ValueError(f"no position of {len(split)} examples is masked or has a next one: {how}")
+    how = "use longer ones, more of them, or a larger --mask-ratio"
+    few = f"no position of {len(split)} examples is masked or has a next one: {how}"
+    require(sums[1] > 0, few)
     score = means(sums)
     if y_std:
         score.update(regression_score(sums, y_std))
@@ -492,8 +492,8 @@ TOKENS = ("vocab_size", "n_channels", "symbols", "mean", "std")
 
 def read_pretrained(path):
     state = load(Path(path))
-    if "model" not in state or "optimizer" in state or state.get("stage") == "finetune":
-        raise ValueError(f"{path} is not what pretraining left: pass the pretrained.pt of a run")
+    fits = "model" in state and "optimizer" not in state and state.get("stage") != "finetune"
+    require(fits, f"{path} is not what pretraining left: pass the pretrained.pt of a run")
     return state
 
 
@@ -508,14 +508,15 @@ def as_pretrained(about, config):
 def load_pretrained(model, config, about):
     """Load the weights of an earlier run, whose model and symbols must be those of this run."""
     path = Path(config.pretrained)
-    if config.out and path.resolve().parent == Path(config.out).resolve():
-        raise ValueError(f"--out {config.out} contains {path} and would replace it: choose another")
+    elsewhere = not config.out or path.resolve().parent != Path(config.out).resolve()
+    reason = f"--out {config.out} contains {path} and would replace it: choose another"
+    require(elsewhere, reason)
     state = read_pretrained(path)
     old = {**state.get("settings", {}), **state.get("data", {})}
     now = {name: getattr(config, name) for name in BODY}
     now.update({name: about[name] for name in TOKENS})
-    if changed := differences(old, now):
-        raise ValueError(f"{path} was pretrained with other settings or data: {changed}")
+    changed = differences(old, now)
+    require(not changed, f"{path} was pretrained with other settings or data: {changed}")
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:  # sizes that follow from the data, such as sgconv's longest input
@@ -610,8 +611,8 @@ def self_check(device="cpu"):
 def run_command(config):
     """Train on the processes of torchrun, or on this one alone; print the result."""
     folder = find_run(config.out or "runs/latest")
-    if config.resume and not (folder / "config.json").exists():
-        raise ValueError(f"{folder} contains no run: nothing to resume")
+    there = not config.resume or (folder / "config.json").exists()
+    require(there, f"{folder} contains no run: nothing to resume")
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if restarts > 0 and config.out:
         config = replace(config, resume=True)

@@ -45,6 +45,12 @@ OWN_VALUES = (0.50, "l1")  # like Image and sCIFAR
 # ------------------------------------------------------------------------------- the settings
 
 
+def require(ok, message):
+    """Raise ValueError unless ok."""
+    if not ok:
+        raise ValueError(message)
+
+
 def flag(default, help, *choices):
     """A field of Config that is also a flag."""
     return field(default=default, metadata={"help": help, "choices": choices or None})
@@ -111,8 +117,7 @@ class Config:
             value = getattr(self, f.name)
             optional = value is None and f.default is None
             expected = None if optional else misfit(f, value)
-            if expected:
-                raise ValueError(f"{f.name} {value!r}: expected {expected}")
+            require(not expected, f"{f.name} {value!r}: expected {expected}")
         if self.task in DENOISING:  # else own data: see `fitted`
             mask_ratio, loss = DENOISING[self.task]
             self.mask_ratio = self.mask_ratio or mask_ratio
@@ -120,13 +125,13 @@ class Config:
             self.pretrain_steps = self.pretrain_steps or 3000
         self.pretrain_batch_size = self.pretrain_batch_size or self.batch_size
         self.causal = self.causal or self.objective == "causal"
-        if self.objective == "masked" and self.causal:
-            raise ValueError("causal: a masked model looks both ways, use another objective")
-        if self.model != "transformer" and (self.rope or self.ffn != "dense"):
-            raise ValueError(f"model {self.model!r} has no rope and no ffn: use 'transformer'")
+        one_way = self.objective == "masked" and self.causal
+        require(not one_way, "causal: a masked model looks both ways, use another objective")
+        fits = self.model == "transformer" or (not self.rope and self.ffn == "dense")
+        require(fits, f"model {self.model!r} has no rope and no ffn: use 'transformer'")
         plain = self.pooling == "mean" and self.dropout == 0 and not self.compile
-        if self.sequence_parallel and not plain:
-            raise ValueError("sequence_parallel: use pooling 'mean', dropout 0 and no compile")
+        how = "sequence_parallel: use pooling 'mean', dropout 0 and no compile"
+        require(plain or not self.sequence_parallel, how)
 
     def steps(self, stage):
         return self.pretrain_steps if stage == "pretrain" else self.finetune_steps
@@ -452,9 +457,8 @@ def resolve(given):
     values = {key: value for key, (value, _) in found.items()}
     values.update(given)
     for key in values:
-        if key not in Config.__annotations__:
-            where = name if key in found else "command line"
-            raise ValueError(f"{where}: no setting is called {key}")
+        where = name if key in found else "command line"
+        require(key in Config.__annotations__, f"{where}: no setting is called {key}")
     config = Config(**values)
     origin = {}
     for key in vars(config):
@@ -483,8 +487,8 @@ def read_settings(name):
         name = path.stem  # settings/listops-s4.json is the row listops-s4
     if name in NAMES:
         return published(name)
-    if path.suffix != ".json":
-        raise ValueError(f"no settings {name!r}: expected a JSON file or one of {', '.join(NAMES)}")
+    expected = f"expected a JSON file or one of {', '.join(NAMES)}"
+    require(path.suffix == ".json", f"no settings {name!r}: {expected}")
     try:
         content = json.loads(path.read_text("utf-8-sig"))  # skips a byte-order mark
         sources = content.get("sources", {})

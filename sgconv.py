@@ -193,6 +193,12 @@ def fft_conv(u, K):  # same as s4.py:fft_conv
     return CircularConv.apply(u.transpose(1, 2), K, n).transpose(1, 2)
 
 
+def require(ok, message):
+    """Raise ValueError unless ok."""
+    if not ok:
+        raise ValueError(message)
+
+
 def check_input(x, keep, d_model):  # same as s4.py:check_input
     """Refuse shapes that would broadcast by accident, and integers."""
     if x.ndim != 3 or x.shape[2] != d_model or not x.is_floating_point():
@@ -227,10 +233,10 @@ class SGConv(nn.Module):
         first_factor=1,
     ):
         super().__init__()
+        sizes = f"{d_model=}, {max_len=}, {kernel_dim=}, {first_factor=}"
         for size in (d_model, max_len, kernel_dim, first_factor):
-            if not isinstance(size, (int, np.integer)) or size < 1:
-                sizes = f"{d_model=}, {max_len=}, {kernel_dim=}, {first_factor=}"
-                raise ValueError(f"sizes must be integers of at least 1, got {sizes}")
+            fits = isinstance(size, (int, np.integer)) and size >= 1
+            require(fits, f"sizes must be integers of at least 1, got {sizes}")
         self.d_model = d_model
         self.max_len = max_len
         self.bidirectional = bidirectional
@@ -356,9 +362,9 @@ class SGConvModel(nn.Module):
         super().__init__()
         D = config.d_model
         inputs = [n for n in (config.vocab_size, config.n_channels) if n is not None]
-        if len(inputs) != 1 or min(*inputs, D, config.n_layers) < 1:
-            rule = "set exactly one of vocab_size and n_channels, and sizes of at least 1"
-            raise ValueError(f"{rule}; got {config}")
+        fits = len(inputs) == 1 and min(*inputs, D, config.n_layers) >= 1
+        rule = "set exactly one of vocab_size and n_channels, and sizes of at least 1"
+        require(fits, f"{rule}; got {config}")
         self.config = config
         if config.vocab_size is None:
             self.embed = nn.Linear(config.n_channels, D)

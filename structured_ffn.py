@@ -130,6 +130,12 @@ def check_grid(x, V, U, bias=None):
 # ---------------------------------------------------------------- layers
 
 
+def require(ok, message):
+    """Raise ValueError unless ok."""
+    if not ok:
+        raise ValueError(message)
+
+
 class Grid(nn.Module):
     """Drop-in replacement for nn.Linear(d_in, d_out): R hidden units in n_out x n_in blocks.
 
@@ -142,9 +148,9 @@ class Grid(nn.Module):
         blocks = n_in * n_out
         most = min(d_in * n_out, d_out * n_in)  # R if every block has full rank
         in_range = n_in >= 1 and n_out >= 1 and blocks <= R <= most
-        if not in_range or d_in % n_in or d_out % n_out or R % blocks:
-            need = f"multiples of {n_in}, {n_out} and {blocks}, R from {blocks} to {most}"
-            raise ValueError(f"d_in {d_in}, d_out {d_out}, R {R}: expected {need}")
+        divides = in_range and d_in % n_in == 0 and d_out % n_out == 0 and R % blocks == 0
+        need = f"multiples of {n_in}, {n_out} and {blocks}, R from {blocks} to {most}"
+        require(divides, f"d_in {d_in}, d_out {d_out}, R {R}: expected {need}")
         self.d_in = d_in
         self.d_out = d_out
         self.V = nn.Parameter(torch.empty(n_in, n_out, R // blocks, d_in // n_in))
@@ -249,8 +255,8 @@ class StructuredFFN(nn.Module):
 
 def alpha_at(t, n_steps):
     """Weight of the guide at step t: (1 + cos(pi t / n_steps)) / 2, then 0 (section 2.3)."""
-    if not (t >= 0 and 0 <= n_steps < math.inf):
-        raise ValueError(f"expected t and n_steps of at least 0, got {t} and {n_steps}")
+    fits = t >= 0 and 0 <= n_steps < math.inf
+    require(fits, f"expected t and n_steps of at least 0, got {t} and {n_steps}")
     if t >= n_steps:
         return 0.0
     return 0.5 * (1 + math.cos(math.pi * t / n_steps))
@@ -276,8 +282,8 @@ class Guide:
     def __init__(self, model, n_steps, stochastic=False, seed=0, t=0):
         layers = [m for m in model.modules() if isinstance(m, Grid)]
         self.layers = [m for m in layers if m.V.requires_grad or m.U.requires_grad]
-        if not self.layers or any(layer.W is not None for layer in layers):
-            raise ValueError("no trainable structured layers, or a guide that is not finished")
+        free = self.layers and all(layer.W is None for layer in layers)
+        require(free, "no trainable structured layers, or a guide that is not finished")
         self.n_steps = n_steps
         self.stochastic = stochastic
         self.seed = seed
@@ -307,8 +313,8 @@ class Guide:
         trained = set()
         for group in optimizer.param_groups:
             trained.update(group["params"])
-        if not guides <= trained:
-            raise ValueError("the optimizer does not train W: make the optimizer after the guide")
+        how = "the optimizer does not train W: make the optimizer after the guide"
+        require(guides <= trained, how)
         self.t += 1
         self._set_alpha()
         if self.t < self.n_steps:
@@ -397,9 +403,8 @@ def convert(model, make, pick):
         if name and isinstance(module, nn.Linear) and pick(name):
             picked[name] = module
     shared = [n for n, m in picked.items() if type(m) is not nn.Linear or readers[m.weight] != 1]
-    if shared or not picked:
-        got = f"other code reads or sets the weights of {shared}" if shared else "it accepts none"
-        raise ValueError(f"pick must accept nn.Linear with a weight of its own: {got}")
+    require(picked, "pick accepts no nn.Linear inside the model")
+    require(not shared, f"pick must refuse them: other code reads or sets the weights of {shared}")
     new = {module: from_linear(module, make) for module in picked.values()}
     errors = {}
     for name, module in picked.items():
@@ -446,8 +451,8 @@ def match(d_model, d_ff, kind, ratio, n_blocks=4):
         plan = {"n_blocks": min(fits, key=lambda B: abs(1 / B - rank / narrow))}
     linear = partial(KINDS[kind], **plan)
     got = ffn_weights(linear, d_model, d_ff) / (2 * d_model * d_ff)
-    if not 0.85 * ratio <= got <= 1.15 * ratio:  # also refuses nan
-        raise ValueError(f"{kind} {d_model} x {d_ff}, ratio {ratio}: nearest is {plan}, {got:.3f}")
+    close = 0.85 * ratio <= got <= 1.15 * ratio  # False for nan
+    require(close, f"{kind} {d_model} x {d_ff}, ratio {ratio}: nearest is {plan}, {got:.3f}")
     return linear
 
 

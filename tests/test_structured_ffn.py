@@ -228,7 +228,7 @@ ENCODER = nn.TransformerEncoderLayer(16, 2, 32)
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.Linear(16, 24), "it accepts none"),
+        (nn.Linear(16, 24), "pick accepts no nn.Linear"),
         (TIED, r"the weights of \['0', '1'\]"),
         (PRUNED, r"the weights of \['0'\]"),
         (ENCODER, r"the weights of \['self_attn.out_proj', 'linear1', 'linear2'\]"),
