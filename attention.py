@@ -291,8 +291,10 @@ class Attention(nn.Module):
             n_kv_heads = n_heads
         sizes = d_model, n_heads, n_kv_heads
         fits = min(sizes) >= 1 and d_model % n_heads == 0 and n_heads % n_kv_heads == 0
+        even = fits and d_model // n_heads % 2 == 0
         names = "d_model, n_heads, n_kv_heads"
         require(fits, f"{names} must be positive, each divisible by the next; got {sizes}")
+        require(even or not rope, f"rope needs an even d_model / n_heads; got {sizes}")
         self.n_heads = n_heads
         self.n_kv_heads = n_kv_heads
         self.d_head = d_model // n_heads
@@ -304,7 +306,9 @@ class Attention(nn.Module):
 
     def project(self, x, positions):
         """(B, L, D) -> q (B, H, L, E), k and v (B, G, L, E), with RoPE."""
-        expect(x.ndim == 3, "x (B, L, d_model)", x)
+        d_model = self.n_heads * self.d_head
+        fits = x.ndim == 3 and x.shape[2] == d_model and x.is_floating_point()
+        expect(fits, f"float x (B, L, {d_model})", x)
         heads = self.qkv(x).unflatten(-1, (-1, self.d_head))  # (B, L, H + 2G, E)
         counts = [self.n_heads, self.n_kv_heads, self.n_kv_heads]
         q, k, v = heads.transpose(1, 2).split(counts, dim=1)
@@ -489,6 +493,7 @@ class Transformer(nn.Module):
         lengths: (B,) real tokens per prompt; padding is on the right.  Each row is as if alone:
         the longer prompts are read on, token by token, while the shorter ones already continue.
         """
+        expect(prompt.ndim == 2, "prompt (B, L)", prompt)
         B, L = prompt.shape
         if lengths is None:
             lengths = [L] * B

@@ -142,6 +142,8 @@ def check_out(folder, replace=False):
     if ranks()[0] > 0:
         return
     folder = Path(folder)
+    if folder.is_file():
+        raise NotADirectoryError(errno.ENOTDIR, "A file, not the folder of a run", str(folder))
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):

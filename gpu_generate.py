@@ -151,9 +151,9 @@ def generate(model, prompt, n, head, temperature=0.0, graphs=None):
 
     ValueError if the prompt is not on a CUDA device.
     """
-    fits = temperature >= 0 and n >= 1 and prompt.numel() > 0
+    fits = temperature >= 0 and n >= 1 and prompt.ndim == 2 and prompt.numel() > 0
     found = f"temperature {temperature}, n {n}, prompt {tuple(prompt.shape)}"
-    require(fits, f"expected temperature >= 0, n >= 1 and a prompt, got {found}")
+    require(fits, f"expected temperature >= 0, n >= 1 and a prompt (B, L), got {found}")
     graphs = graphs or Graphs(prompt.device)
     features, state = model.prefill(prompt, model.initial_state(len(prompt)))
     decoder = decoder_of(model, state, n)

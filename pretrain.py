@@ -57,9 +57,10 @@ from batches import Batch, draw, fitted, identity, load_data, normalize, part, r
 from checkpoint import Run, check_out, differences, find_run, load, means, new_folder, ranks
 from dist_attention import RankLost, process_group, wait_for_rank0
 from gpu_kernels import JointS4Model
+from own_data import say
 from pathfinder import print_anywhere
 from s4 import S4Config, S4Model, dlr_mixer, print_table, s4_mixer, s4d_mixer
-from settings import KERNELS, Config, parser, require, resolve
+from settings import KERNELS, Config, idle, parser, require, resolve
 from sgconv import SGConvConfig, SGConvModel
 from structured_ffn import ffn_factory
 
@@ -423,11 +424,13 @@ FREE = ("out", "resume", "overwrite", "device", "data_dir", "task")  # the data 
 FREE += ("accumulate", "compile", "eager", "pad_to")
 
 
+@torch.random.fork_rng(devices=[])
 def train(config, position=0):
     """One run: pretrain (unless objective is "none"), fine-tune, test once.  Returns the result.
 
     position: row of the progress bar.  ValueError if settings do not fit the data or the model;
-    FloatingPointError if the run diverges (the last checkpoint stays).
+    FloatingPointError if the run diverges (the last checkpoint stays).  Random numbers of the
+    caller go on as if nothing had been drawn (on a GPU they do not).
     """
     if config.out or config.resume:
         config = replace(config, out=str(find_run(config.out or "runs/latest")))
@@ -435,6 +438,8 @@ def train(config, position=0):
     data = rank0_first(load_data, config)
     about = identity(data)
     if config.pretrained:
+        if Path(config.pretrained).is_dir():  # of a run
+            config = replace(config, pretrained=str(Path(config.pretrained, "pretrained.pt")))
         about = as_pretrained(about, config)
     config = fitted(config, about)
     train_split = resident(data.train, about, config.device)
@@ -640,6 +645,8 @@ def command(argv):
     elif check:
         sys.exit(not print_table(self_check(config.device)))
     else:
+        for name in idle(args, config.model):
+            say(f"{name} has no effect on model {config.model}")
         run_command(config)
 
 

@@ -440,7 +440,12 @@ class StateSpace(nn.Module):
     def forward(self, x, keep=None, rate=1.0, K=None):
         """x (B, L, D), keep (B, L) bool, False at padding -> (B, L, D).  K: that of `kernel`."""
         check_input(x, keep, self.d_model)
-        K = self.kernel(x.shape[1], rate) if K is None else K.clone()  # D is added in place
+        if K is None:
+            K = self.kernel(x.shape[1], rate)
+        else:
+            fits = K.shape[-1] == x.shape[1] and K.ndim == 2 + self.bidirectional
+            require(fits, f"K must be that of kernel(L), got {tuple(K.shape)}")
+            K = K.clone()  # D is added in place
         u = x.to(K.dtype)
         if keep is not None:
             u = u.masked_fill(~keep[..., None], 0)
@@ -452,7 +457,8 @@ class StateSpace(nn.Module):
     def initial_state(self, batch, rate=1.0):
         """Return the State before the first token.  ValueError if bidirectional."""
         one_way = not self.bidirectional
-        require(one_way, "a bidirectional layer needs the future; bidirectional=False can step")
+        how = "a layer with bidirectional=False, or a model with causal=True, can step"
+        require(one_way, f"a bidirectional layer needs the future; {how}")
         E, B_bar, C = self.system(rate)
         E = E.to(C.dtype)
         B_bar = B_bar.to(C.dtype)
@@ -698,6 +704,7 @@ class S4Model(nn.Module):
         head: features (B, D) -> logits (B, vocab_size).  lengths (B,): only the first lengths[b]
         tokens of a prompt are real; None: all L.  Call eval() first if there is dropout.
         """
+        require(prompt.ndim == 2, f"expected prompt (B, L), got {tuple(prompt.shape)}")
         B, L = prompt.shape
         if lengths is None:
             lengths = [L] * B

@@ -147,6 +147,19 @@ class Config:
         return self.pretrain_batch_size if stage == "pretrain" else self.batch_size
 
 
+# Settings that only some models have.
+MODELS_WITH = {
+    **dict.fromkeys(("n_heads", "d_ff"), ("transformer",)),
+    **dict.fromkeys(("d_state", "dt_min", "dt_max"), ("s4", "s4d", "diagonal")),
+    "kernel_dim": ("sgconv",),
+}
+
+
+def idle(given, model):
+    """Names of settings that have no effect on this model."""
+    return [name for name in given if model not in MODELS_WITH.get(name, MODELS)]
+
+
 BELOW_1 = math.nextafter(1, 0)
 # Least, largest, in words.  Products of such numbers stay finite, sizes fit into 32 bits.
 LIMITS = {

@@ -205,7 +205,7 @@ class Grid(nn.Module):
 
 
 class LowRank(Grid):
-    """W = U V of rank R."""
+    """W = U V of rank R.  Starts with weights of about 0.02 whatever the width, as the paper's."""
 
     def __init__(self, d_in, d_out, R, bias=True):
         super().__init__(d_in, d_out, 1, 1, R, bias)

@@ -313,9 +313,11 @@ def placed(*shape, rope=False):
     [
         (lambda: Attention(130, 4), "130.*4"),
         (lambda: Attention(16, 4, n_kv_heads=3), "4.*3"),
-        (lambda: Attention(16, 4)(draw(2, 4, 5, 16)), r"x \(B, L, d_model\); got \(2, 4, 5, 16\)"),
+        (lambda: Attention(16, 4)(draw(2, 4, 5, 16)), r"x \(B, L, 16\); got \(2, 4, 5, 16\)"),
+        (lambda: Attention(16, 4)(draw(2, 5, 8)), r"x \(B, L, 16\); got \(2, 5, 8\)"),
+        (lambda: Attention(16, 4)(draw_tokens(2, 5, 16)), r"x \(B, L, 16\); got .* torch.int64"),
         (lambda: Attention(16, 4).initial_state(1), "causal"),
-        (lambda: Attention(12, 4, rope=True)(torch.randn(1, 5, 12)), "unflatten"),
+        (lambda: Attention(12, 4, rope=True), "even.*12, 4"),
         (lambda: model(vocab_size=None), "vocab_size=None, n_channels=None"),
         (lambda: model(n_channels=2), "vocab_size=11, n_channels=2"),
         (lambda: model(n_layers=0), "sizes of at least 1.*n_layers=0"),

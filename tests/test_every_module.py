@@ -445,6 +445,8 @@ def test_prompts_that_cannot_be_continued_are_refused(kind, L, options, message)
     model = model_of(kind, vocab_size=3, causal=True)
     with pytest.raises(ValueError, match=message):
         model.generate(torch.zeros(2, L).long(), 2, nn.Linear(8, 3).double(), **options)
+    with pytest.raises(ValueError, match=r"expected prompt \(B, L\).* got \(5,\)"):
+        model.generate(torch.zeros(5).long(), 2, nn.Linear(8, 3).double())
 
 
 # ---------------------------------------------------------------- functions: shapes and dtypes

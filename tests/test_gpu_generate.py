@@ -72,7 +72,15 @@ def test_a_token_at_a_time_keeps_the_digits_of_the_convolution():
     assert rel_err(torch.stack(outs, 1), want) < 1e-5
 
 
-@pytest.mark.parametrize("wrong", [{"n": 0}, {"temperature": -1}, {"prompt": torch.zeros(2, 0)}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"n": 0},
+        {"temperature": -1},
+        {"prompt": torch.zeros(2, 0)},
+        {"prompt": torch.zeros(2)},
+    ],
+)
 def test_nonsense_is_refused(wrong):
     model, head, prompt = build("S4")
     arguments = {"prompt": prompt, "n": 2, "head": head, "graphs": Tape(), **wrong}

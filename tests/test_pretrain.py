@@ -414,7 +414,7 @@ def story(tmp_path_factory):
         patch.setattr(pretrain, "wait_for_rank0", lambda: seen.events.append("wait"))
         run(root, "a", **STORY)
         seen.weights = root / "a" / "pretrained.pt"
-        run(root, "b", **STORY, pretrained=str(seen.weights))
+        run(root, "b", **STORY, pretrained=str(root / "a"))
     return seen
 
 
@@ -492,8 +492,9 @@ def test_weights_of_another_body_are_refused_and_never_overwritten(story, small_
             run(tmp_path, "b", pretrained=str(path))
     with pytest.raises(ValueError, match="other settings or data: n_heads 2 -> 4"):
         run(tmp_path, "b", pretrained=str(story.weights), n_heads=4)
-    with pytest.raises(ValueError, match="choose another"):
-        run(story.root, "a", pretrained=str(story.weights), overwrite=True)
+    for path in (story.weights, story.root / "a"):
+        with pytest.raises(ValueError, match="choose another"):
+            run(story.root, "a", pretrained=str(path), overwrite=True)
     assert story.weights.read_bytes() == before and not (tmp_path / "b").exists()
 
 
@@ -715,8 +716,9 @@ def test_mistakes_on_the_command_line_get_one_line(tmp_path, capsys, monkeypatch
         (["--task", "nosuch"], "unknown task 'nosuch'"),
         (["--resume"], "contains no run"),
         (["--pretrained", cut], f"{cut} is not a file of weights"),
+        (["--out", cut], f"A file, not the folder of a run: '{cut}'"),
     ):
-        assert message in exit_of(capsys, *options, *out)[0]
+        assert message in exit_of(capsys, *out, *options)[0]
     code, shown = exit_of(capsys, "--model", "rnn")
     assert code == 2 and "invalid choice: 'rnn'" in shown.err
     assert not (tmp_path / "x").exists()
@@ -734,10 +736,13 @@ def test_a_run_from_the_command_line(small_lattice, monkeypatch, tmp_path, capsy
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     steps = ["--pretrain-steps", "2", "--finetune-steps", "2"]
+    before = torch.get_rng_state()
     pretrain.main([*runs.SMALL, *steps, "--out", str(tmp_path)])
+    assert torch.equal(torch.get_rng_state(), before), "the caller's random numbers go on"
     result = json.loads((tmp_path / "result.json").read_text())
     assert 0 <= result["test"]["accuracy"] <= 1 and result["config"]["pretrain_steps"] == 2
     shown = capsys.readouterr().out
+    assert shown.startswith("d_state has no effect on model transformer\npretrain ")
     assert "accuracy" in shown and "tokens_per_s" in shown and f"{tmp_path}/result.json" in shown
     message, _ = exit_of(capsys, *runs.SMALL, *steps, "--out", tmp_path)
     assert message.startswith("pretrain.py: ") and "pass --overwrite to replace it" in message

@@ -244,6 +244,9 @@ def test_a_bidirectional_layer(kind):
     x = torch.zeros(1, 9, 2, dtype=torch.float64)
     x[0, 4] = 1
     K = layer.kernel(9)
+    for other in (K[..., :-1], K[None], K[0]):
+        with pytest.raises(ValueError, match=r"K must be that of kernel\(L\)"):
+            layer(x, K=other)
     y = layer(x, K=K)  # which leaves K as it is
     want = torch.cat([K[1, :, :4].flip(-1), K[0, :, :5]], -1)  # (D, 9)
     want[:, 4] += layer.D_skip
