@@ -4,6 +4,7 @@ Any number of processes prints the same losses, up to rounding:
     torchrun --standalone --nproc-per-node 2 examples/ring_training.py
 """
 
+import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dist_attention as da
 from attention import Transformer, TransformerConfig
 
+argparse.ArgumentParser(description=__doc__).parse_args()  # no options
 LAYOUT = "zigzag"  # gives all ranks the same work under a causal mask
 L = 301  # tokens per sequence, any number
 with da.process_group() as (rank, world, device):
