@@ -126,14 +126,13 @@ def find_run(path):
 
 def check_free(folder, replace=False):
     """ValueError if the folder contains a run that may not be replaced."""
-    if replace:
-        return
-    if Path(folder, "result.json").exists():
-        how = "pass --overwrite to replace it or choose another --out"
-        raise ValueError(f"{folder} contains a finished run: {how}")
+    found = None
     if any(Path(folder).glob("checkpoint.pt*")):
-        how = "pass --resume to continue it or choose another --out"
-        raise ValueError(f"{folder} contains an unfinished run: {how}")
+        found = "an unfinished run: pass --resume to continue it"
+    if Path(folder, "result.json").exists():
+        found = "a finished run: pass --overwrite to replace it"
+    if found and not replace:
+        raise ValueError(f"{folder} contains {found} or choose another --out")
 
 
 def check_out(folder, replace=False):
