@@ -69,7 +69,10 @@ def rotate_ref(x, positions):
 
 
 def attention_slow(q, k, v, causal=False, keep=None):
-    """The formula written out: all scores in memory, O(L^2). Arguments as `attention`."""
+    """The formula written out: all scores in memory, O(L^2). Arguments as `attention`.
+
+    nan where a query sees no key.
+    """
     k, v = repeat_heads(q, k, v, keep)  # (B, G, Lk, E) -> (B, H, Lk, E)
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, Lq, E) x (B, H, E, Lk) -> (B, H, Lq, Lk)
     if causal:
@@ -83,8 +86,8 @@ def attention_slow(q, k, v, causal=False, keep=None):
 def attention_online(q, k, v, causal=False, keep=None, tile=128):
     """Softmax over tiles of keys with a running maximum and sum (arXiv:1805.02867v2, algorithm 3).
 
-    Arguments as `attention`; memory O(L E + L tile).  Returns (out (B, H, Lq, E), log-sum-exp
-    (B, H, Lq)): 0 and -inf where a query sees no key.
+    Arguments as `attention`; memory O(L E + L tile) without gradients.  Returns (out (B, H, Lq, E),
+    log-sum-exp (B, H, Lq)): 0 and -inf where a query sees no key.
     """
     k, v = repeat_heads(q, k, v, keep)  # (B, G, Lk, E) -> (B, H, Lk, E)
     B, H, Lq, E = q.shape
@@ -121,7 +124,7 @@ def merge(out, lse, out_block, lse_block):
     if not (out.shape == out_block.shape and lse.shape == lse_block.shape == out.shape[:-1]):
         shapes = [tuple(x.shape) for x in (out, lse, out_block, lse_block)]
         raise ValueError(f"expected (B, H, Lq, E), (B, H, Lq), twice; got {shapes}")
-    # weights from the difference: exp(lse - total) would add the rounding error of total
+    # exp(lse - the new lse) would add the rounding error of the new one; both -inf give nan
     difference = (lse_block - lse).masked_fill(lse_block == -torch.inf, -torch.inf)
     weight = torch.sigmoid(-difference)[..., None]
     weight_block = torch.sigmoid(difference)[..., None]
@@ -162,11 +165,11 @@ def check_shapes(q, k, v, keep):
     """Refuse shapes that would broadcast by accident."""
     B, H, _, E = q.shape
     G, Lk = k.shape[1:3]
-    same = k.shape == (B, G, Lk, E) and v.shape[:-1] == (B, G, Lk)
-    expect(same and H % G == 0, "q (B, H, Lq, E), k and v (B, G, Lk, E), G divides H", q, k, v)
+    fits = k.shape == (B, G, Lk, E) and v.shape[:-1] == (B, G, Lk)
+    expect(fits and H % G == 0, "q (B, H, Lq, E), k and v (B, G, Lk, E), G divides H", q, k, v)
     if keep is not None:
-        mask = keep.shape == (B, Lk) and keep.dtype == torch.bool
-        expect(mask, "k (B, G, Lk, E), bool keep (B, Lk)", k, keep)
+        fits = keep.shape == (B, Lk) and keep.dtype == torch.bool
+        expect(fits, "k (B, G, Lk, E), bool keep (B, Lk)", k, keep)
 
 
 def require(ok, message):
@@ -188,7 +191,7 @@ def expect(condition, expected, *tensors):
 def angles(x, positions=None):
     """Return pos / 10000^(2i/D) (L, ceil(D/2)) in float64. x: (..., L, D); positions: (L,) int64.
 
-    In float32, the angles of positions near 10^6 would keep one digit.
+    D is E if x is a head.  In float32, the angles of positions near 10^6 would be off by 0.04.
     """
     L, D = x.shape[-2:]
     if positions is None:
@@ -226,18 +229,19 @@ def attention_newest(q, k, v, chunk=256):
     q: (B, H, Lq, E); k, v: (B, G, Lk, E); query i sees keys 0 .. Lk - Lq + i.
     Returns (B, H, Lq, E).
     """
-    seen = k.shape[2] - q.shape[2]  # number of keys that precede the chunk
-    if seen == 0:
+    before = k.shape[2] - q.shape[2]  # keys that precede the chunk
+    if before == 0:
         return attention(q, k, v, causal=True)
     outs = []
     for queries in q.split(chunk, dim=2):
         n = queries.shape[2]
-        past = q.new_ones(n, seen + n, dtype=torch.bool).tril(seen)
-        seen += n
-        keys = k[:, :, :seen]
-        values = v[:, :, :seen]
+        end = before + n
+        past = q.new_ones(n, end, dtype=torch.bool).tril(before)
+        keys = k[:, :, :end]
+        values = v[:, :, :end]
         out = F.scaled_dot_product_attention(queries, keys, values, past, enable_gqa=True)
         outs.append(out)
+        before = end
     return torch.cat(outs, dim=2)
 
 
@@ -280,7 +284,8 @@ class Attention(nn.Module):
     """Multi-head attention with projections (arXiv:1706.03762v7, 3.2.2): (B, L, D) -> (B, L, D).
 
     n_kv_heads: G; each key and value head serves H / G query heads.
-    attend(q, k, v, causal, keep): the attention function, may be replaced.
+    attend(q, k, v, causal, keep): the attention function of forward; others may take its place if
+    they are finite where a query sees no key.
     """
 
     def __init__(
@@ -329,7 +334,7 @@ class Attention(nn.Module):
         how = "recurrent mode needs causal=True, or new tokens change old outputs"
         require(self.causal, how)
         shape = (batch, self.n_kv_heads, capacity, self.d_head)
-        # not qkv.weight, which an adapter may wrap; a quantized layer has no parameters
+        # dtype and device of any parameter: an adapter may wrap qkv, a quantized layer has none
         like = next(self.parameters(), torch.empty(0))
         return Cache(like.new_zeros(shape), like.new_zeros(shape))
 
@@ -436,7 +441,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
 
     def embed_at(self, x, positions):
-        """Tokens or values -> (B, L, D). With RoPE, the mixers add the positions."""
+        """Tokens or values -> (B, L, D). With RoPE, the mixers apply the positions."""
         if self.config.vocab_size is None:
             expect(x.ndim == 3, "values x (B, L, n_channels)", x)
         else:
@@ -509,10 +514,11 @@ class Transformer(nn.Module):
         tokens = F.pad(prompt.long(), (0, n))  # (B, L + n)
         for t in range(shortest, longest + n):
             logits = head(h)  # (B, vocab_size)
-            token = logits.argmax(-1)
             if temperature > 0:
                 p = (logits / temperature).softmax(-1)
                 token = torch.multinomial(p, 1)[:, 0]
+            else:
+                token = logits.argmax(-1)
             token = torch.where(t < lengths, tokens[:, t], token)  # the prompt as far as it goes
             tokens[:, t] = token
             h, state = self.step(token, state)

@@ -20,12 +20,14 @@ Motivation: He and Kabic 2023, arXiv:2302.06218v3 (we know the abstract only).  
     allgather_attention   (W-1) 2BnGEe;  the same                       all keys and values
     ulysses_attention     (W-1)/W BnE (2H + 2G) e;  the same            H/W heads of all tokens
 
-bfloat16 inputs are sent as bfloat16; sums, also those that travel in the ring's backward pass, are
-float32.  Results agree across numbers of ranks up to rounding.
+bfloat16 inputs are sent as bfloat16.  Sums are float32, also those that travel in the ring's
+backward pass; only all-gather adds the W gradients of a shard in the dtype of k.  Results agree
+across numbers of ranks up to rounding.
 
 To train: `spread` lets a model read shards, each rank calls backward on its part of the loss, and
 `sum_gradients` adds the gradients up; examples/ring_training.py is a whole script.  If all ranks
-compute the same loss, from a mean over all tokens (`SumOverRanks`), only one of them may count it.
+compute the same loss, from a mean over all tokens (`SumOverRanks`), it must be counted once: every
+rank calls (loss * (rank == 0)).backward().
 
 Not included: dropout, windows, additive bias, packed sequences, gradients of lse; second
 derivatives of the ring (ValueError).
@@ -277,7 +279,7 @@ def merge(out, lse, out_block, lse_block):  # same as attention.py:merge
     if not (out.shape == out_block.shape and lse.shape == lse_block.shape == out.shape[:-1]):
         shapes = [tuple(x.shape) for x in (out, lse, out_block, lse_block)]
         raise ValueError(f"expected (B, H, Lq, E), (B, H, Lq), twice; got {shapes}")
-    # weights from the difference: exp(lse - total) would add the rounding error of total
+    # exp(lse - the new lse) would add the rounding error of the new one; both -inf give nan
     difference = (lse_block - lse).masked_fill(lse_block == -torch.inf, -torch.inf)
     weight = torch.sigmoid(-difference)[..., None]
     weight_block = torch.sigmoid(difference)[..., None]
@@ -304,6 +306,8 @@ class Plan:
         rows: index of queries in (B, H, n, ...), cols: of keys in (2, B, G, m, E), keep: (B, m),
         None without padding.
         """
+        if q.numel() == 0:  # no heads on this rank (Ulysses), or an empty batch
+            return
         mine = self.q_chunks[self.ranks.rank]
         theirs = self.k_chunks[owner]
         longest = 1024  # without a fused kernel, the scores of a block are all in memory
@@ -314,8 +318,7 @@ class Plan:
             if self.keep is not None:
                 keep = self.keep[:, tokens_of(theirs)[cols]]
                 keep = None if keep.all() else keep
-            if q.numel():
-                yield np.s_[:, :, rows], np.s_[:, :, :, cols], diagonal, keep
+            yield np.s_[:, :, rows], np.s_[:, :, :, cols], diagonal, keep
 
 
 def around_the_ring(plan, kv, what):
@@ -328,7 +331,7 @@ def around_the_ring(plan, kv, what):
     for step in range(ranks.world):
         owner = (ranks.rank - step) % ranks.world
         going = kv if step < ranks.world - 1 else None  # the last ones have been everywhere
-        tokens = length(plan.k_chunks[owner - 1])
+        tokens = length(plan.k_chunks[owner - 1])  # of the kv that comes next; -1 is the last rank
         arriving = ranks.shift(going, tokens, f"step {step} of {what}")
         yield owner, kv
         kv = arriving()
@@ -431,6 +434,7 @@ def allgather_attention(q, k, v, causal=False, keep=None, *, group=None, layout=
     parts = Swap.apply(ranks, "the all-gather", shapes, *[kv] * ranks.world)
     own = plan.q_chunks[ranks.rank]
     everything = list(chain(*plan.k_chunks))
+    # a ring of one rank: all keys are here
     alone = Plan(Ranks(), causal, [own], [everything], plan.keep)
     return RingAttention.apply(alone, q, torch.cat(parts, 3))
 
@@ -474,6 +478,7 @@ def ulysses_attention(q, k, v, causal=False, keep=None, *, group=None, layout="c
     kv = to_channels(torch.cat([k, v]), ranks, plan.k_chunks, kv_shares)  # (2B, G_r, L, E)
     q_chunks = [(0, q.shape[2])]
     k_chunks = [(0, kv.shape[2])]
+    # a ring of one rank: all tokens are here
     alone = Plan(Ranks(), causal, [q_chunks], [k_chunks], plan.keep)
     out = RingAttention.apply(alone, q, kv.unflatten(0, (2, -1)))
     return to_tokens(out, ranks, plan.q_chunks, q_shares)  # (B, H, n, E)
@@ -529,7 +534,8 @@ def spread(model, how, layout="contiguous"):
     """Let the mixers of model.blocks work on shards; parameters and their names stay the same.
 
     how: the schedule, a key of SCHEDULES, of mixers with an attention function `attend`.  All other
-    mixers are cut by channels (see `ulysses`).
+    mixers are cut by channels (see `ulysses`).  Give the model the shards of x and keep, and a
+    Transformer also positions=positions(L, rank, world, layout), as each rank counts from 0 itself.
     """
     require(how in SCHEDULES, f"schedule {how!r}: expected one of {list(SCHEDULES)}")
     for block in model.blocks:
@@ -841,7 +847,7 @@ def check_case(attend, layout, causal, dtype, device, lengths=(45, 45), heads=(4
     """Largest error of out, dq, dk, dv of all ranks against one process, random output gradient."""
     generator = torch.Generator().manual_seed(0)
     whole = []  # q, k, v and the gradient of the output
-    for i in (0, 1, 1, 0):
+    for i in (0, 1, 1, 0):  # 0: of the size of queries, 1: of keys
         x = torch.randn(2, heads[i], lengths[i], 16, dtype=torch.float64, generator=generator)
         whole.append(x.to(device, dtype))
     keep = None

@@ -15,9 +15,9 @@
 
 Texts become UTF-8 bytes, or characters, and are cut after 4,096. Labels of a table are classes if
 all of them are whole numbers (3, not 3.0) or one is not a number; otherwise they are regression
-targets. Every example needs one, also to pretrain; --pretrained RUN fine-tunes what another file of
-the same kind has pretrained. Whatever is wrong ends in an error of one line: the file, the row of its arrays (from 0)
-or the line of its text (from 1), the reason, and what to do.
+targets. Every example needs one, also to pretrain; --pretrained RUN starts from what a run on
+another file of the same kind has learned. Whatever is wrong ends in an error of one line: the file,
+the row of its arrays (from 0) or the line of its text (from 1), the reason, and what to do.
 """
 
 import csv

@@ -22,8 +22,8 @@ Sizes: B sequences, L steps, D channels, N real numbers of state per channel (N/
 In real coordinates a state is Re x_1, Im x_1, Re x_2, ... of the kept half.  There diag(Lam)
 consists of 2 x 2 blocks, and A is these blocks minus 2 P P^T (P^* x, summed over both of a pair,
 is 2 P^T x).  Differences from the papers are marked where they occur.  Left out: other HiPPO
-matrices, parameters shared between channels, 2-D kernels, a CUDA kernel, torch.func, torch.jit,
-devices without float64 (MPS).
+matrices, parameters shared between channels, 2-D kernels, a CUDA kernel, torch.func.grad and vmap,
+torch.jit, devices without float64 (MPS).
 
     python s4.py            checks, then a demo that ends with
                             accuracy 1.00, as a recurrence 1.00, target 0.95
@@ -261,8 +261,9 @@ def diagonal_kernel(log_A, B_bar, C, L):
 
 
 def fft_length(n):
-    """Return a small even length >= n with factors 2, 3 and 5 only: other FFTs are slow."""
+    """Return a small even length >= n with factors 2, 3 and 5 only: others are slow."""
     lengths = []
+    # 2 times the odd products of 3 and 5 up to 225
     for length in (2, 6, 10, 18, 30, 50, 54, 90, 150, 162, 250, 270, 450):
         while length < n:
             length *= 2
@@ -311,7 +312,7 @@ def fft_conv(u, K):
     n = fft_length(2 * L - 1)
     K = K[..., :L]
     if u.numel() == 0:  # FFT libraries refuse an empty batch
-        return u + 0 * K.sum()
+        return u + 0 * K.sum()  # both stay in the graph
     if K.ndim == 3:  # in a circle of n, lag -1 is lag n - 1
         gap = K.new_zeros(K.shape[1], n - 2 * L + 1)
         K = torch.cat([K[0], gap, K[1, :, : L - 1].flip(-1)], -1)  # (D, n)

@@ -3,7 +3,7 @@
     k = [k_0, k_1, ..., k_{S-1}] / Z,   k_i = alpha^i Upsample(w_i)     Li et al. 2022,
     y = k * u + D_skip u                                               arXiv:2210.09298, section 3
 
-Every sub-kernel w_i has the same d numbers, stretched linearly over d, d, 2d, 4d, 8d, ... lags and
+Every sub-kernel w_i has d numbers of its own, stretched linearly over d, d, 2d, 4d, ... lags and
 damped by alpha^i: the near past gets a fine description, the far past a coarse and faint one.
 
     paper symbol   code name               shape
@@ -12,12 +12,13 @@ damped by alpha^i: the near past gets a fine description, the far past a coarse 
     N (scales)     n_scales, S             1 + ceil(log2(max_len / (first_factor kernel_dim)))
     w_i            w[i]                    (D, d), or (2, D, d) if bidirectional
     alpha^i        decay(i, lags, place)   broadcasts to (D, lags); place (D, 1) goes from 0 to 1
-    Z              norm                    (D, 1), or (2, D, 1): |k|_2 = 1 at construction
+    Z              norm                    (D, 1), or (2, D, 1): |k|_2 = 1 at first, all lags
     k              kernel(L)               (D, L), or (2, D, L): lags 0, 1, ... and lags -1, -2, ...
 
 Differences from the paper are marked where they occur: the number of scales is rounded up, and each
 channel has its own Z. Left out: a recurrent mode (no small recurrence gives this kernel),
-sub-kernels summed instead of concatenated, learned decays, BatchNorm (LayerNorm here), torch.func.
+sub-kernels summed instead of concatenated, learned decays, BatchNorm (LayerNorm here),
+torch.func.grad and vmap.
 
     python sgconv.py            checks, then a demo: find the period of a noisy sine
     python sgconv.py --check    checks only
@@ -94,7 +95,7 @@ def power_law_decay(scale, lags, place, power=1.0):
 
 
 def cosine_init(shape):
-    """Channel h starts as h cycles of a cosine, channels shuffled in each sub-kernel (Path-X)."""
+    """Sub-kernels start as cosines of 0 .. D-1 cycles, one per channel, in any order (Path-X)."""
     d_model, d = shape[-2:]
     cycles = torch.arange(d_model)[:, None]
     waves = torch.cos(cycles * torch.linspace(0, 2 * math.pi, d))  # (D, d)
@@ -136,8 +137,9 @@ def multi_scale_kernel(w, L, place, decay=constant_decay, first_factor=1):
 
 
 def fft_length(n):  # same as s4.py:fft_length
-    """Return a small even length >= n with factors 2, 3 and 5 only: other FFTs are slow."""
+    """Return a small even length >= n with factors 2, 3 and 5 only: others are slow."""
     lengths = []
+    # 2 times the odd products of 3 and 5 up to 225
     for length in (2, 6, 10, 18, 30, 50, 54, 90, 150, 162, 250, 270, 450):
         while length < n:
             length *= 2
@@ -186,7 +188,7 @@ def fft_conv(u, K):  # same as s4.py:fft_conv
     n = fft_length(2 * L - 1)
     K = K[..., :L]
     if u.numel() == 0:  # FFT libraries refuse an empty batch
-        return u + 0 * K.sum()
+        return u + 0 * K.sum()  # both stay in the graph
     if K.ndim == 3:  # in a circle of n, lag -1 is lag n - 1
         gap = K.new_zeros(K.shape[1], n - 2 * L + 1)
         K = torch.cat([K[0], gap, K[1, :, : L - 1].flip(-1)], -1)  # (D, n)
@@ -276,7 +278,7 @@ class SGConv(nn.Module):
             raise ValueError(f"the length must be 1 to max_len = {self.max_len}, got {L}")
         # bfloat16 skips integers above 256, so lags would repeat
         dtype = torch.promote_types(self.w.dtype, torch.float32)
-        w = self.w.to(dtype) / self.norm.to(dtype)
+        w = self.w.to(dtype) / self.norm.to(dtype)  # k is linear in w, which has fewer numbers
         return self.unscaled_kernel(w, L)
 
     def forward(self, x, keep=None):
@@ -312,7 +314,7 @@ class SGConv2d(nn.Module):
 
 
 class SGConvBlock(nn.Module):  # as s4.py:S4Block, without its recurrent mode
-    """Pre-norm residual block: x + GLU(GELU(mixer(norm(x)))), with dropout before the GLU."""
+    """Pre-norm residual block: x + GLU(Linear(dropout(GELU(mixer(norm(x))))))."""
 
     def __init__(self, d_model, mixer, dropout=0.0):
         super().__init__()

@@ -16,7 +16,7 @@ P = N / n_in.  Each block is a product of its own, of rank c = R / (n_out n_in):
     N, M, B       d_in, d_out, n_blocks
     blkdiag(V)    V                   (n_in, n_out, c, P): n_in blocks of n_out c rows
     blkdiag(U)    U                   (n_out, S, n_in, c): n_out blocks of n_in c columns
-    W of eq. 1    W                   (d_out, d_in), the guide; None unless guided
+    W of eq. 1    layer.W             (d_out, d_in), the guide, dense; None unless guided
     alpha         alpha               weight of the guide, falls from 1 to 0 during training
 
 Differences from the paper are marked where they occur: BlockShuffle has no second shuffle and needs
@@ -53,7 +53,7 @@ def blkdiag_ref(blocks):
 
 
 def shuffle_ref(W, k):
-    """Read the row numbers of W as a matrix with k columns and transpose it: the new order."""
+    """Permute rows: write their numbers row by row into k columns, read them column by column."""
     return W.reshape(-1, k, W.shape[1]).swapaxes(0, 1).reshape(W.shape)
 
 
@@ -172,11 +172,11 @@ class Grid(nn.Module):
 
     def dense_weight(self):
         """Return the equivalent weight (d_out, d_in) of nn.Linear; gradients reach the factors."""
-        W = torch.einsum("asbc, bacp -> asbp", self.U, self.V)  # W[a, b] = U[a, :, b] V[b, a]
-        W = W.reshape(self.d_out, self.d_in)
+        product = torch.einsum("asbc, bacp -> asbp", self.U, self.V)  # [a, b]: U[a, :, b] V[b, a]
+        product = product.reshape(self.d_out, self.d_in)
         if self.W is None:
-            return W
-        return self.alpha * self.W + (1 - self.alpha) * W
+            return product
+        return self.alpha * self.W + (1 - self.alpha) * product
 
     @torch.no_grad()
     def project_(self, weight):
@@ -191,7 +191,8 @@ class Grid(nn.Module):
         left, sigma, right = torch.linalg.svd(blocks.transpose(1, 2), full_matrices=False)
         root = sigma[..., :c].sqrt()  # (n_out, n_in, c)
         U = left[..., :c] * root[..., None, :]
-        V = right[..., :c, :] * root.where(root > 0, 1)[..., None]  # U = V = 0 could never learn
+        # where sigma is 0 only U becomes 0: if both were, neither could learn
+        V = right[..., :c, :] * root.where(root > 0, 1)[..., None]
         self.U.copy_(U.transpose(1, 2))
         self.V.copy_(V.transpose(0, 1))
 
@@ -200,8 +201,8 @@ class Grid(nn.Module):
         y = grid_linear(x, self.V, self.U, self.bias)
         if self.W is None or (self.training and not self.coin):
             return y  # eq. 2: unscaled if the coin leaves the guide out
-        guide = F.linear(x, self.W, self.bias)
-        return self.alpha * guide + (1 - self.alpha) * y  # eq. 1; the two biases add up to one
+        y_guide = F.linear(x, self.W, self.bias)
+        return self.alpha * y_guide + (1 - self.alpha) * y  # eq. 1; the two biases add up to one
 
 
 class LowRank(Grid):
@@ -282,8 +283,8 @@ class Guide:
     def __init__(self, model, n_steps, stochastic=False, seed=0, t=0):
         layers = [m for m in model.modules() if isinstance(m, Grid)]
         self.layers = [m for m in layers if m.V.requires_grad or m.U.requires_grad]
-        free = self.layers and all(layer.W is None for layer in layers)
-        require(free, "no trainable structured layers, or a guide that is not finished")
+        require(self.layers, "the model has no trainable structured layers")
+        require(all(layer.W is None for layer in layers), "an earlier guide is not finished")
         self.n_steps = n_steps
         self.stochastic = stochastic
         self.seed = seed
@@ -323,7 +324,7 @@ class Guide:
             group["params"] = [p for p in group["params"] if p not in guides]
         for layer in self.layers:
             optimizer.state.pop(layer.W, None)
-            layer.W.grad = None  # lists of parameters made earlier must not clip or step by it
+            layer.W.grad = None  # lists of parameters made earlier (to clip) still hold W
             layer.W = None
         return True
 
@@ -515,7 +516,7 @@ def check_layer(layer, x):
     yield "forward", rel_err(layer(x), y)
     yield "dense weight", rel_err(layer.dense_weight(), W)
     yield "merged", rel_err(merged(layer, max_tokens=len(x))(x), y)
-    Guide(layer, n_steps=10)
+    Guide(layer, n_steps=10)  # adds layer.W
     nn.init.normal_(layer.W)
     layer.alpha = 0.3
     guide = F.linear(x64, layer.W.double().cpu(), bias)

@@ -369,7 +369,7 @@ def test_frozen_layers_have_no_guide():
     model[0].requires_grad_(False)
     guide = Guide(model, 3)
     assert model[0].W is None and guide.layers == [model[1]]
-    with pytest.raises(ValueError, match="a guide that is not finished"):
+    with pytest.raises(ValueError, match="earlier guide is not finished"):
         Guide(model.requires_grad_(False), 3)
 
 
@@ -390,7 +390,7 @@ def test_the_guide_leaves_the_model_and_the_optimizer():
     guide = Guide(model, 3)
     with pytest.raises(ValueError, match="make the optimizer after the guide"):
         guide.step(early)
-    with pytest.raises(ValueError, match="a guide that is not finished"):
+    with pytest.raises(ValueError, match="earlier guide is not finished"):
         Guide(model, 3)
     kept = [*model.parameters()]
     guides = [layer.W for layer in guide.layers]
