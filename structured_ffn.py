@@ -283,8 +283,8 @@ class Guide:
     def __init__(self, model, n_steps, stochastic=False, seed=0, t=0):
         layers = [m for m in model.modules() if isinstance(m, Grid)]
         self.layers = [m for m in layers if m.V.requires_grad or m.U.requires_grad]
-        require(self.layers, "the model has no trainable structured layers")
         require(all(layer.W is None for layer in layers), "an earlier guide is not finished")
+        require(self.layers, "the model has no trainable structured layers")
         self.n_steps = n_steps
         self.stochastic = stochastic
         self.seed = seed
