@@ -153,8 +153,9 @@ class Grid(nn.Module):
         require(divides, f"d_in {d_in}, d_out {d_out}, R {R}: expected {need}")
         self.d_in = d_in
         self.d_out = d_out
-        self.V = nn.Parameter(torch.empty(n_in, n_out, R // blocks, d_in // n_in))
-        self.U = nn.Parameter(torch.empty(n_out, d_out // n_out, n_in, R // blocks))
+        c = R // blocks
+        self.V = nn.Parameter(torch.empty(n_in, n_out, c, d_in // n_in))
+        self.U = nn.Parameter(torch.empty(n_out, d_out // n_out, n_in, c))
         self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
         self.W = None  # the guide: class Guide sets W, alpha and coin
         self.alpha = 0.0
@@ -460,7 +461,8 @@ def match(d_model, d_ff, kind, ratio, n_blocks=4):
 def ffn_factory(kind, ratio=0.3125, n_blocks=4):
     """Return ffn(d_model, d_ff) for one Transformer, which calls it once per block, in order.
 
-    The first block is dense (section 4.1), the others have `ratio` of the weights.
+    The first block is dense (section 4.1), the others have `ratio` of the weights; the default is
+    rank 192 of a LowRank FFN of 768 x 3072.
     """
     first = True
 
