@@ -31,12 +31,8 @@ def load_data(config):
     """The task as arrays.  ValueError if there is no such task, or if it has no such option."""
     given = [name for name in OPTIONS if getattr(config, name)]
     options = {OPTIONS[name]: getattr(config, name) for name in given}
-    try:
+    with lra_data.naming_options(config.task, given):
         return lra_data.load(config.task, data_dir=config.data_dir, **options)
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        raise ValueError(f"task {config.task} does not take all of: {', '.join(given)}") from error
 
 
 def identity(data):

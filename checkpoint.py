@@ -207,6 +207,8 @@ class Run:
                 newest.unlink(missing_ok=True)  # `save` must not keep it as the previous one
         config = self.folder / "config.json"
         how = f"--settings {config} --resume continues it, on the same data"
+        if (self.folder / "result.json").exists():
+            how = f"it is finished: for more, pass --pretrained {self.folder} and another --out"
         for kind, now in self.about.items():
             if changed := differences(state[kind], now, self.free):
                 found = f"{self.folder} contains a run with other {kind}: {changed}"

@@ -535,6 +535,17 @@ def load(task, data_dir="data", seed=0, **options):
     return data
 
 
+@contextmanager
+def naming_options(task, given):
+    """Turn the error of an option that the task does not take into a ValueError."""
+    try:
+        yield
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ValueError(f"task {task} does not take all of: {', '.join(given)}") from error
+
+
 def check(data):
     """Raise ValueError if a split is empty or has labels that its task cannot have."""
     for name in SPLITS:
@@ -740,7 +751,9 @@ def main(argv=None):
     options = {name: value for name, value in options.items() if value is not None}
     if args.download and args.task in TASKS and TASKS[args.task].url:
         print(f"archive: {download(TASKS[args.task].url, args.data_dir)}")
-    print(summary(load(args.task, args.data_dir, args.seed, **options)))
+    with naming_options(args.task, options):
+        data = load(args.task, args.data_dir, args.seed, **options)
+    print(summary(data))
     return 0
 
 

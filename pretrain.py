@@ -645,8 +645,8 @@ def command(argv):
     elif check:
         sys.exit(not print_table(self_check(config.device)))
     else:
-        for name in idle(args, config.model):
-            say(f"{name} has no effect on model {config.model}")
+        for name in idle(args, config):
+            say(f"{name} has no effect in this run")
         run_command(config)
 
 

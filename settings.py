@@ -155,9 +155,12 @@ MODELS_WITH = {
 }
 
 
-def idle(given, model):
-    """Names of settings that have no effect on this model."""
-    return [name for name in given if model not in MODELS_WITH.get(name, MODELS)]
+def idle(given, config):
+    """Names of settings that have no effect in this run."""
+    names = [name for name in given if config.model not in MODELS_WITH.get(name, MODELS)]
+    if config.objective == "none" or config.pretrained:
+        names += [name for name in given if name.startswith("pretrain_")]
+    return names
 
 
 BELOW_1 = math.nextafter(1, 0)

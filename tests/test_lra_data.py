@@ -220,3 +220,8 @@ def test_self_check_holds_and_can_fail(monkeypatch, capsys):
     monkeypatch.setattr(lra_data, "evaluate_trees", lambda levels: levels[0][0] * 0)
     assert lra_data.main(["--check"]) == 1
     assert capsys.readouterr().out.count("FAILED") == 1
+
+
+def test_an_option_that_a_task_does_not_take_is_named():
+    with pytest.raises(SystemExit, match="task listops-tiny does not take all of: n$"):
+        lra_data.main(["listops-tiny", "--n", "300"])

@@ -742,7 +742,7 @@ def test_a_run_from_the_command_line(small_lattice, monkeypatch, tmp_path, capsy
     result = json.loads((tmp_path / "result.json").read_text())
     assert 0 <= result["test"]["accuracy"] <= 1 and result["config"]["pretrain_steps"] == 2
     shown = capsys.readouterr().out
-    assert shown.startswith("d_state has no effect on model transformer\npretrain ")
+    assert shown.startswith("d_state has no effect in this run\npretrain ")
     assert "accuracy" in shown and "tokens_per_s" in shown and f"{tmp_path}/result.json" in shown
     message, _ = exit_of(capsys, *runs.SMALL, *steps, "--out", tmp_path)
     assert message.startswith("pretrain.py: ") and "pass --overwrite to replace it" in message

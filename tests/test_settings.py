@@ -313,6 +313,15 @@ def test_each_stage_has_its_own_settings():
     assert [config.steps(stage) for stage in pretrain.STAGES] == [3, 4]
 
 
+def test_settings_without_effect_in_a_run_are_named():
+    given = ["n_heads", "d_state", "kernel_dim", "clip", "pretrain_lr"]
+    assert settings.idle(given, Config()) == ["d_state", "kernel_dim"]
+    assert settings.idle(given, Config(model="s4d")) == ["n_heads", "kernel_dim"]
+    scratch = Config(model="sgconv", objective="none")
+    assert settings.idle(given, scratch) == ["n_heads", "d_state", "pretrain_lr"]
+    assert settings.idle(["pretrain_steps"], Config(pretrained="a.pt")) == ["pretrain_steps"]
+
+
 def test_help_tells_the_defaults():
     text = " ".join(settings.parser().format_help().split())
     assert "over all processes (default: 64)" in text and "None" not in text
