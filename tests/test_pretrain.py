@@ -322,6 +322,7 @@ def test_scores_are_those_of_all_examples_whatever_the_batches(target):
         right = (out.argmax(1) == batch.target).double().mean().item()
         assert found == pytest.approx({"loss": loss, "accuracy": right}, rel=1e-5)
         return
+    assert found["loss"] == pytest.approx((out - batch.target).square().mean().item(), rel=1e-5)
     guess = batches.in_units_of_y(out, identity(data)).numpy()
     r2 = 1 - ((guess - y) ** 2).sum(0) / ((y - y.mean(0)) ** 2).sum(0)
     assert found["r2"] == pytest.approx(r2.mean(), rel=1e-5)
