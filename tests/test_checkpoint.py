@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import runs
 import torch
-from runs import TINY, bits, load_small, same
+from runs import TINY, after_step, bits, die, load_small, same
 
 import checkpoint
 import pretrain
@@ -39,22 +39,6 @@ def whole(tmp_path_factory):
         load_small(patch)
         run(folder, "a")
     return bits(folder / "a")
-
-
-def after_step(monkeypatch, stage, step, act):
-    """Let Run.log call act() after this step."""
-    log = checkpoint.Run.log
-
-    def spy(self, now, *rest):
-        log(self, now, *rest)
-        if (self.stage, now + 1) == (stage, step):
-            act()
-
-    monkeypatch.setattr(checkpoint.Run, "log", spy)
-
-
-def die():
-    raise RuntimeError("killed")
 
 
 def stop_run(tmp_path, stage, step, act=die):
@@ -103,7 +87,8 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(number, whole, tmp_path
     words = stop_run(tmp_path, "pretrain", 4, lambda: signal.raise_signal(number))
     assert "interrupted; --resume continues" in words
     assert "press Ctrl-C again to quit immediately" in capsys.readouterr().err
-    assert checkpoint.load(tmp_path / "cut" / "checkpoint.pt")["step"] == 4
+    state = checkpoint.load(tmp_path / "cut" / "checkpoint.pt")
+    assert state["step"] == 4 and state["seconds"] > 0
     speed = run(tmp_path, "cut", resume=True)["speed"]
     assert 0 < speed["seconds"] < time.perf_counter() - began
     assert bits(tmp_path / "cut")[0] == whole[0]
