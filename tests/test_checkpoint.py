@@ -162,6 +162,7 @@ def test_a_file_cut_short_anywhere_is_a_damaged_one(tmp_path, capsys):
             checkpoint.load(path)
         with checkpoint.Run(tmp_path, {"resume": True}) as resumed:
             assert resumed.restore({}) == (7, None)
+            assert time.perf_counter() - resumed.started > 1
         assert f"{path}.previous is used instead" in capsys.readouterr().err
     path.write_bytes(whole[:-9])
     path.with_name("checkpoint.pt.previous").unlink()

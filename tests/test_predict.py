@@ -252,10 +252,10 @@ def test_a_text_is_cut_as_in_training_not_at_the_longest_text_of_training(runs, 
 def test_only_sgconv_refuses_inputs_longer_than_those_of_training(runs, tmp_path, capsys):
     options = {"objective": "none", "finetune_steps": 1}
     run(tmp_path, "a", task=str(runs / "train.npz"), model="sgconv", **options)
-    np.savez(tmp_path / "new.npz", x=np.zeros((2, 13, 2), np.float32))
+    np.savez(tmp_path / "new.npz", x=np.zeros((1, 4097, 2), np.float32))
     os.rename(tmp_path / "new.npz", tmp_path / "new.NPZ")
     command = [tmp_path / "new.NPZ", "--out", tmp_path / "o"]
-    assert "length 13, but the run reads at most 12" in failure(capsys, tmp_path / "a", *command)
+    assert "length 4097, but the run reads at most 12" in failure(capsys, tmp_path / "a", *command)
     main(runs / "arrays", *command)
 
 
