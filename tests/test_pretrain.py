@@ -21,7 +21,6 @@ from runs import TINY, bits, lattice, load_small, numbers, pairs, regression, ru
 
 import batches
 import checkpoint
-import lra_data
 import pretrain
 from batches import draw, identity
 from gpu_kernels import JointS4Model
@@ -361,15 +360,6 @@ def test_schedule():
 # ------------------------------------------------------------------------------- whole runs
 
 
-def test_overfits_one_batch(monkeypatch, tmp_path):
-    tokens, labels, lengths = (a[:8] for a in vars(lattice().train).values())
-    part = lra_data.Split(tokens, labels, lengths)
-    load_small(monkeypatch, replace(lattice(), train=part, val=part, test=part))
-    options = {"d_model": 32, "finetune_lr": 1e-2, "objective": "none"}
-    result = run(tmp_path, "a", finetune_steps=80, eval_every=80, **options)
-    assert result["test"]["accuracy"] == 1 and result["test"]["loss"] < 0.2
-
-
 STORY = {"labels": 30, "pretrain_batch_size": 12}
 
 
@@ -459,8 +449,9 @@ def test_classes_are_judged_by_accuracy_all_else_by_loss_and_the_best_weights_ar
 
 
 def test_same_seed_same_bits(small_lattice, tmp_path):
+    options = {"model": "s4", "dropout": 0.1, "pretrain_steps": 3, "finetune_steps": 3}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        result = run(tmp_path, name, model="s4", seed=seed, dropout=0.1, finetune_steps=3)
+        result = run(tmp_path, name, seed=seed, **options)
         assert result == json.loads((tmp_path / name / "result.json").read_text())
         assert result.keys() >= {"commit", "torch", "speed", "config", "data"}
     first, again, other = [bits(tmp_path / name) for name in "abc"]
