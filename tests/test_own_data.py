@@ -175,7 +175,6 @@ def test_texts_are_bytes_whatever_is_around_them(name, header, row, end, texts, 
 @pytest.mark.parametrize(
     ("labels", "classes"),
     [
-        (["1", "0"], ("0", "1")),
         (["10", "9"], ("9", "10")),
         (["-1", "+1"], ("-1", "1")),
         (["1.5", "b"], ("1.5", "b")),
@@ -345,7 +344,6 @@ KINDS = {
     "text for trees": (labeled(["yes"]), TREES, "my.csv: text, but the run reads no text"),
     "no text": ("a,label\nb,yes\n", BYTES, r"my.csv: no column text in a, label \(--text-column"),
     "no x": (dict(y=CLASSES), SYMBOLS, "my.npz: arrays y, expected x"),
-    "NaN": (dict(x=changed(VALUES, 1, np.nan)), SIGNAL, "my.npz, row 1: x is NaN, infinite"),
 }
 
 
