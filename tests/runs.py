@@ -108,9 +108,10 @@ def same(a, b):
     assert all(torch.equal(a[2][name], b[2][name]) for name in a[2])
 
 
-# One server imports pretrain.py once and forks every process from there: as real as any, but soon.
+# One server imports pretrain.py, and what torch imports at the first step, once and forks every
+# process from there: as real as any, but soon.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["pretrain"])
+PROCESSES.set_forkserver_preload(["pretrain", "torch._dynamo"])
 
 
 def start(args, log, **environment):
