@@ -239,13 +239,6 @@ def test_an_unusable_folder_is_noticed_before_the_data_are_loaded(name, tmp_path
     assert name.split("/")[0] in str(error.value.filename)
 
 
-def test_a_new_folder_is_not_left_behind_if_the_data_fail(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "load_data", lambda config: die())
-    with pytest.raises(RuntimeError, match="killed"):
-        run(tmp_path, "a")
-    assert not (tmp_path / "a").exists()
-
-
 def test_metrics_are_means_over_every_ten_steps(tmp_path):
     with checkpoint.Run(tmp_path / "a", {}) as a:
         for step in a.steps("pretrain", 0, 35):
@@ -398,11 +391,3 @@ def test_the_commit_is_dirty_if_the_code_is(tmp_path, monkeypatch):
     assert checkpoint.versions()["commit"] == clean + "-dirty"
     monkeypatch.setattr(checkpoint, "__file__", "/proc/nowhere/checkpoint.py")
     assert checkpoint.versions()["commit"] is None
-
-
-def test_what_a_run_writes_is_utf8(tmp_path, monkeypatch):
-    """Whatever the locale: the settings of a run in "données" are read back."""
-    run(tmp_path, "é", objective="none", finetune_steps=1, data_dir="données")
-    text = (tmp_path / "é" / "config.json").read_bytes().decode("utf-8")
-    assert json.loads(text)["data_dir"] == "données"
-    assert torch.load(tmp_path / "é" / "checkpoint.pt", weights_only=True)["settings"]

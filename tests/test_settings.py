@@ -247,6 +247,7 @@ def test_every_task_has_its_own_mask_ratio_and_loss():
         ({"causal": True}, "looks both ways"),
         ({"labels": 0}, "labels 0: expected a positive number"),
         ({"dropout": float("nan")}, "dropout nan: expected a fraction below 1"),
+        ({"dropout": 1}, "dropout 1: expected a fraction below 1"),
         ({"warmup": 1}, "warmup 1: expected a fraction below 1"),
         ({"seed": -1}, "seed -1: expected 0 or more$"),
         ({"weight_decay": -1.0}, "weight_decay -1.0: expected 0 or more"),
