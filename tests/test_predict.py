@@ -186,13 +186,10 @@ def test_what_is_no_finished_run_gets_one_line(runs, tmp_path, capsys):
 
 
 def test_data_of_another_kind_are_refused(runs, tmp_path, capsys):
-    new = tmp_path / "new.npz"
     out = ["--out", tmp_path / "out.csv"]
     table = [runs / "table", runs / "train.csv", *out]
     assert "the run reads no text" in failure(capsys, runs / "arrays", runs / "train.csv", *out)
     assert "No such file" in failure(capsys, runs / "table", tmp_path / "no.csv", *out)
-    np.savez(new, x=np.full((2, 12), 256))
-    assert "vocabulary" in failure(capsys, runs / "table", new, *out)
     assert "no column text" in failure(capsys, *table, "--text-column", "text")
     assert "class test, train, val" in failure(capsys, *table, "--label-column", "split")
     assert not (tmp_path / "out.csv").exists()
