@@ -77,6 +77,22 @@ def run(tmp_path, name, **settings):
     return pretrain.train(Config(**(TINY | settings), out=str(tmp_path / name)))
 
 
+def die():
+    raise RuntimeError("killed")
+
+
+def after_step(monkeypatch, stage, step, act):
+    """Let act() follow this step of a run."""
+    log = checkpoint.Run.log
+
+    def spy(self, now, *rest):
+        log(self, now, *rest)
+        if (self.stage, now + 1) == (stage, step):
+            act()
+
+    monkeypatch.setattr(checkpoint.Run, "log", spy)
+
+
 def bits(folder):
     """What must not depend on interruptions: scores, every weight, every line of metrics."""
     result = json.loads((folder / "result.json").read_text())
@@ -92,9 +108,10 @@ def same(a, b):
     assert all(torch.equal(a[2][name], b[2][name]) for name in a[2])
 
 
-# One server imports pretrain.py once and forks every process from there: as real as any, but soon.
+# One server imports pretrain.py, and what torch imports at the first step, once and forks every
+# process from there: as real as any, but soon.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["pretrain"])
+PROCESSES.set_forkserver_preload(["pretrain", "torch._dynamo"])
 
 
 def start(args, log, **environment):

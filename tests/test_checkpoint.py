@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -10,11 +11,13 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import runs
 import torch
-from runs import TINY, bits, load_small, run, same
+from runs import TINY, after_step, bits, die, load_small, same
 
 import checkpoint
 import pretrain
@@ -26,25 +29,26 @@ def small_lattice(monkeypatch):
     load_small(monkeypatch)
 
 
-def after_step(monkeypatch, stage, step, act):
-    """Let Run.log call act() after this step."""
-    log = checkpoint.Run.log
-
-    def spy(self, now, *rest):
-        log(self, now, *rest)
-        if (self.stage, now + 1) == (stage, step):
-            act()
-
-    monkeypatch.setattr(checkpoint.Run, "log", spy)
+run = partial(runs.run, dropout=0.1, task="my.csv")
 
 
-def test_means_of_regression_leave_its_other_sums_alone():
-    found = checkpoint.means(torch.tensor([6.0, 3.0, torch.nan, 9, 9, 9, 9]))
-    assert found == {"loss": 2.0}
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a run without interruptions ends in."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        load_small(patch)
+        run(folder, "a")
+    return bits(folder / "a")
 
 
-def die():
-    raise RuntimeError("killed")
+def stop_run(tmp_path, stage, step, act=die):
+    """Let a run in tmp_path/cut end after this step, by act(); returns its last words."""
+    with pytest.MonkeyPatch.context() as patch:
+        after_step(patch, stage, step, act)
+        with pytest.raises((RuntimeError, KeyboardInterrupt)) as stop:
+            run(tmp_path, "cut")
+    return str(stop.value)
 
 
 @pytest.mark.parametrize(
@@ -56,62 +60,64 @@ def die():
         (("finetune", 9), ("finetune", 6)),
     ],
 )
-def test_a_killed_run_continues_to_the_same_bits(tmp_path, monkeypatch, stop, last):
+def test_a_killed_run_continues_to_the_same_bits(stop, last, whole, tmp_path):
     """From the last checkpoint, which is that of the last validation; the data may have moved."""
-    settings = {"dropout": 0.1, "task": "my.csv"}
-    run(tmp_path, "whole", **settings)
-    with monkeypatch.context() as patch:
-        after_step(patch, *stop, die)
-        with pytest.raises(RuntimeError, match="killed"):
-            run(tmp_path, "cut", **settings)
+    assert stop_run(tmp_path, *stop) == "killed"
     state = checkpoint.load(tmp_path / "cut" / "checkpoint.pt")
     assert (state["stage"], state["step"]) == last
-    run(tmp_path, "cut", dropout=0.1, task="elsewhere/my.csv", resume=True)
-    same(bits(tmp_path / "whole"), bits(tmp_path / "cut"))
+    run(tmp_path, "cut", task="elsewhere/my.csv", resume=True)
+    same(whole, bits(tmp_path / "cut"))
 
 
-def test_an_unfinished_run_is_neither_replaced_nor_continued_with_other_settings(
+def test_a_run_is_continued_only_with_its_settings_and_replaced_only_with_overwrite(
     tmp_path, monkeypatch
 ):
-    with monkeypatch.context() as patch:
-        after_step(patch, "pretrain", 7, die)
-        with pytest.raises(RuntimeError, match="killed"):
-            run(tmp_path, "a")
+    """A finished one is refused before the data are loaded; a new run leaves no weights of it."""
+    folder = tmp_path / "cut"
+    stop_run(tmp_path, "pretrain", 7)
     with pytest.raises(ValueError, match="contains an unfinished run: pass --resume"):
-        run(tmp_path, "a")
+        run(tmp_path, "cut")
     with pytest.raises(ValueError, match=r"seed 0 -> 1; --settings .*config.json --resume"):
-        run(tmp_path, "a", resume=True, seed=1)
-    newest = tmp_path / "a" / "checkpoint.pt"
-    newest.rename(newest.with_name("checkpoint.pt.previous"))
+        run(tmp_path, "cut", resume=True, seed=1)
+    (folder / "checkpoint.pt").rename(folder / "checkpoint.pt.previous")
     with pytest.raises(ValueError, match="contains an unfinished run"):
-        run(tmp_path, "a")
-    run(tmp_path, "a", resume=True, accumulate=2, eager=True, pad_to=4)
+        run(tmp_path, "cut")
+    run(tmp_path, "cut", resume=True, accumulate=2, eager=True, pad_to=4)
+
+    before = bits(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "load_data", lambda config: die())
+        with pytest.raises(ValueError, match=r"cut contains a finished run: pass --overwrite"):
+            run(tmp_path, "cut")
+    with pytest.raises(ValueError, match="finished run"):  # it may finish while another one loads
+        checkpoint.Run(folder, {}).__enter__()
+    same(before, bits(folder))
+    assert (folder / "pretrained.pt").exists()
+    run(tmp_path, "cut", objective="none", seed=1, overwrite=True)
+    assert not (folder / "pretrained.pt").exists()
+    assert "pretrain" not in (folder / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path, monkeypatch, capsys, number):
+def test_a_signal_stops_after_the_step_with_a_checkpoint(number, whole, tmp_path, capsys):
     began = time.perf_counter() - 0.1  # seconds are rounded to tenths
-    run(tmp_path, "whole")
-    with monkeypatch.context() as patch:
-        after_step(patch, "pretrain", 4, lambda: signal.raise_signal(number))
-        with pytest.raises(KeyboardInterrupt, match="--resume continues"):
-            run(tmp_path, "cut")
+    words = stop_run(tmp_path, "pretrain", 4, lambda: signal.raise_signal(number))
+    assert "interrupted; --resume continues" in words
     assert "press Ctrl-C again to quit immediately" in capsys.readouterr().err
-    assert checkpoint.load(tmp_path / "cut" / "checkpoint.pt")["step"] == 4
+    state = checkpoint.load(tmp_path / "cut" / "checkpoint.pt")
+    assert state["step"] == 4 and state["seconds"] > 0
     speed = run(tmp_path, "cut", resume=True)["speed"]
     assert 0 < speed["seconds"] < time.perf_counter() - began
-    assert bits(tmp_path / "whole")[0] == bits(tmp_path / "cut")[0]
+    assert bits(tmp_path / "cut")[0] == whole[0]
 
 
-def test_a_second_ctrl_c_acts_at_once(tmp_path, monkeypatch):
+def test_a_second_ctrl_c_acts_at_once(tmp_path):
     def twice():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    after_step(monkeypatch, "pretrain", 4, twice)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, "a")
-    assert not (tmp_path / "a" / "checkpoint.pt").exists()
+    assert stop_run(tmp_path, "pretrain", 4, twice) == ""
+    assert not (tmp_path / "cut" / "checkpoint.pt").exists()
 
 
 def test_signals_are_as_before_after_a_run_and_untouched_by_one_in_a_thread(tmp_path):
@@ -129,18 +135,34 @@ def test_signals_are_as_before_after_a_run_and_untouched_by_one_in_a_thread(tmp_
 # ------------------------------------------------------------------------------------- files
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys):
-    """The metrics are lost too: they are not filled with zeros up to their former length."""
-    run(tmp_path, "whole")
-    run(tmp_path, "cut")
-    (tmp_path / "cut" / "metrics.jsonl").unlink()
-    path = tmp_path / "cut" / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:-500])
-    run(tmp_path, "cut", resume=True)
-    assert f"{path} is not a file of weights" in capsys.readouterr().err
-    whole, cut = bits(tmp_path / "whole"), bits(tmp_path / "cut")
-    assert whole[0] == cut[0] and whole[1].endswith(cut[1]) and cut[1]
-    assert all(torch.equal(whole[2][name], cut[2][name]) for name in whole[2])
+def test_a_damaged_checkpoint_is_named_and_never_replaces_the_sound_one(
+    whole, tmp_path, monkeypatch, capsys
+):
+    """Killed between the two renames of `save`, the sound one must still be there.
+
+    The metrics are lost too: they are not filled with zeros up to their former length.
+    """
+    run(tmp_path, "a")
+    newest = tmp_path / "a" / "checkpoint.pt"
+    previous = tmp_path / "a" / "checkpoint.pt.previous"
+    saved = previous.read_bytes()
+    newest.write_bytes(newest.read_bytes()[:-500])
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", lambda path, state: die())
+        with pytest.raises(RuntimeError, match="killed"):
+            run(tmp_path, "a", resume=True)
+    assert f"{newest} is not a file of weights" in capsys.readouterr().err
+    assert not newest.exists() and previous.read_bytes() == saved
+    (tmp_path / "a" / "metrics.jsonl").unlink()
+    run(tmp_path, "a", resume=True)
+    scores, metrics, weights = bits(tmp_path / "a")
+    assert metrics and whole[1].endswith(metrics)
+    same(whole, (scores, whole[1], weights))
+    newest.unlink()
+    previous.write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"previous is not a file of weights"):
+        run(tmp_path, "a", resume=True)
+    assert previous.read_bytes() == b"half"
 
 
 def test_a_file_cut_short_anywhere_is_a_damaged_one(tmp_path, capsys):
@@ -157,6 +179,7 @@ def test_a_file_cut_short_anywhere_is_a_damaged_one(tmp_path, capsys):
             checkpoint.load(path)
         with checkpoint.Run(tmp_path, {"resume": True}) as resumed:
             assert resumed.restore({}) == (7, None)
+            assert time.perf_counter() - resumed.started > 1
         assert f"{path}.previous is used instead" in capsys.readouterr().err
     path.write_bytes(whole[:-9])
     path.with_name("checkpoint.pt.previous").unlink()
@@ -164,25 +187,6 @@ def test_a_file_cut_short_anywhere_is_a_damaged_one(tmp_path, capsys):
         checkpoint.Run(tmp_path, {"resume": True}).__enter__()
     with pytest.raises(IsADirectoryError):  # not damaged: an error of the system stays what it is
         checkpoint.load(tmp_path)
-
-
-def test_a_damaged_checkpoint_never_replaces_the_sound_one(tmp_path, monkeypatch):
-    """Killed between the two renames of `save`, the sound one must still be there."""
-    run(tmp_path, "a")
-    newest = tmp_path / "a" / "checkpoint.pt"
-    previous = tmp_path / "a" / "checkpoint.pt.previous"
-    saved = previous.read_bytes()
-    newest.write_bytes(b"half")
-    monkeypatch.setattr(checkpoint, "save", lambda path, state: die())
-    with pytest.raises(RuntimeError, match="killed"):
-        run(tmp_path, "a", resume=True)
-    assert not newest.exists() and previous.read_bytes() == saved
-    with pytest.raises(RuntimeError, match="killed"):  # there is no newest one now
-        run(tmp_path, "a", resume=True)
-    previous.write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"previous is not a file of weights"):
-        run(tmp_path, "a", resume=True)
-    assert previous.read_bytes() == b"half"
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
@@ -208,40 +212,31 @@ def test_a_full_disk_is_reported_with_the_file(name, tmp_path, monkeypatch):
     folder = tmp_path / "a"
     folder.mkdir()
     (folder / f"{name}.new").symlink_to(FULL)
+
+    def open_full(self, size):
+        self.metrics = open(FULL, "ab")
+
     if name == "metrics.jsonl":
-        monkeypatch.setattr(checkpoint.Run, "open_files", metrics_on_a_full_disk)
+        monkeypatch.setattr(checkpoint.Run, "open_files", open_full)
     with pytest.raises(OSError, match="No space left") as error:
         run(tmp_path, "a", resume=True)
     assert error.value.filename == str(folder / name)
 
 
-def metrics_on_a_full_disk(self, size):
-    self.metrics = open(FULL, "ab")
-
-
-@pytest.mark.parametrize("kind", ["file", "below a file", "dangling link", "long name", "refused"])
-def test_an_unusable_folder_is_noticed_before_the_data_are_loaded(kind, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["file", "file/a", "dangling", "long" * 75, "refused"])
+def test_an_unusable_folder_is_noticed_before_the_data_are_loaded(name, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "load_data", lambda config: die())
     (tmp_path / "file").write_text("mine")
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    names = {"file": "file", "below a file": "file/a", "dangling link": "link", "refused": "a"}
-    name = names.get(kind, "a" * 300)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
 
     def refuse(dir):
         raise PermissionError(errno.EACCES, "Permission denied", str(dir))
 
-    if kind == "refused":
+    if name == "refused":
         monkeypatch.setattr(checkpoint.tempfile, "TemporaryFile", refuse)
     with pytest.raises(OSError) as error:
         run(tmp_path, name)
     assert name.split("/")[0] in str(error.value.filename)
-
-
-def test_a_new_folder_is_not_left_behind_if_the_data_fail(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "load_data", lambda config: die())
-    with pytest.raises(RuntimeError, match="killed"):
-        run(tmp_path, "a")
-    assert not (tmp_path / "a").exists()
 
 
 def test_metrics_are_means_over_every_ten_steps(tmp_path):
@@ -269,23 +264,6 @@ def test_metrics_are_means_over_all_processes(tmp_path, monkeypatch):
     assert line["loss"] == 16 / 12 and line["accuracy"] == 2 / 12
 
 
-def test_a_finished_run_is_replaced_only_with_overwrite(tmp_path, monkeypatch):
-    """And refused before the data are loaded; a new run leaves no weights of the old one."""
-    run(tmp_path, "a")
-    assert (tmp_path / "a" / "pretrained.pt").exists()
-    before = bits(tmp_path / "a")
-    with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "load_data", lambda config: die())
-        with pytest.raises(ValueError, match=r"a contains a finished run: pass --overwrite"):
-            run(tmp_path, "a", seed=1)
-    with pytest.raises(ValueError, match="finished run"):  # it may finish while another one loads
-        checkpoint.Run(tmp_path / "a", {}).__enter__()
-    same(before, bits(tmp_path / "a"))
-    run(tmp_path, "a", objective="none", seed=1, overwrite=True)
-    assert not (tmp_path / "a" / "pretrained.pt").exists()
-    assert (tmp_path / "a" / "metrics.jsonl").read_text().count("pretrain") == 0
-
-
 @pytest.mark.parametrize("links", [True, False])
 def test_a_run_without_a_folder_gets_a_new_one_that_latest_stands_for(links, tmp_path, monkeypatch):
     """Without symbolic links, by a text file; --resume continues it, under its own name."""
@@ -298,20 +276,17 @@ def test_a_run_without_a_folder_gets_a_new_one_that_latest_stands_for(links, tmp
         monkeypatch.setattr(checkpoint.Path, "symlink_to", refuse)
     config = Config(**TINY, model="s4", pretrain_steps=4, finetune_steps=4, eval_every=2)
     pretrain.train(config)
-    after_step(monkeypatch, "finetune", 3, die)
-    with pytest.raises(RuntimeError, match="killed"):
-        pretrain.train(config)
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    load_small(monkeypatch)
+    with monkeypatch.context() as patch:
+        after_step(patch, "finetune", 3, die)
+        with pytest.raises(RuntimeError, match="killed"):
+            pretrain.train(config)
     latest = Path("runs/latest")
     assert latest.is_symlink() == links
     assert checkpoint.find_run(latest) == Path("runs/lattice-s4-2")
     assert checkpoint.find_run("runs") == Path("runs")
     result = pretrain.train(replace(config, resume=True))
     assert result["config"]["out"] == "runs/lattice-s4-2"
-    names = {path.name for path in Path("runs").iterdir()}
-    assert names == {"latest", "lattice-s4-1", "lattice-s4-2"}
+    assert sorted(os.listdir("runs")) == ["latest", "lattice-s4-1", "lattice-s4-2"]
     same(bits(Path("runs/lattice-s4-1")), bits(Path("runs/lattice-s4-2")))
     assert not Path("runs/lattice-s4-1/latest").exists()
 
@@ -337,28 +312,26 @@ def test_a_line_per_validation_where_there_is_no_terminal(tmp_path, monkeypatch,
         def write(self, text):
             raise BrokenPipeError
 
+    short = {"objective": "none", "finetune_steps": 1}
     monkeypatch.setattr(sys, "stderr", Pipe())
-    run(tmp_path, "b")
+    run(tmp_path, "b", **short)
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    run(tmp_path, "c")
+    run(tmp_path, "c", **short)
     assert "validation" not in terminal.getvalue() and "c finetune" in terminal.getvalue()
 
 
-def test_a_folder_in_use_is_refused(tmp_path):
-    with checkpoint.Run(tmp_path, {}):
-        with pytest.raises(ValueError, match="in use by another run"):
-            checkpoint.lock(tmp_path)
-
-
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
-def test_a_file_system_without_locks_is_not_in_use(tmp_path, monkeypatch, number):
+def test_a_folder_in_use_is_refused_where_there_are_locks(number, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(number, "no locks")
 
-    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refuse)
-    checkpoint.lock(tmp_path).close()
+    with checkpoint.Run(tmp_path, {}):
+        with pytest.raises(ValueError, match="in use by another run"):
+            checkpoint.lock(tmp_path)
+        monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refuse)
+        checkpoint.lock(tmp_path).close()
 
 
 # ---------------------------------------------------------------------------------- diverged
@@ -418,11 +391,3 @@ def test_the_commit_is_dirty_if_the_code_is(tmp_path, monkeypatch):
     assert checkpoint.versions()["commit"] == clean + "-dirty"
     monkeypatch.setattr(checkpoint, "__file__", "/proc/nowhere/checkpoint.py")
     assert checkpoint.versions()["commit"] is None
-
-
-def test_what_a_run_writes_is_utf8(tmp_path, monkeypatch):
-    """Whatever the locale: the settings of a run in "données" are read back."""
-    run(tmp_path, "é", objective="none", finetune_steps=1, data_dir="données")
-    text = (tmp_path / "é" / "config.json").read_bytes().decode("utf-8")
-    assert json.loads(text)["data_dir"] == "données"
-    assert torch.load(tmp_path / "é" / "checkpoint.pt", weights_only=True)["settings"]

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,13 @@ import runs
 import torch
 
 import attention
-import checkpoint
 import dist_attention
 import gpu_generate
 import gpu_step
-import lra_data
-import pretrain
 import s4
 import sgconv
 import structured_ffn
 from s4 import rel_err
-from settings import Config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -133,31 +130,30 @@ def test_rounding_does_not_grow_with_the_keys(causal):
 
 # ---------------------------------------------------------------------------- pretrain.py
 
-TINY = {"d_model": 32, "n_heads": 2, "d_ff": 64, "d_state": 8, "kernel_dim": 8, "batch_size": 16}
-TINY |= {"pretrain_steps": 12, "finetune_steps": 12, "eval_every": 6, "device": "cuda"}
-
-
-def run(folder, **settings):
-    return pretrain.train(Config(**(TINY | settings), out=str(folder)))
+run = partial(runs.run, d_model=32, d_ff=64, batch_size=16, device="cuda")
+STAGES = ("pretrain", "finetune", "test")
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """train() on a lattice of 96 examples, or on 64 texts of symbols with padding."""
-    lattice = lra_data.load("lattice", n_train=96, n_val=16, n_test=16)
-    padded = runs.symbols(np.random.RandomState(0).randint(20, 61, 64))
-    monkeypatch.setattr(
-        lra_data, "load", lambda task, data_dir: {"lattice": lattice}.get(task, padded)
-    )
+    """train() on a lattice of 96 examples."""
+    runs.load_small(monkeypatch)
+
+
+@pytest.fixture
+def padded(monkeypatch):
+    """train() on 64 texts of symbols with padding."""
+    lengths = np.random.RandomState(0).randint(20, 61, 64)
+    runs.load_small(monkeypatch, runs.symbols(lengths))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("objective", ["masked", "causal"])
 @pytest.mark.parametrize("model", ["transformer", "s4", "s4d", "diagonal", "sgconv"])
-def test_every_model_trains(small, tmp_path, model, objective, precision):
+def test_every_model_trains(padded, tmp_path, model, objective, precision):
     options = {"model": model, "objective": objective, "precision": precision}
-    result = run(tmp_path, task="listops", **options)
-    assert np.isfinite([result[k]["loss"] for k in ("pretrain", "finetune", "test")]).all()
+    result = run(tmp_path, "a", task="listops", **options)
+    assert np.isfinite([result[stage]["loss"] for stage in STAGES]).all()
     assert result["speed"]["peak_memory"] == torch.cuda.max_memory_allocated()
 
 
@@ -165,41 +161,33 @@ def test_every_model_trains(small, tmp_path, model, objective, precision):
 def test_losses_are_those_of_the_cpu(small, tmp_path, model):
     """Nothing random in a causal run: float64 differs by rounding alone."""
     options = {"model": model, "objective": "causal", "precision": "float64"}
-    found = [run(tmp_path / d, device=d, **options) for d in ("cpu", "cuda")]
-    for stage in ("pretrain", "finetune", "test"):
+    found = [run(tmp_path, d, device=d, **options) for d in ("cpu", "cuda")]
+    for stage in STAGES:
         assert found[1][stage]["loss"] == pytest.approx(found[0][stage]["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("model", ["transformer", "s4"])
 def test_an_interrupted_run_ends_in_the_same_bits(small, tmp_path, monkeypatch, model):
-    run(tmp_path / "whole", model=model, dropout=0.1)
-    log = checkpoint.Run.log
-
-    def kill(self, step, *rest):
-        log(self, step, *rest)
-        if (self.stage, step) == ("finetune", 8):
-            raise RuntimeError("killed")
-
+    options = {"model": model, "dropout": 0.1}
+    run(tmp_path, "whole", **options)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Run, "log", kill)
+        runs.after_step(patch, "finetune", 9, runs.die)
         with pytest.raises(RuntimeError, match="killed"):
-            run(tmp_path / "cut", model=model, dropout=0.1)
-    run(tmp_path / "cut", model=model, dropout=0.1, resume=True)
+            run(tmp_path, "cut", **options)
+    run(tmp_path, "cut", resume=True, **options)
     runs.same(runs.bits(tmp_path / "whole"), runs.bits(tmp_path / "cut"))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("pad_to", [64, 8])  # one length; several
 @pytest.mark.parametrize("model", ["transformer", "s4", "s4d", "diagonal", "sgconv"])
-def test_ten_captured_steps_are_ten_eager_ones(small, tmp_path, model, pad_to, dropout):
+def test_ten_captured_steps_are_ten_eager_ones(padded, tmp_path, model, pad_to, dropout):
     options = {"model": model, "pad_to": pad_to, "dropout": dropout, "precision": "float64"}
     options |= {"pretrain_steps": 10, "finetune_steps": 10, "eval_every": 10}
     weights = []
     for eager in (True, False):
-        folder = tmp_path / str(eager)
-        run(folder, task="listops", eager=eager, **options)
-        state = checkpoint.load(folder / "checkpoint.pt")
-        weights.append({**state["model"], **state["head"]})
+        run(tmp_path, str(eager), task="listops", eager=eager, **options)
+        weights.append(runs.bits(tmp_path / str(eager))[2])
         for name in weights[-1]:
             if name.endswith("qkv.bias"):
                 weights[-1][name][32:64] = 0  # of keys: no softmax sees it, so it learns rounding
@@ -228,7 +216,7 @@ def test_generation_by_graphs_gives_the_tokens_of_the_model(kind, temperature):
 @pytest.mark.parametrize(("model", "parts"), [("s4", 1), ("diagonal", 2)])
 def test_a_compiled_model_trains_the_same(small, tmp_path, model, parts):
     options = {"model": model, "accumulate": parts, "objective": "causal", "eval_every": 12}
-    plain, compiled = (run(tmp_path / str(on), compile=on, **options) for on in (False, True))
+    plain, compiled = (run(tmp_path, str(on), compile=on, **options) for on in (False, True))
     for stage in ("pretrain", "finetune"):
         assert compiled[stage]["loss"] == pytest.approx(plain[stage]["loss"], rel=1e-3)
 
@@ -247,7 +235,7 @@ def test_two_ranks_on_one_gpu_are_one_process(tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (json.loads((tmp_path / n / "result.json").read_text()) for n in ("one", "two"))
-    for stage in ("pretrain", "finetune", "test"):
+    for stage in STAGES:
         assert two[stage]["loss"] == pytest.approx(one[stage]["loss"], rel=1e-9)
 
 

@@ -133,24 +133,22 @@ def test_an_optimizer_saved_on_a_gpu_continues_on_a_cpu():
 
 # ---------------------------------------------------------------- in pretrain.py
 
+SYMBOLS = runs.symbols([5, 9, 9, 7])
 DATA = {
-    "symbols": (lambda: runs.symbols([5, 9, 9, 7]), {}),
-    "one step later": (lambda: runs.symbols([5, 9, 9, 7]), {"objective": "causal"}),
-    "values": (lambda: runs.numbers(4, 9), {"loss": "l1", "mask_ratio": 0.5}),
-    "classes of pairs": (lambda: runs.pairs([5, 9, 9, 7]), {"stage": "finetune"}),
-    "targets": (lambda: runs.regression(runs.symbols([5, 9, 9, 7])), {"stage": "finetune"}),
+    "symbols": (SYMBOLS, "pretrain", {}),
+    "one step later": (SYMBOLS, "pretrain", {"objective": "causal"}),
+    "values": (runs.numbers(4, 9), "pretrain", {"loss": "l1", "mask_ratio": 0.5}),
+    "classes of pairs": (runs.pairs([5, 9, 9, 7]), "finetune", {}),
+    "targets": (runs.regression(SYMBOLS), "finetune", {}),
 }
 MODELS = ["transformer", "s4", "s4d", "diagonal", "sgconv"]
 
 
 def loss_and_gradients(name, model, **settings):
     """Sums, gradients and batch of one step in float64, without dropout."""
-    make, options = DATA[name]
-    options = {**runs.TINY, **options, **settings}
-    stage = options.pop("stage", "pretrain")
-    data = make()
+    data, stage, options = DATA[name]
     about = {**batches.identity(data), "max_len": 64}
-    config = Config(model=model, precision="float64", **options)
+    config = Config(model=model, precision="float64", **runs.TINY, **options, **settings)
     config = batches.fitted(config, about)
     body = pretrain.initial_model(config, about)
     head = pretrain.initial_head(stage, body, config, about)
@@ -222,6 +220,7 @@ def test_a_run_with_captured_steps_is_the_run_without_also_resumed(model, tmp_pa
     monkeypatch.setattr(gpu_step, "prepare", prepare_as_on_a_gpu)
     monkeypatch.setattr(pretrain, "uses_graphs", lambda config: not config.eager)
     options = {"dropout": 0.1, "accumulate": 2, "precision": "float64", "model": model}
+    options |= {"pretrain_steps": 6, "finetune_steps": 6, "eval_every": 3}
     captured = runs.run(tmp_path, "captured", **options)
     assert [recorder.recorded for recorder in recorders] == [2, 2]
     eager = runs.run(tmp_path, "eager", eager=True, **options)
