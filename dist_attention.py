@@ -773,7 +773,7 @@ def agree_on_attention(schedule, q, k, v, causal, keep, group, layout):
 
 # ---------------------------------------------------------------- processes
 
-long_waits = None  # the group of `wait_for_rank0`
+long_waits = None  # the group of `wait_for_all_ranks`
 
 
 @contextlib.contextmanager
@@ -782,7 +782,7 @@ def process_group(device="cpu", timeout=60.0):
 
     NCCL if every rank has a GPU of its own, else gloo (through host memory).  timeout: seconds
     until a rank that does not join or keeps silent counts as lost (RankLost).  Where ranks wait
-    longer by design, see `wait_for_rank0`.  Yields (rank, world, device of this rank).
+    longer by design, see `wait_for_all_ranks`.  Yields (rank, world, device of this rank).
     """
     global long_waits
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -810,13 +810,13 @@ def process_group(device="cpu", timeout=60.0):
     try:
         with lost(f"rank {rank} of {world}: another rank was lost"):
             yield rank, world, torch.device(device)
-            wait_for_rank0()
+            wait_for_all_ranks()
     finally:
         long_waits = None
         dist.destroy_process_group()
 
 
-def wait_for_rank0():
+def wait_for_all_ranks():
     """Wait until all ranks have called this, up to a day: after loading, saving or evaluating."""
     ranks = replace(ranks_of(long_waits, "cpu"), limit=timedelta(days=1))
     ranks.tell("done", "a wait for all ranks")

@@ -55,7 +55,7 @@ import sgconv
 from attention import Transformer, TransformerConfig
 from batches import Batch, draw, fitted, identity, load_data, normalize, part, resident, send
 from checkpoint import Run, check_out, differences, find_run, load, means, new_folder, ranks
-from dist_attention import RankLost, process_group, wait_for_rank0
+from dist_attention import RankLost, process_group, wait_for_all_ranks
 from gpu_kernels import JointS4Model
 from own_data import say
 from pathfinder import print_anywhere
@@ -334,7 +334,7 @@ def evaluate(model, head, split, stage, config):
         with compiled_if(len(index) == size):
             sums += objective(batch)[1]
     objective.train()
-    wait_for_rank0()  # parts may take unequal time, longer than a sum over ranks waits
+    wait_for_all_ranks()  # parts may take unequal time, longer than a sum over ranks waits
     sums = dist_attention.SumOverRanks.apply(sums)
     how = "use longer ones, more of them, or a larger --mask-ratio"
     few = f"no position of {len(split)} examples is masked or has a next one: {how}"
@@ -411,7 +411,7 @@ def fit(stage, model, head, train, val, config, run):
                 best = {"merit": merit, "score": score, **copy.deepcopy(weights)}
         if validate or run.interrupted:
             run.save(step, parts, best)  # raises KeyboardInterrupt if interrupted
-            wait_for_rank0()  # which writes
+            wait_for_all_ranks()  # rank 0 writes
 
     model.load_state_dict(best["model"])
     head.load_state_dict(best["head"])
@@ -450,7 +450,7 @@ def train(config, position=0):
     if config.out is None:
         config = replace(config, out=agreed_folder(config))
     with Run(config.out, asdict(config), about, FREE, position) as run:
-        wait_for_rank0()
+        wait_for_all_ranks()
         run.result["parameters"] = sum(p.numel() for p in model.parameters())
         pretraining = config.objective != "none" and not config.pretrained
         if pretraining and "pretrain" not in run.result:  # it is there if a resumed run finished it
@@ -458,13 +458,13 @@ def train(config, position=0):
             splits = (train_split.documents(), val_split.documents())
             score = fit("pretrain", model, head, *splits, config, run)
             run.save_weights("pretrained.pt", model, head)
-            wait_for_rank0()
+            wait_for_all_ranks()
             run.result["pretrain"] = score
         head = initial_head("finetune", model, config, about)
         run.result["finetune"] = fit("finetune", model, head, labeled, val_split, config, run)
         run.result["test"] = evaluate(model, head, test_split, "finetune", config)
         run.save_weights("model.pt", model, head)
-        wait_for_rank0()
+        wait_for_all_ranks()
     return run.result
 
 
@@ -548,10 +548,10 @@ def rank0_first(make, config):
     rank, _ = ranks()
     if rank == 0:
         data = make(config)
-    wait_for_rank0()
+    wait_for_all_ranks()
     if rank > 0:
         data = make(config)
-    wait_for_rank0()
+    wait_for_all_ranks()
     return data
 
 

@@ -266,7 +266,7 @@ def faults(rank):
 
         with mock.patch.object(da.Ranks, "op", op):
             heard[fault] = caught(da.ring_attention, q, q, q, group=group)
-        da.wait_for_rank0()
+        da.wait_for_all_ranks()
     pretrain.rank0_first(lambda config: time.sleep(4 if rank < 2 else 0), None)
     score = evaluate(seconds=4 if rank == 1 else 0)
     heard["late"] = f"{score['loss']:.2f}, then {caught(da.ring_attention, q, q, q)}"
@@ -303,7 +303,7 @@ def main(folder, *ports):
     if rank < 3:
         with join(3, ports[2], 3):
             save("faults", faults(rank))
-            da.wait_for_rank0()
+            da.wait_for_all_ranks()
             if rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             if rank == 2:

@@ -389,7 +389,7 @@ def story(tmp_path_factory):
         patch.setattr(pretrain, "make_batch", spy_batch)
         patch.setattr(pretrain, "fit", spy_fit)
         patch.setattr(checkpoint, "save", spy_save)
-        patch.setattr(pretrain, "wait_for_rank0", lambda: seen.events.append("wait"))
+        patch.setattr(pretrain, "wait_for_all_ranks", lambda: seen.events.append("wait"))
         run(root, "a", **STORY)
         seen.weights = root / "a" / "pretrained.pt"
         run(root, "b", **STORY, pretrained=str(root / "a"))
@@ -746,9 +746,9 @@ def test_the_check_notices_what_is_wrong(spoiled, bad, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("rank", "order"), [(0, "work wait wait"), (1, "wait work wait")])
 def test_ranks_wait_for_the_data_however_long(rank, order, monkeypatch):
-    """By `wait_for_rank0`, which has no timeout of a minute: retrieval takes longer to load."""
+    """By `wait_for_all_ranks`, which has no timeout of a minute: retrieval takes longer to load."""
     events = []
     monkeypatch.setattr(pretrain, "ranks", lambda: (rank, 2))
-    monkeypatch.setattr(pretrain, "wait_for_rank0", lambda: events.append("wait"))
+    monkeypatch.setattr(pretrain, "wait_for_all_ranks", lambda: events.append("wait"))
     pretrain.rank0_first(events.append, "work")
     assert " ".join(events) == order
