@@ -89,9 +89,7 @@ def test_a_run_is_continued_only_with_its_settings_and_replaced_only_with_overwr
         patch.setattr(pretrain, "load_data", lambda config: die())
         with pytest.raises(ValueError, match=r"cut contains a finished run: pass --overwrite"):
             run(tmp_path, "cut")
-    with pytest.raises(
-        ValueError, match=r"finetune_steps 12 -> 20; it is finished: for more"
-    ):
+    with pytest.raises(ValueError, match=r"finetune_steps 12 -> 20; it is finished: for more"):
         run(tmp_path, "cut", resume=True, finetune_steps=20)
     with pytest.raises(ValueError, match="finished run"):  # it may finish while another one loads
         checkpoint.Run(folder, {}).__enter__()
