@@ -205,8 +205,7 @@ class Run:
             state = load(previous)
             if self.rank == 0:
                 newest.unlink(missing_ok=True)  # `save` must not keep it as the previous one
-        config = self.folder / "config.json"
-        how = f"--settings {config} --resume continues it, on the same data"
+        how = f"--resume --out {self.folder} continues it, on the same data"
         if (self.folder / "result.json").exists():
             how = f"it is finished: for more, pass --pretrained {self.folder} and another --out"
         for kind, now in self.about.items():

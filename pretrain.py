@@ -635,6 +635,11 @@ def command(argv):
     args = vars(flags.parse_args(argv))
     check = args.pop("check", False)
     show = args.pop("print_config", False)
+    if args.get("resume") and "settings" not in args:
+        args["out"] = str(find_run(args.get("out", "runs/latest")))
+        stored = Path(args["out"], "config.json")
+        if stored.exists():
+            args["settings"] = str(stored)
     config, origin = resolve(args)
     if show:
         for name, value in asdict(config).items():

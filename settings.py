@@ -105,7 +105,7 @@ class Config:
     labels: int = flag(None, "fine-tune on this many examples (nested subsets)")
     pretrained: str = flag(None, "start from this pretrained.pt, also of other data of that kind")
     eval_every: int = flag(500, "steps between validations")
-    resume: bool = flag(False, "continue the run in --out, or runs/latest, from its checkpoint")
+    resume: bool = flag(False, "continue the run in --out, or runs/latest, with its settings")
     precision: str = flag("float32", "arithmetic", "float32", "float64", "bfloat16")
     compile: bool = flag(False, "torch.compile the model (pays on a GPU if lengths are equal)")
     eager: bool = flag(False, "on a GPU, launch kernels one by one instead of as CUDA graphs")

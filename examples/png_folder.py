@@ -6,11 +6,13 @@ from the folder that contains pictures/cat/1.png, pictures/cat/2.png, pictures/d
 Needs Pillow.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import own_data
 
 FOLDER = Path("pictures")
@@ -31,3 +33,7 @@ def load():
     x = np.stack([read(path) for path in paths])
     classes = [path.parent.name for path in paths]
     return own_data.from_arrays(x, classes, name=FOLDER.name)
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -5,11 +5,13 @@
 from the folder that contains sounds/dog/1.wav, sounds/dog/2.wav, sounds/cat/1.wav, ...
 """
 
+import sys
 import wave
 from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import own_data
 from lra_data import pad
 
@@ -32,3 +34,7 @@ def load():
     x, lengths = pad([read(path) for path in paths])  # (n, L) with zeros after each sound
     classes = [path.parent.name for path in paths]
     return own_data.from_arrays(x, classes, lengths, name=FOLDER.name)
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -717,6 +717,8 @@ def test_a_run_from_the_command_line(small_lattice, monkeypatch, tmp_path, capsy
     shown = capsys.readouterr().out
     assert shown.startswith("d_state has no effect in this run\npretrain ")
     assert "accuracy" in shown and "tokens_per_s" in shown and f"{tmp_path}/result.json" in shown
+    pretrain.main(["--resume", "--out", str(tmp_path)])  # with the settings of the run
+    assert json.loads((tmp_path / "result.json").read_text())["test"] == result["test"]
     message, _ = exit_of(capsys, *runs.SMALL, *steps, "--out", tmp_path)
     assert message.startswith("pretrain.py: ") and "pass --overwrite to replace it" in message
 
