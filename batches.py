@@ -52,7 +52,7 @@ def identity(data):
 
 
 def fitted(config, about):
-    """Config with what depends on own data: mask ratio, loss, 300 to 3,000 steps of pretraining.
+    """Config, completed from own data: mask ratio, loss, and 30 epochs, 300 to 3,000 steps.
 
     ValueError if it does not fit these data.
     """
@@ -166,9 +166,9 @@ def in_units_of_y(target, about):
 
 
 def draw(lengths, batch_size, *seed):
-    """Yield the indices of each step, without end, as a function of the seed (integers) alone.
+    """Yield the indices of each step, without end; the same arguments give the same indices.
 
-    An epoch is a random permutation, cut into pools of 64 to 127 batches. Each pool is sorted by
+    An epoch is a random permutation, cut into pools of 64 batches or more. Each pool is sorted by
     length and cut into batches, which are shuffled: every example once, with little padding.
     """
     for epoch in itertools.count():
@@ -190,7 +190,7 @@ class Batch(NamedTuple):
     x: torch.Tensor  # (B, L) ids, or (B, L, C + 1) values and the mask flag
     keep: torch.Tensor | None  # (B, L) bool, True = real token; None: no padding
     where: torch.Tensor | None  # (B, L) bool, positions that count; None: one label per example
-    target: torch.Tensor  # (B, L) ids or (B, L, C) values; per example (B,) labels or (B, k)
+    target: torch.Tensor  # (B, L) ids, (B, L, C) values; or labels (B,), (B / 2,) of pairs, (B, k)
 
 
 def part(batch, i, n):

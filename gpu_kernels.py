@@ -1,9 +1,9 @@
-"""The kernels of all layers of an S4Model at once, for a GPU.
+"""The convolution kernels of all layers of an S4Model at once, which is faster on a GPU.
 
     model = JointS4Model(S4Config(...))  # an S4Model with the same weights and outputs
 
-A kernel takes many small operations, which cost a GPU as much as large ones.  So the layers, which
-are of one kind and size, become one layer with the channels of all while kernels are computed.
+Such a kernel takes many small operations, which cost a GPU as much as large ones.  So the layers,
+which are of one kind and size, become one layer with the channels of all while it is computed.
 """
 
 import torch
@@ -20,7 +20,7 @@ class JointS4Model(S4Model):
 
     def __init__(self, config, mixer=s4_mixer):
         super().__init__(config, mixer)
-        # in a list, or its parameters would count twice
+        # in a list, so that state_dict does not contain its weights twice
         self.joint = [Kernel(self.blocks[0].mixer)]
 
     def forward(self, x, keep=None, rate=1.0):
@@ -33,7 +33,7 @@ class JointS4Model(S4Model):
 
 
 class Kernel(nn.Module):
-    """layer.kernel as the forward of a module: functional_call asks for one, made beforehand."""
+    """A module whose forward is layer.kernel, as functional_call calls no other method."""
 
     def __init__(self, layer):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The Long Range Arena tasks as numpy arrays: generated, or read from the published files.
+"""Long Range Arena, Speech Commands, sCIFAR and a lattice: numpy arrays, generated or read.
 
     python lra_data.py                       list all tasks
     python lra_data.py listops-tiny          generate or load a task and summarize it
@@ -39,7 +39,7 @@ import pathfinder
 from pathfinder import appearing, naming, one_line_errors, print_table, require
 
 # RandomState([seed, k]) is one stream per use: 1 lattice, 2 listops, 3 pathfinder, 4 the order of
-# its published files, 5 the held-out tenth.  Legacy streams are the same in all versions of numpy.
+# its published files, 5 the held-out tenth, 6 own data.  They are the same in all numpy versions.
 SPLITS = ("train", "val", "test")
 MIN_COUNT = 15  # rarer characters of text and retrieval are <unk>
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # as the files of pathfinder and retrieval have them
@@ -69,7 +69,7 @@ class Data:
     """A task.  If mean is None, tokens are symbols 0 .. vocab_size - 1, to be embedded.
 
     Otherwise tokens are numbers and a model reads (x - mean) / std, one mean and std per channel;
-    vocab_size is then the number of different values (256 for pixels), or None for sound.
+    vocab_size is then the number of different values (256 for pixels), or None.
     """
 
     name: str

@@ -48,8 +48,8 @@ BROKEN = re.compile("[\0\ud800-\udfff]")  # NUL bytes, and what is not UTF-8
 def load(task, seed=0, text_column="text", label_column="label", characters=False, max_len=MAX_LEN):
     """Return a .npz, .csv or .tsv file, or what `file.py:function` returns, as `Data`.
 
-    seed: of the random split.  Of tables alone: characters, one token per character instead of
-    per byte; max_len, the number of tokens after which a text is cut.
+    seed: of the random split.  Of tables alone: the names of columns; characters, one token per
+    character instead of per byte; max_len, the number of tokens after which a text is cut.
     """
     path = Path(task)
     suffix = path.suffix.lower()
@@ -120,7 +120,7 @@ def from_arrays(
 def random_split(name, labels, seed):
     """Names of splits (n,): a tenth of the rows is val, a tenth is test.
 
-    A class with a name that would be in these alone goes to the training split.
+    A class (text labels) that would be in these alone goes to the training split.
     """
     n = len(labels)
     require(n >= 10, f"{name}: {n} examples are too few to split, expected 10 or more")
@@ -128,7 +128,7 @@ def random_split(name, labels, seed):
     split = np.full(n, "train")
     split[order[: n // 10]] = "val"
     split[order[n // 10 : n // 10 * 2]] = "test"
-    if labels.dtype.kind == "U":  # others may be the numbers of a regression
+    if labels.dtype.kind == "U":  # rare integers may be meant as a regression: see from_arrays
         for label in set(labels.tolist()) - set(labels[split == "train"].tolist()):
             split[labels == label] = "train"
     say(f"{name}: split at random, 80/10/10, with seed {seed}")
@@ -136,7 +136,7 @@ def random_split(name, labels, seed):
 
 
 def moments(name, array, what, values):
-    """Mean and standard deviation of each column of (n, C), as tuples."""
+    """Mean and standard deviation of each column of (n, C), as tuples.  ValueError if constant."""
     constant = np.flatnonzero(values.min(0) == values.max(0)).tolist()
     how = f"drop it, np.delete({array}, {constant[:20]}, -1)"
     if values.shape[1] == 1:
@@ -258,7 +258,7 @@ def check_inputs(name, x, lengths):
 
     L is the longest length.
     """
-    x = np.array(x)  # a copy
+    x = np.array(x)  # a copy: padding becomes 0
     require(x.dtype.kind in "iuf", f"{name}: x is {x.dtype}, expected integers or floats")
     shape = "(n, L) or (n, L, C); a picture is a row of pixels: reshape(n, -1, C)"
     require(x.ndim in (2, 3) and x.size > 0, f"{name}: x has shape {x.shape}, expected {shape}")

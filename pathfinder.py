@@ -8,7 +8,7 @@ Two dashed snakes of `contour` segments start near the middle of a picture and g
 without touching older segments; then short snakes are added as distractors.  One disk sits on the
 start of a snake, the other on the end of the same (label 1) or of the other snake (label 0).
 
-    taken  (n, side^2) uint8   maps of n pictures that grow in lock-step: 255 where occupied
+    taken  (n, side^2) uint8   maps of n pictures that grow in lock-step: how occupied, 0 to 255
     at     (n, segments)       place where a segment ends: a flat index into its map
     way    (n, segments)       its direction: one of 360 free angles, or that of a ring place
     pivot  (n, 2)              center (row, column) of the ring of places where it can end
@@ -351,7 +351,7 @@ def grow(rng, brush, taken, start, way, length):
     at = np.concatenate([brush.place(start), later], 1)
     angle = FREE_ANGLES[way]
     way = np.concatenate([way, later], 1)
-    # as published, ceil of the sum: near the edges, rounding errors make a pixel
+    # as published, ceil of the sum: near 0 the rounding error of sin and cos moves it by a pixel
     end = np.ceil(start + brush.sheet.length * unit(angle))
     pivot = np.ceil(end + brush.reach * unit(opposite(angle)))  # (n, snakes, 2)
     row = np.arange(n)
@@ -423,8 +423,8 @@ def distract(rng, brush, taken, length):
 
 def free_starts(rng, brush, taken):
     """Draw free first segments: starts (m, 2), angles (m,), and the rows (m,) that have one."""
-    # differs from the published code: if the segment would leave the picture, it draws a new
-    # angle, not a new place; this concerns under 5 % of the places, and none at size 32
+    # differs from the published code: where a segment would leave the picture, that draws angle and
+    # place again; here another place for this angle (under 5 % of the places, none at size 32)
     angle = rng.randint(0, 360, len(taken))
     place = np.full(len(taken), -1)
     todo = np.flatnonzero(brush.usable[angle])
@@ -654,7 +654,7 @@ def one_line_errors(program):
 
 
 def self_check():
-    """Compare 300 pictures of size 32 with the published ones: (name, error, limit) rows."""
+    """300 pictures against published statistics, and a second run: (name, error, limit) rows."""
     pictures, labels, _ = draw_pictures(np.random.RandomState(0), 32, 14, 300)
     again, _, _ = draw_pictures(np.random.RandomState(0), 32, 14, 300)
     return [

@@ -13,9 +13,9 @@ Data flow (this file follows the same order; the first line is batches.py):
     paper                        here                                         shape
     self-pretraining (SPT)       --objective masked | causal, stage "pretrain"
     trained from scratch (TFS)   --objective none
-    masked token                 id vocab_size, one more row of the embedding
+    masked token                 id vocab_size, one more row of the embedding; values: 0 and a flag
     regression                   labels (n, k) instead of classes, trained on (y - y_mean) / y_std
-    noisy input, mask, clean     Batch.x, Batch.where, Batch.target           (B, L)
+    noisy input, mask, clean     Batch.x, Batch.where, Batch.target           see Batch
 
 Every random choice follows from seed, stage, step, rank and kind of device, so a run that was
 killed continues with the same bits. B counts sequences: a pair of documents is two of them, with
@@ -26,7 +26,7 @@ padding (it does there); every example is evaluated (the last partial batch is d
 Not included: data that do not fit into device memory.
 
     python pretrain.py                                    four small models (benchmarks/demo.py)
-    python pretrain.py --settings lattice-s4              in a new folder; runs/latest is its link
+    python pretrain.py --settings lattice-s4              in a new folder: runs/latest links to it
     python pretrain.py --task my.csv --model s4           your own data (own_data.py)
     torchrun --standalone --nproc-per-node 4 pretrain.py --settings listops-s4
                                           with --max-restarts and --out, a restart resumes the run
@@ -127,8 +127,8 @@ def build_model(config, about):
         return SGConvModel(SGConvConfig(**sizes, **sgconv_kernel(config, about["max_len"])))
     mixer = {"s4": s4_mixer, "s4d": s4d_mixer, "diagonal": dlr_mixer}[config.model]
     sizes.update(d_state=config.d_state, dt_min=config.dt_min, dt_max=config.dt_max)
-    whole = config.device.startswith("cuda") and not config.sequence_parallel
-    kind = JointS4Model if whole else S4Model
+    at_once = config.device.startswith("cuda") and not config.sequence_parallel
+    kind = JointS4Model if at_once else S4Model  # see gpu_kernels.py
     return kind(S4Config(**sizes), mixer)
 
 
@@ -253,8 +253,9 @@ def regression_score(sums, y_std):
     """R2, and mean absolute error in the units of y; both are means over the k targets."""
     count = sums[1]
     error, square, y, y_square = sums[3:].view(4, -1).cpu()  # each (k,), of standardized targets
-    r2 = 1 - square / (y_square - y * y / count)
-    r2 = r2.nan_to_num(0, 0, 0)  # of a constant target
+    total = y_square - y * y / count
+    varies = total > 1e-10 * y_square  # else constant, up to rounding
+    r2 = torch.where(varies, 1 - square / total, 0)
     error = error / count * torch.tensor(y_std, dtype=torch.float64)
     return {"r2": r2.mean().item(), "mae": error.mean().item()}
 
@@ -280,7 +281,7 @@ def autocast(config, x):
 
 
 def compiled_if(condition):
-    """A context in which --compile has no effect unless the condition is true."""
+    """A context without --compile unless condition: a batch of another size would recompile."""
     return torch.compiler.set_stance("default" if condition else "force_eager")
 
 
@@ -418,8 +419,8 @@ def fit(stage, model, head, train, val, config, run):
     return best["score"]
 
 
-# Settings that may change when a run is resumed: they change rounding at most, what dropout drops
-# if the batch is split, and the masks if the device is of another kind.
+# Settings that may change when a run is resumed: they change rounding; accumulate, compile, pad_to
+# and the kind of device also what dropout drops; the kind of device also the masks.
 FREE = ("out", "resume", "overwrite", "device", "data_dir", "task")  # the data are compared
 FREE += ("accumulate", "compile", "eager", "pad_to")
 
@@ -430,7 +431,7 @@ def train(config, position=0):
 
     position: row of the progress bar.  ValueError if settings do not fit the data or the model;
     FloatingPointError if the run diverges (the last checkpoint stays).  Random numbers of the
-    caller go on as if nothing had been drawn (on a GPU they do not).
+    caller go on as if nothing had been drawn (those of a GPU do not).
     """
     if config.out or config.resume:
         config = replace(config, out=str(find_run(config.out or "runs/latest")))
@@ -503,7 +504,7 @@ def read_pretrained(path):
 
 
 def as_pretrained(about, config):
-    """Normalize values as in pretraining, perhaps on other examples of the same channels."""
+    """`about` with the mean and std of the pretraining run, if values have the same channels."""
     old = read_pretrained(config.pretrained).get("data", {})
     if about["mean"] is None or old.get("n_channels") != about["n_channels"]:
         return about
@@ -535,8 +536,8 @@ def load_pretrained(model, config, about):
 def data_parallel(objective, stage, train, config):
     """The objective, its gradients averaged over processes that share the examples of a batch."""
     parallel = DistributedDataParallel(objective)
-    # It changes the order of its sums after the first backward. So run one backward and discard
-    # it: then a resumed run adds up in the order of an uninterrupted one.
+    # DDP regroups gradients after the first backward, and then sums in another order. So run one
+    # backward and discard it: then a resumed run adds up in the order of an uninterrupted one.
     batch = make_batch(train, np.arange(1), stage, config, seeded(config, config.seed))
     parallel(batch)[0].backward()
     parallel.zero_grad()

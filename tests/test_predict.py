@@ -136,6 +136,11 @@ def test_arrays_get_values_and_the_score_of_the_run(runs, tmp_path, capsys):
     assert f"R2 {r2:.4g}, mean absolute error {mae:.4g}" in capsys.readouterr().out
 
 
+def test_the_r2_of_a_constant_target_is_0():
+    labels = np.full((37, 1), 0.1, np.float32)
+    assert predict.score(torch.zeros(37, 1), labels, {"y_mean": (0.0,)}).startswith("R2 0, mean")
+
+
 def test_model_pt_needs_nothing_else(runs, tmp_path):
     """It is plain tensors and values, and predicts in a folder of its own."""
     state = torch.load(runs / "arrays" / "model.pt", weights_only=True)

@@ -329,9 +329,12 @@ def test_scores_are_those_of_all_examples_whatever_the_batches(target):
     assert found.keys() == {"loss", "r2", "mae"}
 
 
-def test_r2_of_a_constant_target_is_0():
-    """-inf is no number of JSON."""
-    sums = torch.tensor([2, 4, torch.nan, 4, 4, 8, 16], dtype=torch.float64)  # y = 2, error 1
+@pytest.mark.parametrize("constant", [2.0, 0.1, 0.3])
+def test_r2_of_a_constant_target_is_0(constant):
+    """-inf is no number of JSON, and rounding is no variance."""
+    y = torch.full((37,), constant, dtype=torch.float64)
+    n = len(y)
+    sums = torch.tensor([n, n, torch.nan, n, n, y.sum(), y.square().sum()], dtype=torch.float64)
     assert pretrain.regression_score(sums, [1.0]) == {"r2": 0, "mae": 1}
 
 
