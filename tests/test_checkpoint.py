@@ -100,6 +100,14 @@ def test_a_run_is_continued_only_with_its_settings_and_replaced_only_with_overwr
     assert "pretrain" not in (folder / "metrics.jsonl").read_text()
 
 
+def test_only_overwrite_deletes_weights(tmp_path):
+    mine = tmp_path / "a" / "pretrained.pt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    run(tmp_path, "a", objective="none", finetune_steps=1)
+    assert mine.read_text() == "mine"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_the_step_with_a_checkpoint(number, whole, tmp_path, capsys):
     began = time.perf_counter() - 0.1  # seconds are rounded to tenths
