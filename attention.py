@@ -124,7 +124,8 @@ def merge(out, lse, out_block, lse_block):
     if not (out.shape == out_block.shape and lse.shape == lse_block.shape == out.shape[:-1]):
         shapes = [tuple(x.shape) for x in (out, lse, out_block, lse_block)]
         raise ValueError(f"expected (B, H, Lq, E), (B, H, Lq), twice; got {shapes}")
-    # exp(lse - the new lse) would add the rounding error of the new one; both -inf give nan
+    # weights from the difference: exp(lse - new lse) would add the rounding error of the new lse
+    # where both are -inf it is nan, and the block weighs nothing
     difference = (lse_block - lse).masked_fill(lse_block == -torch.inf, -torch.inf)
     weight = torch.sigmoid(-difference)[..., None]
     weight_block = torch.sigmoid(difference)[..., None]
@@ -172,7 +173,7 @@ def check_shapes(q, k, v, keep):
         expect(fits, "k (B, G, Lk, E), bool keep (B, Lk)", k, keep)
 
 
-def require(ok, message):
+def require(ok, message):  # same as s4.py:require
     """Raise ValueError unless ok."""
     if not ok:
         raise ValueError(message)
@@ -261,8 +262,8 @@ class Cache:
 
         This cache is stale afterwards.
         """
-        here = self.k is not None
-        require(here, f"cache already moved past token {self.length}; deepcopy it to branch")
+        usable = self.k is not None
+        require(usable, f"cache already moved past token {self.length}; deepcopy it to branch")
         expect(len(k) == len(self.k), "keys of the cache's batch size", self.k, k)
         end = self.length + k.shape[2]
         capacity = self.k.shape[2]

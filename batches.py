@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 import lra_data
-from settings import OWN_SYMBOLS, OWN_VALUES, require
+from pathfinder import require
+from settings import OWN_SYMBOLS, OWN_VALUES
 
 # Settings that are options of lra_data.load, and their names there.
 OPTIONS = {
@@ -52,7 +53,7 @@ def identity(data):
 
 
 def fitted(config, about):
-    """Config, completed from own data: mask ratio, loss, and 30 epochs, 300 to 3,000 steps.
+    """Config with what follows from own data: mask ratio, loss, steps (30 epochs, 300 to 3,000).
 
     ValueError if it does not fit these data.
     """
@@ -132,7 +133,7 @@ def send(values, device):
 
 
 def trim(raw, lengths, multiple=1):
-    """Cut (B, L[, C]) to the longest of lengths (B,), on the host: raw and keep (see `gather`).
+    """Cut (B, L[, C]) to the longest of lengths, a numpy (B,): raw and keep (see `gather`).
 
     Rounded up to a multiple: on a GPU each new length costs a plan of the attention kernel, and a
     CUDA graph.

@@ -86,8 +86,8 @@ def ring_ref(q, k, v, at, causal=False):
 # ---------------------------------------------------------------- layouts
 
 
-def require(ok, message):
-    """Raise a ValueError with this message unless ok."""
+def require(ok, message):  # same as s4.py:require
+    """Raise ValueError unless ok."""
     if not ok:
         raise ValueError(message)
 
@@ -279,7 +279,8 @@ def merge(out, lse, out_block, lse_block):  # same as attention.py:merge
     if not (out.shape == out_block.shape and lse.shape == lse_block.shape == out.shape[:-1]):
         shapes = [tuple(x.shape) for x in (out, lse, out_block, lse_block)]
         raise ValueError(f"expected (B, H, Lq, E), (B, H, Lq), twice; got {shapes}")
-    # exp(lse - the new lse) would add the rounding error of the new one; both -inf give nan
+    # weights from the difference: exp(lse - new lse) would add the rounding error of the new lse
+    # where both are -inf it is nan, and the block weighs nothing
     difference = (lse_block - lse).masked_fill(lse_block == -torch.inf, -torch.inf)
     weight = torch.sigmoid(-difference)[..., None]
     weight_block = torch.sigmoid(difference)[..., None]

@@ -41,7 +41,6 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}
 MAX_VOCAB = 2**20
 MAX_LEN = 4096  # of a text
 NAME = re.compile("[+-]?0[0-9]|.*_")  # what int() would take for 1 and 10
-MEANING = "integers are tokens: turn values into floats, and mark padding by lengths"
 BROKEN = re.compile("[\0\ud800-\udfff]")  # NUL bytes, and what is not UTF-8
 
 
@@ -272,7 +271,8 @@ def check_inputs(name, x, lengths):
     x = x[:, : lengths.max()]
     lengths = lengths.astype(np.int32)
     if x.ndim == 2 and x.dtype.kind in "iu":
-        no_row(x < 0, name, f"a negative token ({MEANING})")
+        how = "integers are tokens: turn values into floats, and mark padding by lengths"
+        no_row(x < 0, name, f"a negative token ({how})")
         no_row(x >= MAX_VOCAB, name, f"a token above {MAX_VOCAB - 1:,}: number them from 0")
         return x.astype(np.uint8 if x.max() < 256 else np.int32), lengths
     return as_float32(name, "x", x.reshape(*x.shape[:2], -1)), lengths

@@ -590,7 +590,7 @@ def appearing(path):
         try:
             os.replace(part, path)
         except OSError:
-            if not path.exists():  # else another process was faster: what it made is the same
+            if not path.is_dir():  # else another process was faster: what it made is the same
                 raise
 
 

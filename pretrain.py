@@ -58,9 +58,9 @@ from checkpoint import Run, check_out, differences, find_run, load, means, new_f
 from dist_attention import RankLost, process_group, wait_for_all_ranks
 from gpu_kernels import JointS4Model
 from own_data import say
-from pathfinder import print_anywhere
+from pathfinder import print_anywhere, require
 from s4 import S4Config, S4Model, dlr_mixer, print_table, s4_mixer, s4d_mixer
-from settings import KERNELS, Config, idle, parser, require, resolve
+from settings import KERNELS, Config, idle, parser, resolve
 from sgconv import SGConvConfig, SGConvModel
 from structured_ffn import ffn_factory
 
@@ -493,7 +493,7 @@ def initial_head(stage, model, config, about):
 
 # What must be the same for pretrained weights to make sense (n_heads, say, changes no shape).
 BODY = ("model", "d_model", "n_layers", "n_heads", "d_ff", "ffn", "d_state", "rope", "causal")
-TOKENS = ("vocab_size", "n_channels", "symbols", "mean", "std")
+TOKENS = ("vocab_size", "n_channels", "symbols")
 
 
 def read_pretrained(path):

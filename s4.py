@@ -154,8 +154,9 @@ def s4d_legs(N):
 # ---------------------------------------------------------------- torch: D channels at once
 
 
-def require(condition, message):
-    if not condition:
+def require(ok, message):
+    """Raise ValueError unless ok."""
+    if not ok:
         raise ValueError(message)
 
 

@@ -7,7 +7,7 @@
 
 `--settings` takes the name of a row of the table below, or a JSON file of your own:
 {"settings": {name: value}, "sources": {name: where the value comes from}}; sources may be left out.
-The config.json of a run is such a file too: it repeats the run, or with --resume continues it.
+The config.json of a run will do too: it repeats the run, or with --resume continues it.
 Flags override settings, settings override the defaults of Config.
 """
 
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from pathfinder import require
 
 MODELS = ("transformer", "s4", "s4d", "diagonal", "sgconv")
 FFNS = ("dense", "lowrank", "blockdense", "blockshuffle")
@@ -43,12 +45,6 @@ OWN_SYMBOLS = (0.15, "ce")  # your own data, like Text
 OWN_VALUES = (0.50, "l1")  # like Image and sCIFAR
 
 # ------------------------------------------------------------------------------- the settings
-
-
-def require(ok, message):
-    """Raise ValueError unless ok."""
-    if not ok:
-        raise ValueError(message)
 
 
 def flag(default, help, *choices):

@@ -12,7 +12,7 @@ damped by alpha^i: the near past gets a fine description, the far past a coarse 
     N (scales)     n_scales, S             1 + ceil(log2(max_len / (first_factor kernel_dim)))
     w_i            w[i]                    (D, d), or (2, D, d) if bidirectional
     alpha^i        decay(i, lags, place)   broadcasts to (D, lags); place (D, 1) goes from 0 to 1
-    Z              norm                    (D, 1), or (2, D, 1): |k|_2 = 1 at first, all lags
+    Z              norm                    (D, 1), or (2, D, 1): makes |k|_2 = 1 at first
     k              kernel(L)               (D, L), or (2, D, L): lags 0, 1, ... and lags -1, -2, ...
 
 Differences from the paper are marked where they occur: the number of scales is rounded up, and each
@@ -195,7 +195,7 @@ def fft_conv(u, K):  # same as s4.py:fft_conv
     return CircularConv.apply(u.transpose(1, 2), K, n).transpose(1, 2)
 
 
-def require(ok, message):
+def require(ok, message):  # same as s4.py:require
     """Raise ValueError unless ok."""
     if not ok:
         raise ValueError(message)

@@ -130,7 +130,7 @@ def check_grid(x, V, U, bias=None):
 # ---------------------------------------------------------------- layers
 
 
-def require(ok, message):
+def require(ok, message):  # same as s4.py:require
     """Raise ValueError unless ok."""
     if not ok:
         raise ValueError(message)

@@ -23,7 +23,7 @@ def windows(series, window, horizon):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("series", help="text file, a line of numbers and commas per time step")
+    parser.add_argument("series", help="text file: a line per time step, commas between numbers")
     parser.add_argument("--window", type=int, default=96, help="steps to read (default: 96)")
     parser.add_argument("--horizon", type=int, default=8, help="steps to predict (default: 8)")
     parser.add_argument("--out", default="forecasting.npz", help="default: forecasting.npz")

@@ -215,6 +215,12 @@ def test_a_file_is_replaced_only_with_overwrite_and_only_by_a_whole_one(
         yield ["prediction"]
         raise OSError("No space left on device")
 
+    def locked(*_):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:  # a spreadsheet keeps its file open on Windows
+        patch.setattr(os, "replace", locked)
+        assert "Permission denied" in failure(capsys, *command, "--overwrite")
     with monkeypatch.context() as patch:
         patch.setattr(predict, "table", full)
         assert "No space left" in failure(capsys, *command, "--overwrite")
