@@ -56,6 +56,8 @@ def arm(task, model, how, share=1.0, **own):
     plan = {"objective": "masked", "pretrain_steps": steps // 2, "finetune_steps": steps // 2}
     if how == "from scratch":
         plan = {"objective": "none", "finetune_steps": steps}
+    if task == "listops":  # of many lengths: S4 would be compiled for each
+        plan["compile"] = model == "transformer"
     plan.update(batch_size=128, pretrain_batch_size=128, eval_every=all_steps // 20)
     config, _ = resolve({"settings": f"{settings}-{model}-small", **flags, **plan, **own})
     return config
