@@ -21,12 +21,14 @@ a head (put one on the features), second derivatives (torch's fused kernels have
 import argparse
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # ---------------------------------------------------------------- reference: numpy, float64
 
@@ -140,17 +142,23 @@ def attention(q, k, v, causal=False, keep=None):
     causal: query i sees keys 0 .. i.  Returns (B, H, Lq, E), meaningless at padding.
 
     causal with keep builds a mask (B, 1, Lq, Lk).  If all padding is on the right, leave keep out:
-    no real token sees what comes after it.  On CUDA, G < H in float32 stores all scores.
+    no real token sees what comes after it.  On CUDA, G < H in float32 stores all scores, and so
+    does G < H with keep and 64, 192, 320, ... keys.
     """
     check_shapes(q, k, v, keep)
     mask = None
+    kernels = nullcontext()  # any
     if keep is not None:
         mask = keep[:, None, None]  # (B, 1, 1, Lk)
         if causal:  # the kernel takes a mask or is_causal, not both
             past = keep.new_ones(q.shape[2], k.shape[2]).tril()
             mask = mask & past  # (B, 1, Lq, Lk)
             causal = False
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+        if q.is_cuda and k.shape[2] % 128 == 64:
+            # cuDNN's gradient of q can be nan there: github.com/pytorch/pytorch/issues/196678
+            kernels = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    with kernels:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
 
 
 def repeat_heads(q, k, v, keep):

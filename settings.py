@@ -105,7 +105,7 @@ class Config:
     precision: str = flag("float32", "arithmetic", "float32", "float64", "bfloat16")
     compile: bool = flag(False, "torch.compile the model (pays on a GPU if lengths are equal)")
     eager: bool = flag(False, "on a GPU, launch kernels one by one instead of as CUDA graphs")
-    pad_to: int = flag(None, "pad batches to multiples of this length (default: 64 on a GPU, or 1)")
+    pad_to: int = flag(None, "pad batches to multiples of this length (default: 128 on a GPU)")
     sequence_parallel: str = flag(None, "split each sequence over processes", "ring", "ulysses")
 
     def __post_init__(self):
@@ -136,8 +136,8 @@ class Config:
         return self.pretrain_lr if stage == "pretrain" else self.finetune_lr
 
     def multiple(self):
-        """Batches are padded to a multiple of this length."""
-        return self.pad_to or (64 if self.device.startswith("cuda") else 1)
+        """Batches are padded to a multiple of this length (128: tiles of attention kernels)."""
+        return self.pad_to or (128 if self.device.startswith("cuda") else 1)
 
     def batch(self, stage):
         return self.pretrain_batch_size if stage == "pretrain" else self.batch_size

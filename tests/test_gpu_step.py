@@ -190,7 +190,7 @@ def test_batches_are_padded_to_multiples_but_not_beyond_the_longest_example():
 
 
 @pytest.mark.parametrize(("device", "eager", "graphs", "multiple"), [
-    ("cuda", False, True, 64), ("cuda:1", False, True, 64), ("cuda", True, False, 64),
+    ("cuda", False, True, 128), ("cuda:1", False, True, 128), ("cuda", True, False, 128),
     ("cpu", False, False, 1),
 ])  # fmt: skip
 def test_graphs_are_for_one_gpu_unless_eager(device, eager, graphs, multiple):
