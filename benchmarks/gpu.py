@@ -6,8 +6,8 @@
 --s4: clone of state-spaces/s4 (see peers.py; left out without it).  --folder: the four published
 files of Fashion-MNIST.  Training: a Transformer and S4, from scratch and pretrained, all with the
 same number of steps, about 20 epochs, half of them pretraining; learning rates are chosen on
-validation with a twentieth of the steps.  A step that is done is not repeated: its mark in runs/gpu
-says so.
+validation with a twentieth of the steps.  A step that is done is not repeated (its mark in runs/gpu
+says so), nor an arm that its results file has.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from compare import compare, job, print_rows, tuned
 from fashion import FOLDER, write_pictures
-from measured import ROOT, provenance, save
+from measured import ROOT, load, provenance, save
 
 from settings import published, resolve
 
@@ -38,6 +38,7 @@ STEPS = {  # in this order
     "--out results/step_time_gpu.json",
     "generation": "benchmarks/claims.py generation-gpu --anew",
 }
+MODELS = {"s4": "S4", "transformer": "Transformer"}
 RATES = {"s4": (1e-3, 4e-3), "transformer": (3e-4, 1e-3)}
 SHORT = 1 / 20  # of the steps, to choose a rate
 PICTURES = "data/fashion_mnist_28.npz"
@@ -64,19 +65,36 @@ def arm(task, model, how, share=1.0, **own):
 
 
 def train(task, workers, device):
-    """Choose the learning rates of each arm, train it; then write results/gpu_lra_TASK.json."""
-    origin = provenance()
+    """Train the arms that results/gpu_lra_TASK.json lacks, each with the best of its rates."""
+    path = ROOT / f"results/gpu_lra_{task}.json"
     folder = f"runs/gpu/{task}"
-    rows = {}
     for model, how in itertools.product(RATES, ("from scratch", "pretrained")):
+        origin = provenance()
+        rows = load(path).get("arms", {})
+        name = f"{MODELS[model]}, {how}"
+        if name in rows:
+            continue
         out = f"{folder}/rates-{model}-{how.replace(' ', '-')}"
         short = arm(task, model, how, SHORT, out=out, device=device)
         best, _ = tuned(short, RATES[model], workers)
-        name = {"transformer": "Transformer", "s4": "S4"}[model]
         chosen = arm(task, model, how, device=device, **best)
-        rows |= compare({f"{name}, {how}": chosen}, [0], folder, workers)
-    save(ROOT / f"results/gpu_lra_{task}.json", {**origin, "seeds": [0], "arms": rows})
-    print_rows(rows)
+        row = compare({name: chosen}, [0], folder, workers)[name]
+        row["curve"] = curve(f"{folder}/{name.replace(',', '').replace(' ', '-')}-0")
+        rows[name] = row | {"hardware": origin["hardware"]}
+        save(path, {**origin, "seeds": [0], "arms": rows})
+    print_rows(load(path)["arms"])
+
+
+def curve(folder):
+    """Validation of a run: {"pretrain": {step: loss}, "finetune": {step: accuracy}}."""
+    judged_by = {"pretrain": "val_loss", "finetune": "val_accuracy"}
+    found = {"pretrain": {}, "finetune": {}}
+    for line in (ROOT / folder / "metrics.jsonl").read_text("utf-8").splitlines():
+        row = json.loads(line)
+        if "val_step" in row:
+            stage = row["stage"]
+            found[stage][row["val_step"]] = round(row[judged_by[stage]], 4)
+    return found
 
 
 def prepare(args):

@@ -152,6 +152,36 @@ def test_all_arms_of_a_task_on_a_gpu_take_the_same_steps(task):
     assert steps_of(gpu.arm(task, "s4", "pretrained", share=0.1)) == steps // 10
 
 
+def test_arms_of_a_results_file_are_not_trained_again(tmp_path, monkeypatch):
+    trained = []
+
+    def compared(arms, seeds, folder, workers):
+        (name,) = arms
+        trained.append(name)
+        assert arms[name].finetune_lr == 7
+        run = tmp_path / folder / (name.replace(", ", "-").replace(" ", "-") + "-0")
+        run.mkdir(parents=True, exist_ok=True)
+        rows = [{"stage": "finetune", "step": 10, "loss": 1.0}]
+        rows += [{"stage": "pretrain", "val_step": 20, "val_loss": 1.5}]
+        rows += [{"stage": "finetune", "val_step": 30, "val_loss": 9, "val_accuracy": 0.25}]
+        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return {name: {"mean": 1.0, "spread": None, "test": [1.0]}}
+
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "tuned", lambda config, rates, workers: ({"finetune_lr": 7}, {}))
+    monkeypatch.setattr(gpu, "compare", compared)
+    path = tmp_path / "results/gpu_lra_fashion.json"
+    gpu.train("fashion", 1, "cpu")
+    stored = json.loads(path.read_text())
+    curve = {"pretrain": {"20": 1.5}, "finetune": {"30": 0.25}}
+    assert stored["arms"]["S4, pretrained"]["curve"] == curve
+    del stored["arms"]["Transformer, from scratch"]
+    path.write_text(json.dumps(stored))
+    gpu.train("fashion", 1, "cpu")
+    names = [f"{m}, {how}" for m in ("S4", "Transformer") for how in ("from scratch", "pretrained")]
+    assert trained == [*names, "Transformer, from scratch"]
+
+
 def test_a_step_that_is_done_is_not_repeated(tmp_path, monkeypatch, capsys):
     ran = []
 
