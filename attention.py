@@ -7,12 +7,14 @@
     Q                 q                          (B, H, Lq, E)
     K, V              k, v                       (B, G, Lk, E); G divides H
     d_model, h, d_k   d_model, n_heads, d_head   E = d_head
-    mask              keep                       (B, Lk) bool, True at real tokens
+    mask              causal                     bool
+    -                 keep                       (B, Lk) bool, False at padding
     pos               positions                  (L,) int64
 
 Differences from the paper are marked where they occur: pre-norm and a last norm, GELU, embeddings
-without the factor sqrt(d_model).  Not included: cross-attention, sliding windows, paged caches,
-a head (put one on the features), second derivatives (torch's fused kernels have none).
+without the factor sqrt(d_model), biases in the projections, fewer key and value heads than query
+heads (arXiv:2305.13245).  Not included: cross-attention, sliding windows, paged caches, a head
+(put one on the features), second derivatives (torch's fused kernels have none).
 
     python attention.py            checks and a demo
     python attention.py --check    checks only
@@ -71,11 +73,9 @@ def rotate_ref(x, positions):
 
 
 def attention_slow(q, k, v, causal=False, keep=None):
-    """The formula written out: all scores in memory, O(L^2). Arguments as `attention`.
-
-    nan where a query sees no key.
-    """
-    k, v = repeat_heads(q, k, v, keep)  # (B, G, Lk, E) -> (B, H, Lk, E)
+    """As `attention`, written out: all scores in memory; nan where a query sees no key."""
+    check_shapes(q, k, v, keep)
+    k, v = repeat_heads(q, k, v)  # (B, G, Lk, E) -> (B, H, Lk, E)
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, Lq, E) x (B, H, E, Lk) -> (B, H, Lq, Lk)
     if causal:
         future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)  # (Lq, Lk)
@@ -91,7 +91,8 @@ def attention_online(q, k, v, causal=False, keep=None, tile=128):
     Arguments as `attention`; memory O(L E + L tile) without gradients.  Returns (out (B, H, Lq, E),
     log-sum-exp (B, H, Lq)): 0 and -inf where a query sees no key.
     """
-    k, v = repeat_heads(q, k, v, keep)  # (B, G, Lk, E) -> (B, H, Lk, E)
+    check_shapes(q, k, v, keep)
+    k, v = repeat_heads(q, k, v)  # (B, G, Lk, E) -> (B, H, Lk, E)
     B, H, Lq, E = q.shape
     Lk = k.shape[2]
     q = q / math.sqrt(E)
@@ -126,8 +127,8 @@ def merge(out, lse, out_block, lse_block):
     if not (out.shape == out_block.shape and lse.shape == lse_block.shape == out.shape[:-1]):
         shapes = [tuple(x.shape) for x in (out, lse, out_block, lse_block)]
         raise ValueError(f"expected (B, H, Lq, E), (B, H, Lq), twice; got {shapes}")
-    # weights from the difference: exp(lse - new lse) would add the rounding error of the new lse
-    # where both are -inf it is nan, and the block weighs nothing
+    # Weights from the difference: exp(lse - new lse) would add the rounding error of the new lse.
+    # Where both are -inf, the difference is nan; -inf makes the block weigh nothing.
     difference = (lse_block - lse).masked_fill(lse_block == -torch.inf, -torch.inf)
     weight = torch.sigmoid(-difference)[..., None]
     weight_block = torch.sigmoid(difference)[..., None]
@@ -142,8 +143,7 @@ def attention(q, k, v, causal=False, keep=None):
     causal: query i sees keys 0 .. i.  Returns (B, H, Lq, E), meaningless at padding.
 
     causal with keep builds a mask (B, 1, Lq, Lk).  If all padding is on the right, leave keep out:
-    no real token sees what comes after it.  On CUDA, G < H in float32 stores all scores, and so
-    does G < H with keep and 64, 192, 320, ... keys.
+    no real token sees what comes after it.  On CUDA, float64 and G < H in float32 store all scores.
     """
     check_shapes(q, k, v, keep)
     mask = None
@@ -156,14 +156,14 @@ def attention(q, k, v, causal=False, keep=None):
             causal = False
         if q.is_cuda and k.shape[2] % 128 == 64:
             # cuDNN's gradient of q can be nan there: github.com/pytorch/pytorch/issues/196678
+            # (G < H then stores all scores, too)
             kernels = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     with kernels:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
 
 
-def repeat_heads(q, k, v, keep):
-    """Check the shapes; repeat each head of k and v for its H / G heads of q."""
-    check_shapes(q, k, v, keep)
+def repeat_heads(q, k, v):
+    """Repeat each head of k and v for its H / G heads of q."""
     group = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(group, dim=1)
     v = v.repeat_interleave(group, dim=1)
@@ -200,7 +200,7 @@ def expect(condition, expected, *tensors):
 def angles(x, positions=None):
     """Return pos / 10000^(2i/D) (L, ceil(D/2)) in float64. x: (..., L, D); positions: (L,) int64.
 
-    D is E if x is a head.  In float32, the angles of positions near 10^6 would be off by 0.04.
+    D is E if x is a head.  In float32, angles near 10^6 are off by several hundredths.
     """
     L, D = x.shape[-2:]
     if positions is None:
@@ -246,10 +246,8 @@ def attention_newest(q, k, v, chunk=256):
         n = queries.shape[2]
         end = before + n
         past = q.new_ones(n, end, dtype=torch.bool).tril(before)
-        keys = k[:, :, :end]
-        values = v[:, :, :end]
-        out = F.scaled_dot_product_attention(queries, keys, values, past, enable_gqa=True)
-        outs.append(out)
+        seen = k[:, :, :end], v[:, :, :end]
+        outs.append(F.scaled_dot_product_attention(queries, *seen, past, enable_gqa=True))
         before = end
     return torch.cat(outs, dim=2)
 
@@ -293,8 +291,8 @@ class Attention(nn.Module):
     """Multi-head attention with projections (arXiv:1706.03762v7, 3.2.2): (B, L, D) -> (B, L, D).
 
     n_kv_heads: G; each key and value head serves H / G query heads.
-    attend(q, k, v, causal, keep): the attention function of forward; others may take its place if
-    they are finite where a query sees no key.
+    attend(q, k, v, causal, keep): the attention function of forward, `attention` or one like it,
+    finite also where a query sees no key.
     """
 
     def __init__(
@@ -305,16 +303,17 @@ class Attention(nn.Module):
             n_kv_heads = n_heads
         sizes = d_model, n_heads, n_kv_heads
         fits = min(sizes) >= 1 and d_model % n_heads == 0 and n_heads % n_kv_heads == 0
-        even = fits and d_model // n_heads % 2 == 0
         names = "d_model, n_heads, n_kv_heads"
         require(fits, f"{names} must be positive, each divisible by the next; got {sizes}")
-        require(even or not rope, f"rope needs an even d_model / n_heads; got {sizes}")
+        odd = d_model // n_heads % 2
+        require(not (rope and odd), f"rope needs an even d_model / n_heads; got {sizes}")
         self.n_heads = n_heads
         self.n_kv_heads = n_kv_heads
         self.d_head = d_model // n_heads
         self.causal = causal
         self.rope = rope
         self.attend = attend
+        # differs from the paper: biases
         self.qkv = nn.Linear(d_model, (n_heads + 2 * n_kv_heads) * self.d_head)
         self.out = nn.Linear(d_model, d_model)
 
@@ -335,13 +334,11 @@ class Attention(nn.Module):
         """x: (B, L, D); keep: (B, L) bool; positions: (L,) int64, 0 .. L-1 by default."""
         q, k, v = self.project(x, positions)
         out = self.attend(q, k, v, self.causal, keep)  # (B, H, L, E)
-        out = out.transpose(1, 2).flatten(2)  # (B, H, L, E) -> (B, L, D)
-        return self.out(out)
+        return self.out(out.transpose(1, 2).flatten(2))  # (B, L, D)
 
     def initial_state(self, batch, capacity=256):
         """An empty KV cache for `capacity` tokens; it doubles when full."""
-        how = "recurrent mode needs causal=True, or new tokens change old outputs"
-        require(self.causal, how)
+        require(self.causal, "recurrent mode needs causal=True, or new tokens change old outputs")
         shape = (batch, self.n_kv_heads, capacity, self.d_head)
         # dtype and device of any parameter: an adapter may wrap qkv, a quantized layer has none
         like = next(self.parameters(), torch.empty(0))
@@ -354,8 +351,7 @@ class Attention(nn.Module):
         q, k, v = self.project(x, positions)
         k, v, state = state.append(k, v)
         out = attention_newest(q, k, v)  # (B, H, L, E)
-        out = out.transpose(1, 2).flatten(2)  # (B, H, L, E) -> (B, L, D)
-        return self.out(out), state
+        return self.out(out.transpose(1, 2).flatten(2)), state
 
     def step(self, x_t, state):
         """Append one token x_t (B, D) in O(length). Returns (y_t (B, D), state)."""
@@ -444,8 +440,7 @@ class Transformer(nn.Module):
                 mix = Attention(c.d_model, c.n_heads, c.causal, c.n_kv_heads, c.rope, attend)
             else:
                 mix = mixer(c, i)
-            block = Block(mix, ffn(c.d_model, d_ff), c.d_model, c.dropout)
-            self.blocks.append(block)
+            self.blocks.append(Block(mix, ffn(c.d_model, d_ff), c.d_model, c.dropout))
         self.norm = nn.LayerNorm(c.d_model)  # differs from the paper: pre-norm needs a last norm
         self.dropout = nn.Dropout(c.dropout)
 
@@ -501,7 +496,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompt, n, head, temperature=0.0, lengths=None):
-        """Continue prompt (B, L) int64 by n tokens (B, n); temperature 0 is greedy decoding.
+        """Return n tokens (B, n) that follow prompt (B, L); temperature 0 takes the likeliest.
 
         head: features (B, D) -> logits (B, vocab_size).  Call eval() first if it has dropout.
         lengths: (B,) real tokens per prompt; padding is on the right.  Each row is as if alone:
@@ -522,20 +517,24 @@ class Transformer(nn.Module):
         h = h[:, -1]  # (B, D)
         tokens = F.pad(prompt.long(), (0, n))  # (B, L + n)
         for t in range(shortest, longest + n):
+            if t > shortest:
+                h, state = self.step(tokens[:, t - 1], state)
             logits = head(h)  # (B, vocab_size)
             if temperature > 0:
                 p = (logits / temperature).softmax(-1)
                 token = torch.multinomial(p, 1)[:, 0]
             else:
                 token = logits.argmax(-1)
-            token = torch.where(t < lengths, tokens[:, t], token)  # the prompt as far as it goes
-            tokens[:, t] = token
-            h, state = self.step(token, state)
+            in_prompt = t < lengths
+            tokens[:, t] = torch.where(in_prompt, tokens[:, t], token)
         new = lengths[:, None] + torch.arange(n, device=prompt.device)  # (B, n)
         return tokens.gather(1, new)
 
     def param_groups(self, lr, weight_decay):  # same as s4.py:S4Model.param_groups
-        """Return AdamW groups; kernels of S4 and SGConv learn at most at 1e-3, without decay."""
+        """Return AdamW groups: with weight decay, all matrices but those of S4 and SGConv mixers.
+
+        Their kernels have rates of at most 1e-3.
+        """
         in_mixers = set()
         for module in self.modules():
             if hasattr(module, "kernel"):

@@ -5,8 +5,8 @@ far, (out, lse), begins as (0, -inf), and attention (out_b, lse_b) to one more b
 
     lse' = log(e^lse + e^lse_b),  out' = out e^(lse - lse') + out_b e^(lse_b - lse')
 
-Motivation: He and Kabic 2023, arXiv:2302.06218v3 (we know the abstract only).  Ring: Liu et al.
-2023, arXiv:2310.01889v4.  All-to-all: Jacobs et al. 2023, arXiv:2309.14509v2 (Ulysses).
+Motivation: the abstract of He and Kabic 2023, arXiv:2302.06218v3.  Ring: Liu et al. 2023,
+arXiv:2310.01889v4.  All-to-all: Jacobs et al. 2023, arXiv:2309.14509v2 (Ulysses).
 
     Q      q        (B, H, n, E), the n tokens of this rank; e bytes per element
     K, V   k, v     (B, G, m, E), G divides H; sent as kv (2, B, G, m, E)
@@ -16,21 +16,21 @@ Motivation: He and Kabic 2023, arXiv:2302.06218v3 (we know the abstract only).  
            keep     (B, m) bool, True = real token
 
     schedule              bytes sent per rank: forward; backward        holds
-    ring_attention        (W-1) 2BnGEe;  (W-1) 2BnGE (e + 4)            two shards of keys, values
+    ring_attention        (W-1) 2BnGEe;  (W-1) 2BnGE (e + 4)            three shards of keys, values
     allgather_attention   (W-1) 2BnGEe;  the same                       all keys and values
     ulysses_attention     (W-1)/W BnE (2H + 2G) e;  the same            H/W heads of all tokens
 
-bfloat16 inputs are sent as bfloat16.  Sums are float32, also those that travel in the ring's
-backward pass; only all-gather adds the W gradients of a shard in the dtype of k.  Results agree
-across numbers of ranks up to rounding.
+bfloat16 inputs are sent as bfloat16.  Sums are at least float32, also those that travel in the
+ring's backward pass; only all-gather adds the W gradients of a shard in the dtype of k.  Results
+agree across numbers of ranks up to rounding.
 
 To train: `spread` lets a model read shards, each rank calls backward on its part of the loss, and
 `sum_gradients` adds the gradients up; examples/ring_training.py is a whole script.  If all ranks
 compute the same loss, from a mean over all tokens (`SumOverRanks`), it must be counted once: every
 rank calls (loss * (rank == 0)).backward().
 
-Not included: dropout, windows, additive bias, packed sequences, gradients of lse; second
-derivatives of the ring (ValueError).
+Not included: dropout, windows, additive bias, packed sequences, gradients of lse, second
+derivatives (ValueError).
 
     python dist_attention.py                                       one process, no communication
     torchrun --standalone --nproc-per-node 2 dist_attention.py     check table, 131,072 tokens
@@ -98,23 +98,16 @@ def chunks_of(L, rank, world, layout="contiguous"):
     contiguous: chunk r of W.  zigzag: chunks r and 2W-1-r of 2W, which give every rank the same
     work under a causal mask.
     """
-    known = layout in ("contiguous", "zigzag")
-    require(known, f"layout {layout!r}: expected 'contiguous' or 'zigzag'")
-    count = world
-    mine = [rank]
-    if layout == "zigzag":
-        count = 2 * world
-        mine = [rank, 2 * world - 1 - rank]
+    layouts = {"contiguous": [rank], "zigzag": [rank, 2 * world - 1 - rank]}
+    require(layout in layouts, f"layout {layout!r}: expected 'contiguous' or 'zigzag'")
+    mine = layouts[layout]
+    count = world * len(mine)
     return [(L * c // count, L * (c + 1) // count) for c in mine]
-
-
-def length(chunks):
-    return sum(stop - start for start, stop in chunks)
 
 
 def lengths_of(every):
     """Numbers of tokens, from the chunks of all ranks."""
-    return [length(own) for own in every]
+    return [sum(stop - start for start, stop in own) for own in every]
 
 
 def tokens_of(chunks):
@@ -182,7 +175,7 @@ def attention_block(q, k, v, causal=False, keep=None):
     Returns out (B, H, n, E) and lse (B, H, n) in float32 (float64 for float64).
     """
     fused = has_kernel(q, keep)
-    q, k, v = ready(fused, q, k, v)
+    q, k, v = as_computed(fused, q, k, v)
     if fused:
         return fused_block(q, k, v, causal, keep)
     scores = scores_of(q, k, causal, keep)
@@ -197,7 +190,7 @@ def attention_block_grad(grad, q, k, v, out, lse, causal=False, keep=None):
     The weights exp(scores - lse) are those of the whole softmax, so gradients of blocks add up.
     """
     fused = has_kernel(q, keep)
-    grad, q, k, v, out = ready(fused, grad, q, k, v, out)
+    grad, q, k, v, out = as_computed(fused, grad, q, k, v, out)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a query that saw nothing has weights 0
     if fused:
         return fused_block_grad(grad, q, k, v, out, lse, causal, keep)
@@ -208,7 +201,7 @@ def attention_block_grad(grad, q, k, v, out, lse, causal=False, keep=None):
     return dscores @ k, dscores.mT @ q, weights.mT @ grad
 
 
-def ready(fused, *tensors):
+def as_computed(fused, *tensors):
     """Tensors as a block computes with them: half precision in fused kernels of a GPU only."""
     if not (fused and tensors[0].is_cuda):
         tensors = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
@@ -323,7 +316,7 @@ class Plan:
 
 
 def around_the_ring(plan, kv, what):
-    """Yield (rank, its kv) in W steps, rank - s in step s, while the next kv is on its way.
+    """In step s of W, yield (rank - s, its kv), which goes on to the next rank meanwhile.
 
     `ranks.shift` starts to send to the next rank and returns a function that waits for what the
     previous rank sent.  It sends nothing if there is None to send.
@@ -332,8 +325,8 @@ def around_the_ring(plan, kv, what):
     for step in range(ranks.world):
         owner = (ranks.rank - step) % ranks.world
         going = kv if step < ranks.world - 1 else None  # the last ones have been everywhere
-        tokens = length(plan.k_chunks[owner - 1])  # of the kv that comes next; -1 is the last rank
-        arriving = ranks.shift(going, tokens, f"step {step} of {what}")
+        next_tokens = lengths_of(plan.k_chunks)[owner - 1]  # of the next kv; -1 is the last rank
+        arriving = ranks.shift(going, next_tokens, f"step {step} of {what}")
         yield owner, kv
         kv = arriving()
 
@@ -364,8 +357,7 @@ class RingAttention(torch.autograd.Function):
 
         Each rank keeps the gradients of its own keys, and adds the sums at the end: one hop less.
         """
-        first = not torch.is_grad_enabled()
-        require(first, "ring attention has no second derivatives (create_graph=True)")
+        require(not torch.is_grad_enabled(), "no second derivatives here (create_graph=True)")
         # read once: activation checkpointing allows no second access
         q, kv, out, lse = ctx.saved_tensors
         ranks = ctx.plan.ranks
@@ -398,8 +390,8 @@ def ring_attention(q, k, v, causal=False, keep=None, *, group=None, layout="cont
     q: (B, H, n, E), k, v: (B, G, m, E): the tokens that the layout gives to this rank (see
     `positions`), none if the sequence is too short.  keep: (B, m) bool.  causal: queries and keys
     are of the same tokens.  Returns (B, H, n, E) in the dtype of q, with gradients.  Every rank of
-    the group must call it, forward and backward.  Raises the same ValueError on every rank if
-    inputs do not fit together, RankLost if a rank died or is silent.
+    the group must call it, forward and backward.  Raises ValueError on every rank if inputs do
+    not fit together, RankLost if a rank died or is silent.
     """
     plan = agree_on_attention("ring", q, k, v, causal, keep, group, layout)
     return RingAttention.apply(plan, q, torch.stack([k, v]))
@@ -477,10 +469,8 @@ def ulysses_attention(q, k, v, causal=False, keep=None, *, group=None, layout="c
     q_shares = [share * group_size for share in kv_shares]
     q = to_channels(q, ranks, plan.q_chunks, q_shares)  # (B, H_r, L, E)
     kv = to_channels(torch.cat([k, v]), ranks, plan.k_chunks, kv_shares)  # (2B, G_r, L, E)
-    q_chunks = [(0, q.shape[2])]
-    k_chunks = [(0, kv.shape[2])]
     # a ring of one rank: all tokens are here
-    alone = Plan(Ranks(), causal, [q_chunks], [k_chunks], plan.keep)
+    alone = Plan(Ranks(), causal, [[(0, q.shape[2])]], [[(0, kv.shape[2])]], plan.keep)
     out = RingAttention.apply(alone, q, kv.unflatten(0, (2, -1)))
     return to_tokens(out, ranks, plan.q_chunks, q_shares)  # (B, H, n, E)
 
@@ -631,9 +621,10 @@ class Ranks:
                     ops.append(self.op(dist.isend, x, peer))
                 if came[peer].numel():
                     ops.append(self.op(dist.irecv, came[peer], peer))
-        batches = [ops] if ops else []  # NCCL needs all messages of a step together
         if self.staged == "cpu":
             batches = [[op] for op in ops]  # one by one, so that an error names the lost rank
+        else:
+            batches = [ops] if ops else []  # NCCL needs all messages of a step together
         started = []
         for batch in batches:
             whom = " or ".join(sorted({f"rank {op.group_peer}" for op in batch}))
@@ -747,25 +738,18 @@ def agree(ranks, layout, tensors, **facts):
 def agree_on_attention(schedule, q, k, v, causal, keep, group, layout):
     """Check the arguments on all ranks; return the Plan."""
     ranks = ranks_of(group, q.device)
-    tensors = {
-        "q": (q, -2),
-        "k": (k, -2),
-        "v": (v, -2),
-        "keep": (keep, -1),
-    }
+    tensors = {"q": (q, -2), "k": (k, -2), "v": (v, -2), "keep": (keep, -1)}
     chunks = agree(ranks, layout, tensors, call=schedule, causal=bool(causal))
     fits = q.ndim == k.ndim == 4 and k.shape == v.shape and q.is_floating_point()
     fits = fits and q.shape[::3] == k.shape[::3]  # B and E
     fits = fits and q.shape[1] % k.shape[1] == 0
     if causal:
         fits = fits and chunks["q"] == chunks["k"]
-    given = [q, k, v]
     if keep is not None:
-        given.append(keep)
         fits = fits and keep.dtype == torch.bool and keep.shape == (len(k), k.shape[2])
         fits = fits and chunks["keep"] == chunks["k"]  # the same on all ranks
     expected = "float q (B, H, n, E), k and v (B, G, m, E), G divides H, n == m if causal"
-    got = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in given)
+    got = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (q, k, v, keep) if x is not None)
     require(fits, f"expected {expected}, bool keep (B, m) or None; got {got}")
     if keep is not None:
         keep = gather(ranks, keep, chunks["keep"], 1)
@@ -948,11 +932,9 @@ def run(tokens, heads, d_head, device, rank, world):
 
 def print_run(row):
     """Print what `run` returned."""
-    speed = row["flop"] / row["wall"] / 1e9
-    sent = row["bytes"] / 1e6
     print(row["setting"])
-    print(f"  {row['wall']:.2f} s, {speed:.1f} Gflop/s in all")
-    print(f"  {sent:.1f} MB sent per rank, in {row['messages']} messages")
+    print(f"  {row['wall']:.2f} s, {row['flop'] / row['wall'] / 1e9:.1f} Gflop/s in all")
+    print(f"  {row['bytes'] / 1e6:.1f} MB sent per rank, in {row['messages']} messages")
     print(f"  three rows per rank against float64: {row['error']:.1e}", flush=True)
 
 

@@ -723,12 +723,13 @@ class S4Model(nn.Module):
         h = features[:, -1]
         tokens = position.new_empty(B, n)
         for i in range(n):
+            if i > 0:
+                h, state = self.step(tokens[:, i - 1], state)
             logits = head(h)
             tokens[:, i] = logits.argmax(-1)
             if temperature > 0:
                 p = (logits / temperature).softmax(-1)
                 tokens[:, i] = torch.multinomial(p, 1)[:, 0]
-            h, state = self.step(tokens[:, i], state)
         return tokens
 
     def param_groups(self, lr, weight_decay):

@@ -16,6 +16,7 @@ P = N / n_in.  Each block is a product of its own, of rank c = R / (n_out n_in):
     N, M, B       d_in, d_out, n_blocks
     blkdiag(V)    V                   (n_in, n_out, c, P): n_in blocks of n_out c rows
     blkdiag(U)    U                   (n_out, S, n_in, c): n_out blocks of n_in c columns
+    LowRank: V, U                     (1, 1, R, N), (1, M, 1, R)
     W of eq. 1    layer.W             (d_out, d_in), the guide, dense; None unless guided
     alpha         alpha               weight of the guide, falls from 1 to 0 during training
 
@@ -101,10 +102,9 @@ def grid_linear(x, V, U, bias=None):
     lead = x.shape[:-1]
     x = x.reshape(-1, n_in, P)
     z = torch.bmm(x.transpose(0, 1), V.mT)  # (n_in, T, n_out c)
-    z = z.unflatten(2, (n_out, c))
-    z = z.permute(2, 1, 0, 3).flatten(2)  # (n_out, T, n_in c)
+    z = z.unflatten(2, (n_out, c)).permute(2, 1, 0, 3).flatten(2)  # (n_out, T, n_in c)
     # The second product is written in place, into the memory of (T, n_out, S): copying the result,
-    # the largest tensor here, would cost more than 15 % of the forward pass.
+    # which is large if S is, would cost more than 15 % of the forward pass.
     y = z.new_empty_strided((n_out, x.shape[0], S), (S, n_out * S, 1))
     if bias is None:
         y.zero_()
@@ -137,7 +137,7 @@ def require(ok, message):  # same as s4.py:require
 
 
 class Grid(nn.Module):
-    """Drop-in replacement for nn.Linear(d_in, d_out): R hidden units in n_out x n_in blocks.
+    """In place of nn.Linear(d_in, d_out): R hidden units in n_out x n_in blocks.
 
     (..., d_in) -> (..., d_out) with |V| + |U| weights and as many multiply-adds per token.
     Raises ValueError if the grid does not divide the sizes or a block has more than full rank.
@@ -148,9 +148,9 @@ class Grid(nn.Module):
         blocks = n_in * n_out
         most = min(d_in * n_out, d_out * n_in)  # R if every block has full rank
         in_range = n_in >= 1 and n_out >= 1 and blocks <= R <= most
-        divides = in_range and d_in % n_in == 0 and d_out % n_out == 0 and R % blocks == 0
-        need = f"multiples of {n_in}, {n_out} and {blocks}, R from {blocks} to {most}"
-        require(divides, f"d_in {d_in}, d_out {d_out}, R {R}: expected {need}")
+        fits = in_range and d_in % n_in == 0 and d_out % n_out == 0 and R % blocks == 0
+        expected = f"multiples of {n_in}, {n_out} and {blocks}, R from {blocks} to {most}"
+        require(fits, f"d_in {d_in}, d_out {d_out}, R {R}: expected {expected}")
         self.d_in = d_in
         self.d_out = d_out
         c = R // blocks
@@ -207,7 +207,7 @@ class Grid(nn.Module):
 
 
 class LowRank(Grid):
-    """W = U V of rank R.  Starts with weights of about 0.02 whatever the width, as the paper's."""
+    """W = U V of rank R.  Starts near N(0, 0.02^2) whatever the width, as the paper's code does."""
 
     def __init__(self, d_in, d_out, R, bias=True):
         super().__init__(d_in, d_out, 1, 1, R, bias)
@@ -228,7 +228,7 @@ class BlockDense(Grid):
 
 
 class BlockShuffle(Grid):
-    """Monarch: n_blocks x n_blocks blocks of rank min(d_in, d_out) / n_blocks^2, of full rank."""
+    """Monarch: n_blocks^2 blocks, each of rank min(d_in, d_out) / n_blocks^2; W has full rank."""
 
     def __init__(self, d_in, d_out, n_blocks, bias=True):
         # differs from the paper: n_blocks^2 must divide min(d_in, d_out), and there is no second
@@ -276,9 +276,8 @@ class Guide:
     model and the optimizer.  stochastic=True halves its cost: a training step computes W x with
     probability alpha only.  To resume, pass the saved t, make the optimizer, then load both states.
     DistributedDataParallel: wrap the model again when step returns True; with stochastic=True use
-    find_unused_parameters=True instead.  CUDA graphs: capture after the guide has ended, since a
-    graph repeats alpha and the coins of the step that it captured.  AveragedModel: make it after
-    the guide has ended, since a copy keeps its own alpha.
+    find_unused_parameters=True instead.  Make CUDA graphs and copies of the model (AveragedModel)
+    after the guide has ended: they keep the alpha of their step.
     """
 
     def __init__(self, model, n_steps, stochastic=False, seed=0, t=0):
@@ -312,9 +311,7 @@ class Guide:
         if self.t >= self.n_steps:
             return False
         guides = {layer.W for layer in self.layers}
-        trained = set()
-        for group in optimizer.param_groups:
-            trained.update(group["params"])
+        trained = {p for group in optimizer.param_groups for p in group["params"]}
         how = "the optimizer does not train W: make the optimizer after the guide"
         require(guides <= trained, how)
         self.t += 1
@@ -440,8 +437,8 @@ def match(d_model, d_ff, kind, ratio, n_blocks=4):
     """
     if kind == "dense":
         return nn.Linear
-    narrow = min(d_model, d_ff)
-    wide = max(d_model, d_ff)
+    narrow, wide = sorted([d_model, d_ff])
+    # of a LowRank FFN with as many weights; the other kinds follow from it
     rank = ratio * d_model * d_ff / (d_model + d_ff)
     if kind == "lowrank":  # 2 R (D + F) of the 2 D F weights
         plan = {"R": round_rank(rank)}
@@ -503,7 +500,8 @@ def paper_matrix(layer):
     n_in, n_out, c, P = V.shape
     if n_out == 1:
         return block_dense_ref(V[:, 0], U.reshape(layer.d_out, n_in * c))
-    V = V.swapaxes(1, 2).reshape(n_in, c * n_out, P)  # the paper's row q of V[b] is in V[b, q % B]
+    # row q of the paper's V[b] is V[b, q % B, q // B]
+    V = V.swapaxes(1, 2).reshape(n_in, c * n_out, P)
     W = block_shuffle_ref(V, U.reshape(n_out, -1, n_in * c))
     return shuffle_ref(W, n_out)  # undoes the second shuffle
 
