@@ -169,8 +169,9 @@ def in_units_of_y(target, about):
 def draw(lengths, batch_size, *seed):
     """Yield the indices of each step, without end; the same arguments give the same indices.
 
-    An epoch is a random permutation, cut into pools of 64 batches or more. Each pool is sorted by
-    length and cut into batches, which are shuffled: every example once, with little padding.
+    An epoch is a random permutation, cut into pools of 64 batches or more (all of less than 128).
+    Each pool is sorted by length and cut into batches: every example once, with little padding.
+    The batches are shuffled.
     """
     for epoch in itertools.count():
         rng = np.random.default_rng([*seed, epoch])

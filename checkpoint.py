@@ -164,7 +164,7 @@ class Run:
     def __init__(self, folder, settings, data=None, free=(), position=0):
         self.folder = Path(folder)
         self.about = {"settings": settings, "data": data or {}}
-        self.free = free
+        self.free = ("resume", "overwrite", *free)  # these say how it was started
         self.position = position
         self.rank, self.world = ranks()
         self.pending = []  # sums of the steps since the last line of metrics
@@ -247,7 +247,8 @@ class Run:
     def interrupt(self, number, _):
         print("Stopping after this step; press Ctrl-C again to quit immediately.", file=sys.stderr)
         self.interrupted = True
-        signal.signal(number, signal.default_int_handler)
+        for other in self.handlers:
+            signal.signal(other, signal.default_int_handler)
 
     def restore(self, parts):
         """Load the checkpoint into {name: object}.  Returns the first step and the best so far."""

@@ -456,9 +456,10 @@ def read_wav(path):
 def load_lattice(name, data_dir, seed, *, n_train=4000, n_val=1000, n_test=4000):
     """Binary textures on an 8 x 8 torus: at which distance are the sites coupled?
 
-    An Ising model, P(s) ~ exp(0.45 sum_<ij> s_i s_j), in which a site interacts with the four sites
-    1 (class 0) or 3 (class 1) steps away in its row and column.  The map x -> 3x mod 8 turns one
-    class into the other: only the positions tell them apart.  A small task, not part of the arena.
+    Ising models with energy -0.45 sum_<ij> s_i s_j, in which a site interacts with the four sites 1
+    (class 0) or 3 (class 1) steps away in its row and column: 12 Gibbs sweeps from random spins,
+    which do not reach equilibrium.  The map x -> 3x mod 8 turns one energy into the other, so that,
+    up to the order of the sweeps, only positions tell the classes apart.  Not part of the arena.
     """
     sizes = [n_train, n_val, n_test]
     rng = np.random.RandomState([seed, 1])
@@ -474,7 +475,7 @@ def load_lattice(name, data_dir, seed, *, n_train=4000, n_val=1000, n_test=4000)
 
 
 def gibbs(rng, n, side, distance, beta, sweeps):
-    """Sample n Ising models in lock-step, site by site.  Returns (n, side^2) int8 of +-1."""
+    """Run n Gibbs samplers in lock-step, site by site.  Returns (n, side^2) int8 of +-1."""
     site = np.arange(side * side).reshape(side, side)
     moves = [(distance, 0), (-distance, 0), (0, distance), (0, -distance)]
     neighbors = np.stack([np.roll(site, move, (0, 1)).ravel() for move in moves], 1)
@@ -736,7 +737,7 @@ def main(argv=None):
     parser.add_argument("--label-column", help="column with the labels (default: label)")
     own = "one token per character of a text (default: per byte)"
     parser.add_argument("--characters", action="store_true", default=None, help=own)
-    parser.add_argument("--max-len", type=int, help="tokens per text (default: 4096)")
+    parser.add_argument("--max-len", type=int, help="tokens per text (default: 4096 or 4000)")
     parser.add_argument("--download", action="store_true", help="fetch the published archive first")
     parser.add_argument("--check", action="store_true", help="check this file, then exit")
     args = parser.parse_args(argv)

@@ -63,8 +63,9 @@ def load(task, seed=0, text_column="text", label_column="label", characters=Fals
         own = dict(name=path.name, vocab_size=size, symbols=symbols)
         data = from_arrays(tokens, labels, lengths, split, **own)
     else:
-        only_tables = not characters and max_len == MAX_LEN
-        require(only_tables, f"{task}: characters and max_len are options of .csv and .tsv files")
+        given = (text_column, label_column, characters, max_len)
+        only_tables = "columns, characters and max_len are options of .csv and .tsv files"
+        require(given == ("text", "label", False, MAX_LEN), f"{task}: {only_tables}")
         if suffix == ".npz":
             data = from_arrays(**read_arrays(path), seed=seed, name=path.name)
         else:

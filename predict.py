@@ -4,7 +4,7 @@
     python predict.py runs/a new.npz --out guesses.csv
 
     model = predict.load("runs/latest")    # a torch module, from model.pt alone
-    logits = model(x, lengths)             # x as in the .npz file, or bytes of texts
+    logits = model(x, lengths)             # x as in the .npz file; of a text, as own_data.encode
 
 The file gets one line per example: the class and the probability of every class, or the k values
 of a regression. If the new data have labels, their score is printed. Data with other symbols,
@@ -50,7 +50,8 @@ class Predictor(nn.Module):
         raw, keep = batches.trim(*self.checked(x, lengths))
         x = pretrain.inputs(raw, None, self.about)
         with pretrain.autocast(self.config, x):
-            out = pretrain.outputs(self.model, self.head, x, keep, None, self.config)
+            h = pretrain.features(self.model, x, keep, self.config)
+            out = self.head(pretrain.pool(h, keep, self.config.pooling))
         if self.about["y_mean"] is None:
             return out
         return batches.in_units_of_y(out, self.about)

@@ -93,7 +93,7 @@ def make_batch(split, index, stage, config, generator):
         return Batch(inputs(raw, None, split.about), keep, None, labels)
     real = raw.new_ones(raw.shape[:2], dtype=torch.bool) if keep is None else keep
     if config.objective == "masked":  # independent positions, all of them replaced (no 80/10/10)
-        longest = int(split.lengths[index].max())  # without what --pad-to adds
+        longest = int(split.lengths[index].max())  # --pad-to must not change what is drawn
         noise = torch.rand(len(raw), longest, generator=generator, device=raw.device)
         where = F.pad(noise < config.mask_ratio, (0, raw.shape[1] - longest)) & real
         x = inputs(raw, where, split.about)
@@ -189,20 +189,12 @@ def uses_graphs(config):
     return alone and config.device.startswith("cuda") and not config.eager
 
 
-def outputs(model, head, x, keep, where, config, positions=()):
-    """What the head says: (n, width) at the positions `where`, or (examples, width) if None.
-
-    With CUDA graphs, whose shapes must not depend on the data, (B L, width) at all positions.
-    """
+def features(model, x, keep, config, positions=()):
+    """What the body makes of the inputs: (B, L, D)."""
     if x.is_floating_point():
-        x = x.to(next(head.parameters()).dtype)
+        x = x.to(next(model.parameters()).dtype)
     # the padding is on the right, where a causal model never looks
-    h = model(x, None if config.causal else keep, *positions)  # (B, L, D)
-    if where is None:
-        return head(pool(h, keep, config.pooling, bool(config.sequence_parallel)))
-    if uses_graphs(config):
-        return head(h).flatten(0, 1)  # all positions
-    return head(h[where])  # only the positions that count: a fifth faster on a CPU
+    return model(x, None if config.causal else keep, *positions)
 
 
 def loss_sums(model, head, batch, config):
@@ -215,12 +207,15 @@ def loss_sums(model, head, batch, config):
     if config.sequence_parallel:
         batch, positions = own_tokens(batch, config)
     x, keep, where, target = batch
-    out = outputs(model, head, x, keep, where, config, positions)
-    n = len(out)
-    if where is not None and uses_graphs(config):
-        n = where.sum()
+    h = features(model, x, keep, config, positions)
+    n = len(target) if where is None else where.sum()
+    if where is None:  # one output per example
+        out = head(pool(h, keep, config.pooling, bool(config.sequence_parallel)))
+    elif uses_graphs(config):  # whose shapes must not depend on the data: all positions
+        out = head(h).flatten(0, 1)
         target = without_loss(target.flatten(0, 1), ~where.flatten(), out)
-    elif where is not None:
+    else:  # only the positions that count: a fifth faster on a CPU
+        out = head(h[where])
         target = target[where]
     correct = torch.full((), math.nan, device=out.device)
     more = []
@@ -419,10 +414,10 @@ def fit(stage, model, head, train, val, config, run):
     return best["score"]
 
 
-# Settings that may change when a run is resumed: they change rounding; accumulate, compile, pad_to
-# and the kind of device also what dropout drops; the kind of device also the masks.
-FREE = ("out", "resume", "overwrite", "device", "data_dir", "task")  # the data are compared
-FREE += ("accumulate", "compile", "eager", "pad_to")
+# Settings that may change when a run is resumed: the data themselves are compared.
+FREE = ("out", "resume", "overwrite", "data_dir", "task")
+# These change rounding; all but eager also what dropout drops; the kind of device also the masks.
+FREE += ("device", "accumulate", "compile", "eager", "pad_to")
 
 
 @torch.random.fork_rng(devices=[])
@@ -547,11 +542,11 @@ def data_parallel(objective, stage, train, config):
 def rank0_first(make, config):
     """make(config), first on rank 0, which may fill a cache, then on the others."""
     rank, _ = ranks()
-    if rank == 0:
-        data = make(config)
-    wait_for_all_ranks()
     if rank > 0:
-        data = make(config)
+        wait_for_all_ranks()
+    data = make(config)
+    if rank == 0:
+        wait_for_all_ranks()
     wait_for_all_ranks()
     return data
 
@@ -616,9 +611,6 @@ def self_check(device="cpu"):
 
 def run_command(config):
     """Train on the processes of torchrun, or on this one alone; print the result."""
-    folder = find_run(config.out or "runs/latest")
-    there = not config.resume or (folder / "config.json").exists()
-    require(there, f"{folder} contains no run: nothing to resume")
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if restarts > 0 and config.out:
         config = replace(config, resume=True)
@@ -636,11 +628,11 @@ def command(argv):
     args = vars(flags.parse_args(argv))
     check = args.pop("check", False)
     show = args.pop("print_config", False)
-    if args.get("resume") and "settings" not in args:
-        args["out"] = str(find_run(args.get("out", "runs/latest")))
-        stored = Path(args["out"], "config.json")
-        if stored.exists():
-            args["settings"] = str(stored)
+    if args.get("resume"):
+        folder = find_run(args.get("out", "runs/latest"))
+        stored = folder / "config.json"
+        require(stored.exists(), f"{folder} contains no run: nothing to resume")
+        args = {"settings": str(stored), **args, "out": str(folder)}
     config, origin = resolve(args)
     if show:
         for name, value in asdict(config).items():

@@ -99,13 +99,13 @@ class Config:
     pooling: str = flag("mean", "pooling over positions", "mean", "max", "last")
     target_loss: str = flag("l2", "loss of regression, on standardized targets", "l2", "l1")
     labels: int = flag(None, "fine-tune on this many examples (nested subsets)")
-    pretrained: str = flag(None, "start from this pretrained.pt, also of other data of that kind")
+    pretrained: str = flag(None, "start from this run's pretrained.pt; its data may be others")
     eval_every: int = flag(500, "steps between validations")
     resume: bool = flag(False, "continue the run in --out, or runs/latest, with its settings")
     precision: str = flag("float32", "arithmetic", "float32", "float64", "bfloat16")
     compile: bool = flag(False, "torch.compile the model (pays on a GPU if lengths are equal)")
     eager: bool = flag(False, "on a GPU, launch kernels one by one instead of as CUDA graphs")
-    pad_to: int = flag(None, "pad batches to multiples of this length (default: 128 on a GPU)")
+    pad_to: int = flag(None, "round batches up to multiples of this length (128 on a GPU)")
     sequence_parallel: str = flag(None, "split each sequence over processes", "ring", "ulysses")
 
     def __post_init__(self):
@@ -136,7 +136,7 @@ class Config:
         return self.pretrain_lr if stage == "pretrain" else self.finetune_lr
 
     def multiple(self):
-        """Batches are padded to a multiple of this length (128: tiles of attention kernels)."""
+        """The length of a batch is rounded up to a multiple of this (128: of attention kernels)."""
         return self.pad_to or (128 if self.device.startswith("cuda") else 1)
 
     def batch(self, stage):
@@ -152,10 +152,11 @@ MODELS_WITH = {
 
 
 def idle(given, config):
-    """Names of settings that have no effect in this run."""
+    """Names of settings of other models, and of pretraining where there is none."""
     names = [name for name in given if config.model not in MODELS_WITH.get(name, MODELS)]
     if config.objective == "none" or config.pretrained:
-        names += [name for name in given if name.startswith("pretrain_")]
+        there = ("mask_ratio", "loss")
+        names += [name for name in given if name.startswith("pretrain_") or name in there]
     return names
 
 

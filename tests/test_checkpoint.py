@@ -108,6 +108,16 @@ def test_only_overwrite_deletes_weights(tmp_path):
     assert mine.read_text() == "mine"
 
 
+def test_the_example_of_the_docstring_resumes(tmp_path):
+    part = torch.nn.Linear(1, 1)
+    with pytest.raises(KeyboardInterrupt), checkpoint.Run(tmp_path, {"lr": 1}) as run:
+        for step in run.steps("train", 0, 5):
+            run.interrupted = step == 1
+            run.save(step, {"part": part}, None)
+    with checkpoint.Run(tmp_path, {"lr": 1, "resume": True}) as run:
+        assert run.restore({"part": part}) == (2, None)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_the_step_with_a_checkpoint(number, whole, tmp_path, capsys):
     began = time.perf_counter() - 0.1  # seconds are rounded to tenths
@@ -121,9 +131,10 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(number, whole, tmp_path
     assert bits(tmp_path / "cut")[0] == whole[0]
 
 
-def test_a_second_ctrl_c_acts_at_once(tmp_path):
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_acts_at_once(first, tmp_path):
     def twice():
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(first)
         signal.raise_signal(signal.SIGINT)
 
     assert stop_run(tmp_path, "pretrain", 4, twice) == ""

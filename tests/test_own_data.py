@@ -468,6 +468,7 @@ def test_broken_files_end_in_one_line_that_names_file_place_and_reason(kind, tmp
         ("none.py:load", None, "FileNotFoundError: ", []),
         ("a.py:load", "def load(:", "SyntaxError: ", []),
         ("my.npz", xy(), "characters and max_len are options of .csv", ["--characters"]),
+        ("my.npz", xy(), "columns, characters and max_len are", ["--text-column", "t"]),
         ("my.npz", xy(), "characters and max_len are options of .csv", ["--max-len", "3"]),
         ("my.csv", labeled("01" * 10), "max_len is 0, expected 1 or more", ["--max-len", "0"]),
     ],

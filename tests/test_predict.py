@@ -28,16 +28,16 @@ DATA = {
 def evaluated(monkeypatch, tmp_path, data, **settings):
     """Train on data in batches of 8 with the outputs of the last evaluation, the test."""
     load_small(monkeypatch, data)
-    outputs = pretrain.outputs
+    build_head = pretrain.build_head
     seen = []
 
-    def spy(*args):
-        out = outputs(*args)
-        seen.append(out)
-        return out
+    def spied_head(*args):
+        head = build_head(*args)
+        head.register_forward_hook(lambda head, args, out: seen.append(out))
+        return head
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "outputs", spy)
+        patch.setattr(pretrain, "build_head", spied_head)
         run(tmp_path, "a", **(SHORT | settings))
     return seen[-1:] if len(data.test) <= 8 else seen[-2:]
 

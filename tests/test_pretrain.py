@@ -314,7 +314,8 @@ def test_scores_are_those_of_all_examples_whatever_the_batches(target):
     found = pretrain.evaluate(model, head, resident(data, "test"), "finetune", config)
     assert model.training and head.training
     model.eval()
-    out = pretrain.outputs(model, head, batch.x, batch.keep, None, config).detach()
+    h = pretrain.features(model, batch.x, batch.keep, config)
+    out = head(pretrain.pool(h, batch.keep, config.pooling)).detach()
     y = data.test.labels.astype(np.float64)
     if target == "classes":
         loss = torch.nn.functional.cross_entropy(out, batch.target).item()

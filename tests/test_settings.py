@@ -309,11 +309,11 @@ def test_each_stage_has_its_own_settings():
 
 
 def test_settings_without_effect_in_a_run_are_named():
-    given = ["n_heads", "d_state", "kernel_dim", "clip", "pretrain_lr"]
+    given = ["n_heads", "d_state", "kernel_dim", "clip", "pretrain_lr", "mask_ratio", "loss"]
     assert settings.idle(given, Config()) == ["d_state", "kernel_dim"]
     assert settings.idle(given, Config(model="s4d")) == ["n_heads", "kernel_dim"]
     scratch = Config(model="sgconv", objective="none")
-    assert settings.idle(given, scratch) == ["n_heads", "d_state", "pretrain_lr"]
+    assert settings.idle(given, scratch) == ["n_heads", "d_state", *given[-3:]]
     assert settings.idle(["pretrain_steps"], Config(pretrained="a.pt")) == ["pretrain_steps"]
 
 
