@@ -2,9 +2,9 @@
 
     tokens = generate(model, prompt, 100, head)  # as model.generate(prompt, 100, head)
 
-For S4Model (mixers S4, S4D, DLR) and Transformer (mixer Attention).  Both keep their state at fixed
-addresses and never change a shape, as graphs demand (see gpu_step.py), and both touch it as little
-as they can:
+For S4Model (mixers S4, S4D, DLR) and Transformer (mixer Attention).  Their decoders here keep the
+state at fixed addresses and never change a shape, as graphs demand (see gpu_step.py), and touch it
+as little as they can:
 
     S4             reads and writes the state once per token: O(N) operations, compiled into one
     Transformer    reads keys and values up to the next multiple of 1,024 positions, once
@@ -147,7 +147,7 @@ def pick(logits, temperature):
 
 @torch.no_grad()
 def generate(model, prompt, n, head, temperature=0.0, graphs=None):
-    """Continue prompt (B, L) by n tokens, (B, n) int64, as model.generate does.
+    """Continue prompt (B, L) by n >= 1 tokens, (B, n) int64, as model.generate does.
 
     ValueError if the prompt is not on a CUDA device.
     """

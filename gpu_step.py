@@ -23,7 +23,7 @@ import torch
 def prepare(optimizer, device, graphs):
     """Set AdamW up for this device, and for graphs; again after load_state_dict, which undoes it.
 
-    On a GPU one kernel updates all parameters, and the learning rates are float32 tensors.
+    On a GPU one operation updates a group of parameters, and learning rates are float32 tensors.
     """
     gpu = torch.device(device).type == "cuda"
     for group in optimizer.param_groups:

@@ -48,13 +48,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import checkpoint
 import dist_attention
 import gpu_step
 import lra_data
 import sgconv
 from attention import Transformer, TransformerConfig
 from batches import Batch, draw, fitted, identity, load_data, normalize, part, resident, send
-from checkpoint import Run, check_out, differences, find_run, load, means, new_folder, ranks
+from checkpoint import Run, check_out, differences, find_run, means, new_folder, ranks
 from dist_attention import RankLost, process_group, wait_for_all_ranks
 from gpu_kernels import JointS4Model
 from own_data import say
@@ -428,19 +429,8 @@ def train(config, position=0):
     FloatingPointError if the run diverges (the last checkpoint stays).  Random numbers of the
     caller go on as if nothing had been drawn (those of a GPU do not).
     """
-    if config.out or config.resume:
-        config = replace(config, out=str(find_run(config.out or "runs/latest")))
-        check_out(config.out, config.resume or config.overwrite)
-    data = rank0_first(load_data, config)
-    about = identity(data)
-    if config.pretrained:
-        if Path(config.pretrained).is_dir():  # of a run
-            config = replace(config, pretrained=str(Path(config.pretrained, "pretrained.pt")))
-        about = as_pretrained(about, config)
-    config = fitted(config, about)
-    train_split = resident(data.train, about, config.device)
-    val_split = resident(data.val, about, config.device)
-    test_split = resident(data.test, about, config.device)
+    config, about, splits = prepare(config)
+    train_split, val_split, test_split = splits
     labeled = train_split.subset(config.labels) if config.labels else train_split
     model = initial_model(config, about)
     if config.out is None:
@@ -451,8 +441,8 @@ def train(config, position=0):
         pretraining = config.objective != "none" and not config.pretrained
         if pretraining and "pretrain" not in run.result:  # it is there if a resumed run finished it
             head = initial_head("pretrain", model, config, about)
-            splits = (train_split.documents(), val_split.documents())
-            score = fit("pretrain", model, head, *splits, config, run)
+            documents = (train_split.documents(), val_split.documents())
+            score = fit("pretrain", model, head, *documents, config, run)
             run.save_weights("pretrained.pt", model, head)
             wait_for_all_ranks()
             run.result["pretrain"] = score
@@ -462,6 +452,22 @@ def train(config, position=0):
         run.save_weights("model.pt", model, head)
         wait_for_all_ranks()
     return run.result
+
+
+def prepare(config):
+    """Load the data.  Returns the completed config, `identity` of the data, and three splits."""
+    if config.out or config.resume:
+        config = replace(config, out=str(find_run(config.out or "runs/latest")))
+        check_out(config.out, config.resume or config.overwrite)
+    data = rank0_first(load_data, config)
+    about = identity(data)
+    if config.pretrained:
+        if Path(config.pretrained).is_dir():  # of a run
+            config = replace(config, pretrained=str(Path(config.pretrained, "pretrained.pt")))
+        about = as_pretrained(about, config)
+    config = fitted(config, about)
+    splits = [resident(split, about, config.device) for split in (data.train, data.val, data.test)]
+    return config, about, splits
 
 
 def initial_model(config, about):
@@ -492,7 +498,7 @@ TOKENS = ("vocab_size", "n_channels", "symbols")
 
 
 def read_pretrained(path):
-    state = load(Path(path))
+    state = checkpoint.load(Path(path))
     fits = "model" in state and "optimizer" not in state and state.get("stage") != "finetune"
     require(fits, f"{path} is not what pretraining left: pass the pretrained.pt of a run")
     return state

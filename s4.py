@@ -9,9 +9,10 @@ Diagonal State Space Models", arXiv:2206.11893v2.
     paper        code            shape
     Lambda       Lam             (D, N/2) complex, one of each conjugate pair
     P = Q, B     P, B            (D, N/2, 2), real and imaginary parts
-    C            C               (n, D, N/2, 2), n = 2 directions if bidirectional, else 1
+    C            C               (n, D, N/2, 2), n = 2 directions if bidirectional, else 1; as real
+                                 rows (D, n, N)
     Delta        dt              (D, 1) = exp(log_dt)
-    A_bar        E = A_bar - I   (D, N, N) real: A_bar is near I, and storing it would lose digits
+    A_bar        E = A_bar - I   (D, N, N) real; in A_bar itself slow modes, near 1, lose digits
     B_bar        B_bar           (D, N, 1) real
     K            K               (D, L), or (2, D, L) if bidirectional
     D            D_skip          (D,)
@@ -162,7 +163,7 @@ def require(ok, message):
 
 def eigenvalues(log_decay, frequency):
     """Return Lam (D, N/2) complex128 = -exp(log_decay) + i frequency."""
-    # differs from S4, as S4D: Re Lam < 0 whatever is learned, so no system can grow
+    # differs from S4, follows S4D: Re Lam < 0 whatever is learned, so no system can grow
     # the bounds keep exp from 0 and inf; hardtanh is a clamp whose gradient is a single operation
     log_decay = F.hardtanh(log_decay.double(), -100, 100)
     return torch.complex(-log_decay.exp(), frequency.double())
@@ -211,9 +212,9 @@ def bilinear(Lam, P, B, dt):
 
 
 def krylov(E, V, n):
-    """Double the columns V, A V, A^2 V, ... until there are at least n; also return A^m - I.
+    """Double the columns V, A V, A^2 V, ... until there are at least n; also return A^p - I.
 
-    A = I + E.  E (D, N, N), V (D, N, k) -> (D, N, k m) with m a power of 2, (D, N, N).
+    A = I + E.  E (D, N, N), V (D, N, k) -> (D, N, k p) with p a power of 2, (D, N, N).
     """
     while V.shape[-1] < n:
         AV = torch.baddbmm(V, E, V)  # V + E V
@@ -231,7 +232,7 @@ def two_level_kernel(E, B_bar, C, L):
     # differs from the S4 paper: powers of A_bar, no Cauchy sums
     require(C.is_floating_point(), f"expected float C, got {C.dtype}")
     columns, E = krylov(E, B_bar, 2)  # B_bar, A_bar B_bar
-    E = E.to(C.dtype)  # squared once in float64: rounding A_bar itself would double the error
+    E = E.to(C.dtype)  # squared once in float64: at large dt, rounding A_bar doubles the error
     columns = columns.to(C.dtype)
     columns, E = krylov(E, columns, math.sqrt(L))  # (D, N, m), A_bar^m - I
     n = C.shape[1]
@@ -249,10 +250,10 @@ def diagonal_kernel(log_A, B_bar, C, L):
     O(D N L) time, O(D N sqrt L + D L) memory.
     """
     m = math.isqrt(L)
-    i = torch.arange(0, L, m, device=C.device)[:, None]  # (L / m, 1)
+    im = torch.arange(0, L, m, device=C.device)[:, None]  # (L / m, 1)
     j = torch.arange(m, device=C.device)[:, None]  # (m, 1)
     v = (C * B_bar)[:, :, None]  # (n, D, 1, N/2)
-    rows = output_rows(v * torch.exp(log_A[:, None] * i))  # (n, D, L / m, N)
+    rows = output_rows(v * torch.exp(log_A[:, None] * im))  # (n, D, L / m, N)
     columns = coordinates(torch.exp(log_A[:, None] * j))  # (D, m, N)
     # up to here in float64: float32 phases lose digits at large l
     rows = rows.to(C.real.dtype)
@@ -385,7 +386,7 @@ class StateSpace(nn.Module):
     Discretizes in float64; kernels and states are float32 (or float64), also under autocast and in
     a half-precision model.  The FFT leaks rounding error (and NaNs) across positions: causality
     holds up to float precision.  A pruned C follows its mask in forward alone, so call
-    torch.nn.utils.prune.remove before prefill and step.
+    torch.nn.utils.prune.remove before initial_state.
     """
 
     # axis of the channels where it is not the first: for gpu_kernels.py, dist_attention.py
@@ -407,7 +408,7 @@ class StateSpace(nn.Module):
         self.D_skip = nn.Parameter(torch.randn(self.d_model, dtype=parameter_dtype()))
 
     def _apply(self, fn, recurse=True):
-        """Move and convert, but stay in float32 under .half() and .bfloat16()."""
+        """Move and convert, but never to half precision."""
 
         def convert(tensor):
             new = fn(tensor)
@@ -458,9 +459,8 @@ class StateSpace(nn.Module):
 
     def initial_state(self, batch, rate=1.0):
         """Return the State before the first token.  ValueError if bidirectional."""
-        one_way = not self.bidirectional
         how = "a layer with bidirectional=False, or a model with causal=True, can step"
-        require(one_way, f"a bidirectional layer needs the future; {how}")
+        require(not self.bidirectional, f"a bidirectional layer needs the future; {how}")
         E, B_bar, C = self.system(rate)
         E = E.to(C.dtype)
         B_bar = B_bar.to(C.dtype)
@@ -570,8 +570,8 @@ class S4D(StateSpace):
 class DLR(StateSpace):
     """Diagonal linear recurrence x_l = exp(Lam) x_{l-1} + u_l, y_l = 2 Re(C x_l): no HiPPO, no dt.
 
-    arXiv:2310.02980v4, equation 3.  Phases start at 2 pi k / N as there.  The paper gives no
-    decays; here they are log-uniform in [dt_min, dt_max].
+    arXiv:2310.02980v4, equation 3.  Phases start at 2 pi k / N as there, k < N/2: 2 Re stands for
+    the other half.  The paper gives no decays; here they are log-uniform in [dt_min, dt_max].
     """
 
     def __init__(self, d_model, d_state=64, bidirectional=False, dt_min=1e-3, dt_max=1e-1):
@@ -645,11 +645,10 @@ class S4Model(nn.Module):
     def __init__(self, config, mixer=s4_mixer):
         super().__init__()
         self.config = config
-        one = (config.vocab_size is None) != (config.n_channels is None)
-        require(one, f"set exactly one of vocab_size and n_channels in {config}")
-        n_inputs = config.n_channels if config.vocab_size is None else config.vocab_size
-        positive = min(n_inputs, config.d_model, config.n_layers) >= 1
-        require(positive, f"every size must be at least 1 in {config}")
+        inputs = [n for n in (config.vocab_size, config.n_channels) if n is not None]
+        fits = len(inputs) == 1 and min(*inputs, config.d_model, config.n_layers) >= 1
+        rule = "set exactly one of vocab_size and n_channels, and sizes of at least 1"
+        require(fits, f"{rule}; got {config}")
         if config.vocab_size is None:
             self.embed = nn.Linear(config.n_channels, config.d_model)
         else:
@@ -682,7 +681,7 @@ class S4Model(nn.Module):
     def prefill(self, x, state, keep=None):
         """Continue state by x, (B, L) or (B, L, C).  Returns features (B, L, D), new state.
 
-        Without the axis L, as in `step`, x is one token or value.
+        Without the axis L, which is `step`, x is one token or value.
         keep: (B, L) bool, False at padding, which must come before all real tokens.
         """
         h = self.embed_input(x)
@@ -726,14 +725,18 @@ class S4Model(nn.Module):
             if i > 0:
                 h, state = self.step(tokens[:, i - 1], state)
             logits = head(h)
-            tokens[:, i] = logits.argmax(-1)
             if temperature > 0:
                 p = (logits / temperature).softmax(-1)
                 tokens[:, i] = torch.multinomial(p, 1)[:, 0]
+            else:
+                tokens[:, i] = logits.argmax(-1)
         return tokens
 
     def param_groups(self, lr, weight_decay):
-        """Return AdamW groups: Lam, P, B, dt have rates of at most 1e-3; no mixer has decay."""
+        """Return AdamW groups: Lam, P, B, dt have rates of at most 1e-3, and no decay, as C and D.
+
+        So it is for every mixer with a `kernel`.
+        """
         in_mixers = set()
         for module in self.modules():
             if hasattr(module, "kernel"):
@@ -816,7 +819,7 @@ def self_check(dtype=torch.float64, device="cpu"):
     """Return a list of (name, error, limit).  Seeds torch with 0."""
     torch.manual_seed(0)
     limit = 1e-10 if dtype == torch.float64 else 1e-5
-    rows = list(check_reference())
+    rows = list(check_reference()) if dtype == torch.float64 else []
     rows += check_kernels(dtype, device, limit)
     rows += check_layers(dtype, device, limit)
     return rows
@@ -835,16 +838,17 @@ def print_table(rows):
 # ---------------------------------------------------------------- demo, command line
 
 
-def demo(steps=120, L=256, target=0.95):
+def demo(device="cpu", steps=120, L=256, target=0.95):
     """Learn to name the one symbol before L blanks, then do so as a recurrence."""
     torch.manual_seed(0)
     model = S4Model(S4Config(d_model=32, n_layers=1, d_state=32, vocab_size=5, causal=True))
-    head = nn.Linear(32, 4)
+    model = model.to(device)
+    head = nn.Linear(32, 4, device=device)
     groups = model.param_groups(lr=2e-2, weight_decay=0.0)
     groups.append({"params": head.parameters()})
     optimizer = torch.optim.AdamW(groups, lr=2e-2)
     print(f"\ndemo: name the symbol before {L} blanks (chance 0.25), {steps} steps")
-    symbol = torch.arange(4)  # all four cases
+    symbol = torch.arange(4, device=device)  # all four cases
     x = F.pad(symbol[:, None], (0, L), value=4)  # (4, L + 1)
     for _ in range(steps):
         logits = head(model(x)[:, -1])
@@ -872,7 +876,7 @@ def main(argv=None):
         print(f"s4.py  torch {torch.__version__}  device {args.device}  {dtype}  seed 0")
         ok = print_table(self_check(dtype, args.device)) and ok
     if not args.check:
-        ok = demo() and ok
+        ok = demo(args.device) and ok
     return 0 if ok else 1
 
 
