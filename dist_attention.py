@@ -96,7 +96,7 @@ def chunks_of(L, rank, world, layout="contiguous"):
     """The tokens of a rank: consecutive positions [(start, stop), ...].
 
     contiguous: chunk r of W.  zigzag: chunks r and 2W-1-r of 2W, which give every rank the same
-    work under a causal mask.
+    work under a causal mask: of 8 tokens, rank 0 of 2 has 0 1 6 7, and rank 1 has 2 3 4 5.
     """
     layouts = {"contiguous": [rank], "zigzag": [rank, 2 * world - 1 - rank]}
     require(layout in layouts, f"layout {layout!r}: expected 'contiguous' or 'zigzag'")

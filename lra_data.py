@@ -9,7 +9,7 @@ Tay et al. 2020, "Long Range Arena", arXiv:2011.04006v1.  `load(task)` returns a
 `Split`s; the same task, options and seed give the same bytes on every machine.
 
     tokens    (n, L) uint8 symbols, (n, L, C) numbers, or (n, 2, L) symbols of two documents
-    labels    (n,) int64
+    labels    (n,) int64 classes; regression (your own data): (n, k) float32
     lengths   (n,) or (n, 2) int32; tokens beyond the length are zero
 
 listops, pathfinder and lattice are generated.  The other tasks, and listops and pathfinder with a

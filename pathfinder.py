@@ -169,8 +169,9 @@ class Brush:
     dot                   stamp: a marker
     seed                  (360, pixels): offsets that must be free for a first segment
     usable                (360,) bool: angles that first segments can have
-    home, home_size       (360, 2): where the first snake can start: first row and column, and how
-                          many there are; home_angles: the angles for which there is a place
+    home                  (360, 2): first row and column where the first snake can start
+    home_size             (360, 2): number of such rows and columns
+    home_angles           angles for which there is such a place
     """
 
     def __init__(self, size, margin):
@@ -280,7 +281,7 @@ class Brush:
         for corner in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
             inside = (seed * corner >= 0).all(2)
             self.usable &= inside.any(1)
-        # the first snake starts at least 2 seed_distance away from all edges
+        # the first segment of the first snake stays 2 seed_distance away from all edges
         border = 2 * self.sheet.seed_distance
         self.home = border - seed.min(1)  # first row and column
         self.home_size = self.size - 2 * border - np.ptp(seed, 1)

@@ -405,13 +405,13 @@ def published(name):
     """A row, its epochs as steps: {setting: (value, source)}; and its departures, as text."""
     found = dict(ROWS[name].settings)
     every = [1]
-    for stage, share in (("pretrain", 5), ("finetune", 1)):
+    for stage, validations in (("pretrain", 5), ("finetune", 1)):  # per epoch
         if f"{stage}_epochs" in found:
             epoch = steps_per_epoch(stage, found)
             epochs, source = found.pop(f"{stage}_epochs")
             note = f"{source}: {epochs} epochs of {epoch:,} steps"
             found[f"{stage}_steps"] = (epochs * epoch, note)
-            every.append(epoch // share)
+            every.append(epoch // validations)
     if len(every) > 1:
         note = "ours: an epoch of fine-tuning or a fifth of one of pretraining"
         found["eval_every"] = (max(every), note)
