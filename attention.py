@@ -502,7 +502,7 @@ class Transformer(nn.Module):
         lengths: (B,) real tokens per prompt; padding is on the right.  Each row is as if alone:
         the longer prompts are read on, token by token, while the shorter ones already continue.
         """
-        expect(prompt.ndim == 2, "prompt (B, L)", prompt)
+        expect(prompt.ndim == 2 and len(prompt) > 0, "prompt (B, L), B at least 1", prompt)
         B, L = prompt.shape
         if lengths is None:
             lengths = [L] * B

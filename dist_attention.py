@@ -484,8 +484,11 @@ def ulysses(mixer, group=None, layout="contiguous"):
     mixer: a module (B, L, D), keep -> (B, L, D) with `d_model`, whose channels never meet, such as
     S4 or SGConv.  Returns it with forward x (B, n, D), keep (B, n) bool -> (B, n, D).  Channels are
     axis 0 of its parameters and buffers, or as its class says in `channel_axes`; a rank gets the
-    gradients of its own channels only (see `sum_gradients`).  Errors as `ring_attention`.
+    gradients of its own channels only (see `sum_gradients`).  Errors as `ring_attention`.  Hooks
+    run twice, for the tokens of this rank and within, for its channels.
     """
+    plain = not hasattr(mixer, "parametrizations")
+    require(plain, f"remove the parametrizations of this {type(mixer).__name__} first")
     mixer.forward = partial(mix, mixer, group, layout)
     return mixer
 

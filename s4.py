@@ -349,7 +349,12 @@ def per_channel(v, d_model):
 def as_complex(p):
     """Read a parameter (..., 2) as complex (...), also where FSDP has cast it to half precision."""
     dtype = torch.promote_types(p.dtype, torch.float32)
-    return torch.view_as_complex(p.to(dtype))
+    return torch.view_as_complex(p.to(dtype).contiguous())
+
+
+def without_autocast(device):
+    """A context without autocast, which does not know the device "meta"."""
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 
 def log_uniform(low, high, *shape):
@@ -436,7 +441,7 @@ class StateSpace(nn.Module):
     def kernel(self, L, rate=1.0):
         """Return K: (D, L), or (2, D, L) if bidirectional (see fft_conv)."""
         require(L >= 1, f"the length must be at least 1, got {L}")
-        with torch.autocast(self.C.device.type, enabled=False):
+        with without_autocast(self.C.device):
             K = self.impulse_response(L, rate)  # (n, D, L)
         return K if self.bidirectional else K[0]
 
@@ -479,7 +484,7 @@ class StateSpace(nn.Module):
         x, E, B_bar, C = state
         x = x.transpose(0, 1)  # (D, B, N): one product per channel
         u = x_t.to(x.dtype).T[..., None]  # (D, B, 1)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             x = torch.baddbmm(x, x, E.mT)  # A_bar x = x + E x
             x = torch.baddbmm(x, u, B_bar.mT)
             y = x @ C.mT + self.D_skip[:, None, None] * u  # (D, B, 1)
@@ -498,7 +503,7 @@ class StateSpace(nn.Module):
         h, E, B_bar, C = state
         h = h.permute(1, 2, 0)  # (D, N, B)
         i = torch.arange(64, device=x.device)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             columns, E_64 = krylov(E, B_bar, 64)  # (D, N, 64): B_bar, A_bar B_bar, ...
             CA = torch.baddbmm(C, C, E)
             rows, _ = krylov(E.mT, CA.mT, 64)  # (D, N, 64): C A_bar, C A_bar^2, ...
@@ -682,8 +687,12 @@ class S4Model(nn.Module):
         """Continue state by x, (B, L) or (B, L, C).  Returns features (B, L, D), new state.
 
         Without the axis L, which is `step`, x is one token or value.
-        keep: (B, L) bool, False at padding, which must come before all real tokens.
+        keep: (B, L) bool, False at padding, which must come before all real tokens.  Attention
+        mixers remember padding, so they take none, and give no gradients here.
         """
+        forgets = all(isinstance(s, State) for s in state)
+        how = "keep: mixers without an s4.State, such as Attention, would remember padding"
+        require(forgets or keep is None or keep.all(), how)
         h = self.embed_input(x)
         new_state = []
         for block, s in zip(self.blocks, state, strict=True):
@@ -705,7 +714,8 @@ class S4Model(nn.Module):
         head: features (B, D) -> logits (B, vocab_size).  lengths (B,): only the first lengths[b]
         tokens of a prompt are real; None: all L.  Call eval() first if there is dropout.
         """
-        require(prompt.ndim == 2, f"expected prompt (B, L), got {tuple(prompt.shape)}")
+        fits = prompt.ndim == 2 and len(prompt) > 0
+        require(fits, f"expected prompt (B, L), B at least 1; got {tuple(prompt.shape)}")
         B, L = prompt.shape
         if lengths is None:
             lengths = [L] * B

@@ -389,7 +389,8 @@ def convert(model, make, pick):
     Returns {name: relative error of its weight in Frobenius norm}.  Raises ValueError, before
     anything is changed, if pick accepts nothing, or a layer whose weight other code reads or sets:
     tied and pruned weights, weight_norm, nn.MultiheadAttention.out_proj, linear1 and linear2 of
-    nn.TransformerEncoderLayer.
+    nn.TransformerEncoderLayer.  It cannot see code that reads layer.weight itself (Swin, T5): pick
+    must refuse those.  Convert before making the optimizer and hooks.
     """
     readers = Counter()  # modules per parameter: 2 if tied, 0 for the weight of a pruned layer
     for module in model.modules():

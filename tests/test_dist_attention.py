@@ -14,6 +14,7 @@ import dist_worker
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import dist_attention as da
 from attention import attention_online, attention_ref
@@ -202,6 +203,10 @@ class Sideways(SGConv):
         (lambda q: da.positions(9, 0, 1, "stripes"), "'stripes': expected 'contiguous' or"),
         (lambda q: da.spread(None, "rnig"), "'rnig': expected one of .*'ring'.*'ulysses'"),
         (lambda q: da.ulysses(Sideways(8, 16, 4))(q[0]), "axis 0 of w .* Sideways.channel_axes"),
+        (
+            lambda q: da.ulysses(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))),
+            "remove the parametrizations of this ParametrizedLinear",
+        ),
         (
             lambda q: torch.autograd.grad(da.ring_attention(q, q, q).sum(), q, create_graph=True),
             "no second derivatives",

@@ -16,6 +16,7 @@ from torch.nn.utils import parameters_to_vector
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import s4
+from attention import Attention
 from s4 import DLR, S4, S4D, S4Config, S4Model, rel_err, s4_mixer, s4d_mixer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -463,6 +464,15 @@ def test_loss_trajectory():
 # ---------------------------------------------------------------- bad input
 
 
+def hybrid_model():
+    """S4, then Attention."""
+
+    def mixer(config, i):
+        return Attention(8, 2, causal=True) if i else s4_mixer(config, i)
+
+    return causal_model(mixer, vocab_size=3)
+
+
 def continued(run, *shape):
     layer = S4(4, 8)
     return getattr(layer, run)(torch.zeros(shape), layer.initial_state(5))
@@ -488,6 +498,8 @@ def continued(run, *shape):
         (lambda: S4Model(S4Config(vocab_size=3, n_channels=1)), "exactly one"),
         (lambda: S4Model(S4Config(n_channels=1))(torch.zeros(2, 5)), r"\(B, L, 1\), got \(2, 5\)"),
         (lambda: causal_model(vocab_size=3).prefill(torch.zeros(1, 1).long(), []), "shorter"),
+        (lambda: hybrid_model().generate(torch.zeros(2, 3).long(), 1, None, lengths=[3, 2]),
+         "such as Attention, would remember padding"),
     ],
 )  # fmt: skip
 def test_bad_input(call, words):
@@ -496,6 +508,14 @@ def test_bad_input(call, words):
 
 
 # ---------------------------------------------------------------- the convolution
+
+
+def test_a_layer_in_channels_last_is_the_same():
+    """As a model with convolutions makes of its 4-D parameters."""
+    layer = S4(4, 8)
+    x = randn(2, 9, 4).float()
+    y = layer(x)
+    assert torch.equal(layer.to(memory_format=torch.channels_last)(x), y)
 
 
 @KINDS
