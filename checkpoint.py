@@ -205,7 +205,7 @@ class Run:
             state = load(previous)
             if self.rank == 0:
                 newest.unlink(missing_ok=True)  # `save` must not keep it as the previous one
-        how = f"--resume --out {self.folder} continues it, on the same data"
+        how = "--resume without other flags continues it, if config.json and data are as they were"
         if (self.folder / "result.json").exists():
             how = f"it is finished: for more, pass --pretrained {self.folder} and another --out"
         for kind, now in self.about.items():

@@ -131,20 +131,29 @@ def random_split(name, labels, seed):
     if labels.dtype.kind == "U":  # rare integers may be meant as a regression: see from_arrays
         for label in set(labels.tolist()) - set(labels[split == "train"].tolist()):
             split[labels == label] = "train"
+        found = f"almost every label occurs once, such as {labels[0]}"
+        why = "text among numbers, such as NA, makes all of them classes"
+        require(set(split) == set(SPLITS), f"{name}: {found} ({why})")
     say(f"{name}: split at random, 80/10/10, with seed {seed}")
     return split
 
 
 def moments(name, array, what, values):
-    """Mean and standard deviation of each column of (n, C), as tuples.  ValueError if constant."""
+    """Mean and standard deviation of each column of float32 (n, C), as tuples.
+
+    ValueError if a column is constant, or nearly so beside its mean.
+    """
     constant = np.flatnonzero(values.min(0) == values.max(0)).tolist()
     how = f"drop it, np.delete({array}, {constant[:20]}, -1)"
     if values.shape[1] == 1:
         how = "nothing can be learned from it"
-    reason = f"{what} {constant[:20]} (from 0) is constant in the training split: {how}"
+    reason = f"{what} {constant[:20]} (from 0) is constant in the training split, as float32: {how}"
     require(not constant, f"{name}: {reason}")
     mean = values.mean(0, dtype=np.float64)
     std = values.std(0, dtype=np.float64)
+    offset = np.flatnonzero(std < 1e-5 * abs(mean)).tolist()
+    reason = f"{what} {offset[:20]} (from 0) varies too little around its mean for float32"
+    require(not offset, f"{name}: {reason}: subtract a number from {array} first")
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
@@ -231,7 +240,7 @@ def known_labels(name, labels, n, about):
     labels = [str(label) for label in labels.tolist()]
     unknown = ", ".join(sorted(set(labels) - set(place)))
     bad = np.array([label not in place for label in labels])
-    no_row(bad, name, f"the run does not know class {unknown[:60]}")
+    no_row(bad, name, f"the run does not know class {unknown[:60]}: leave all labels out")
     return np.array([place[label] for label in labels])
 
 
@@ -306,7 +315,7 @@ def say(message):
 def read_arrays(path, labeled=True):
     """Return the arrays of a .npz file by name."""
     is_npz = zipfile.is_zipfile(path)
-    require(is_npz, f"{path}: no such file, or not a .npz file: make it with numpy.savez")
+    require(is_npz, f"{path}: no such .npz, .csv or .tsv file: numpy.savez makes .npz files")
     expected = "numbers or text, not objects: pad rows to one length, save text by .astype(str)"
     with reading(path, expected), np.load(path) as file:
         arrays = dict(file)

@@ -64,6 +64,7 @@ class Predictor(nn.Module):
         like = self.about["train"]  # (n, L), (n, L, C) or (n, 2, L)
         axis = 1 if self.about["pairs"] else 2  # of pairs or channels
         fits = x.ndim == len(like) and list(x.shape[axis : axis + 1]) == like[axis : axis + 1]
+        fits = fits and len(x) > 0
         require(fits, f"x has shape {tuple(x.shape)}, but the run was trained on {like}")
         if self.about["mean"] is None:
             x = x.flatten(0, -2)

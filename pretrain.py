@@ -315,27 +315,27 @@ def make_optimizer(model, head, lr, config):
     return torch.optim.AdamW(groups)
 
 
-@torch.no_grad()
-def evaluate(model, head, split, stage, config):
-    """Loss, and accuracy or R2, over every example exactly once, with fixed masks."""
-    objective = Objective(model, head, config).eval()
+def fixed_batches(split, stage, config, rank=0, world=1):
+    """Yield every example exactly once, with fixed masks: the share of a rank."""
     by_length = np.argsort(split.longest(), kind="stable")
     size = config.batch(stage)
-    rank, world = share_of_examples(config)
-    y_std = split.about["y_std"] if stage == "finetune" else None
-    sums = torch.zeros(3 + 4 * len(y_std or ()), dtype=torch.float64, device=config.device)
     for first in range(rank * size, len(split), world * size):
         generator = seeded(config, VALIDATION_SEED, first)
-        index = by_length[first : first + size]
-        batch = make_batch(split, index, stage, config, generator)
-        with compiled_if(len(index) == size):
+        yield make_batch(split, by_length[first : first + size], stage, config, generator)
+
+
+@torch.no_grad()
+def evaluate(model, head, split, stage, config):
+    """Loss, and accuracy or R2, over the `fixed_batches` of all ranks."""
+    objective = Objective(model, head, config).eval()
+    y_std = split.about["y_std"] if stage == "finetune" else None
+    sums = torch.zeros(3 + 4 * len(y_std or ()), dtype=torch.float64, device=config.device)
+    for batch in fixed_batches(split, stage, config, *share_of_examples(config)):
+        with compiled_if(len(batch.target) == config.batch(stage)):
             sums += objective(batch)[1]
     objective.train()
     wait_for_all_ranks()  # parts may take unequal time, longer than a sum over ranks waits
     sums = dist_attention.SumOverRanks.apply(sums)
-    how = "use longer ones, more of them, or a larger --mask-ratio"
-    few = f"no position of {len(split)} examples is masked or has a next one: {how}"
-    require(sums[1] > 0, few)
     score = means(sums)
     if y_std:
         score.update(regression_score(sums, y_std))
@@ -467,6 +467,11 @@ def prepare(config):
         about = as_pretrained(about, config)
     config = fitted(config, about)
     splits = [resident(split, about, config.device) for split in (data.train, data.val, data.test)]
+    if config.objective != "none" and not config.pretrained:
+        validation = fixed_batches(splits[1].documents(), "pretrain", config)
+        how = "use longer ones, more of them, or a larger --mask-ratio"
+        few = f"no position of {len(splits[1])} examples is masked or has a next one: {how}"
+        require(any(batch.where.any() for batch in validation), few)
     return config, about, splits
 
 
@@ -483,7 +488,8 @@ def initial_model(config, about):
         dist_attention.spread(model, config.sequence_parallel, layout_of(config))
     if config.compile:
         model.compile()
-    return model.to(config.device, torch.float64 if config.precision == "float64" else None)
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    return model.to(config.device, dtype)
 
 
 def initial_head(stage, model, config, about):

@@ -334,7 +334,11 @@ KINDS = {
     "channels": (dict(x=VALUES[..., :1]), SIGNAL, "1-channel values, but .* 2-channel values"),
     "vocabulary": (dict(x=TOKENS + 1), SYMBOLS, "my.npz, row 1: a token is not in .* 0 .. 6"),
     "length": (dict(x=TOKENS), SHORT, "my.npz: length 6, but the run reads at most 5"),
-    "class": (dict(x=TOKENS[:3], y=[3, 5, 9]), SYMBOLS, "row 1: the run does not know class 5, 9"),
+    "class": (
+        dict(x=TOKENS[:3], y=[3, 5, 9]),
+        SYMBOLS,
+        "row 1: .* class 5, 9: leave all labels out",
+    ),
     "targets for classes": (dict(x=TOKENS, y=TARGETS), SYMBOLS, "float32 .*run predicts classes"),
     "classes for targets": (dict(x=VALUES, y=["a"] * N), NUMBERS, "<U1 .*run predicts 3 numbers"),
     "too few targets": (dict(x=VALUES, y=CLASSES), NUMBERS, r"\(20, 1\), but .* predicts 3 "),
@@ -389,11 +393,20 @@ BROKEN = {
     "NaN in y": (xy(y=changed(TARGETS, (7, 2), np.nan)), "row 7: y is NaN, infinite or too large"),
     "constant channel": (
         xy(changed(VALUES, (..., 1), 3)),
-        r"channel \[1\] \(from 0\) is constant in .*: drop it, np.delete\(x, \[1\], -1\)",
+        r"channel \[1\] \(from 0\) is constant .* float32: drop it, np.delete\(x, \[1\], -1\)",
     ),
     "constant target": (
         xy(y=changed(TARGETS, (..., 2), 3)),
         r"target \[2\] \(from 0\) is constant in .*: drop it, np.delete\(y, \[2\], -1\)",
+    ),
+    "offset in x": (
+        xy(VALUES + 1e6),
+        r"channel \[0, 1.*varies too little .*subtract a number from x",
+    ),
+    "offset in y": (xy(y=TARGETS + 1e6), r"target \[0, .*subtract a number from y first"),
+    "NA among prices": (
+        xy(y=["NA", *(f"{i}.5" for i in range(19))]),
+        "almost every label occurs once, such as NA",
     ),
     "one class": (xy(y=0 * CLASSES + 5), "only one class, 5"),
     "label missing": (xy(y=["a", " "] * 10), "row 1: its label is missing"),
@@ -463,8 +476,8 @@ def test_broken_files_end_in_one_line_that_names_file_place_and_reason(kind, tmp
     [
         ("none.csv", None, "(?i)no such file", []),
         ("my.xlsx", "PK", "expected one of a .npz, .csv or .tsv file, file.py:function, ", []),
-        ("none.npz", None, "no such file, or not a .npz file: make it with numpy.savez", []),
-        ("a.npz", pickle.dumps({"x": 1}), "not a .npz file: make it with numpy.savez", []),
+        ("none.npz", None, "no such .npz, .csv or .tsv file: numpy.savez", []),
+        ("a.npz", pickle.dumps({"x": 1}), "no such .npz, .csv or .tsv file: numpy.savez", []),
         ("none.py:load", None, "FileNotFoundError: ", []),
         ("a.py:load", "def load(:", "SyntaxError: ", []),
         ("my.npz", xy(), "characters and max_len are options of .csv", ["--characters"]),

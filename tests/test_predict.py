@@ -242,6 +242,7 @@ def test_inputs_that_cannot_be_right_are_refused(runs):
         (table, np.zeros((2, 5), int), [5, 0], "expected 1 to 5 for each"),
         (arrays, np.zeros((2, 5, 3)), None, r"x has shape \(2, 5, 3\)"),
         (arrays, np.zeros((2, 5)), None, r"x has shape \(2, 5\)"),
+        (table, np.zeros((0, 5), int), None, r"x has shape \(0, 5\)"),
         (arrays, np.zeros((2, 5, 2, 1)), None, r"x has shape \(2, 5, 2, 1\)"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -657,6 +657,18 @@ def test_torchrun_restarts_a_run_where_it_was(tmp_path):
 UNEVEN = replace(symbols([30]), val=symbols([5, 30]).val)
 
 
+def test_precision_does_not_follow_the_callers_default(tmp_path, monkeypatch):
+    load_small(monkeypatch, lattice())
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        run(tmp_path, "a", objective="none", finetune_steps=1)
+    finally:
+        torch.set_default_dtype(default)
+    weights = checkpoint.load(tmp_path / "a" / "model.pt")["model"]
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("data", "bad", "message"),
     [
@@ -675,7 +687,7 @@ def test_settings_that_do_not_fit_are_refused_with_their_numbers(
     load_small(monkeypatch, data)
     with pytest.raises(ValueError, match=message):
         run(tmp_path, "a", **bad)
-    assert not (tmp_path / "a" / "result.json").exists()
+    assert not (tmp_path / "a").exists()  # so that nothing that --overwrite names is lost
 
 
 def exit_of(capsys, *args):
