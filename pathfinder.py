@@ -25,6 +25,7 @@ Not included: single-segment distractors, which the Long Range Arena does not us
 """
 
 import argparse
+import math
 import multiprocessing
 import os
 import signal
@@ -41,7 +42,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
-VERSION = "v2"  # generator version: do not compare results across versions
+VERSION = "v3"  # generator version: do not compare results across versions
 CONTOURS = (6, 9, 14)  # segments per snake: easy, intermediate, hard (the Long Range Arena)
 SHARD = 500  # pictures drawn from one seed
 MEMORY = 2**22  # bytes of the maps in which snakes grow in lock-step
@@ -80,13 +81,18 @@ SHEETS = {
 
 
 def unit(angle):
-    """Return (sin, cos): a step of length 1 in (row, column)."""
-    return np.stack([np.sin(angle), np.cos(angle)], -1)
+    """Return (sin, cos) of angles (n,): steps of length 1 in (row, column)."""
+    # numpy's functions round otherwise on some processors, and `ceil` below sees the last bit
+    return np.array([(math.sin(a), math.cos(a)) for a in angle])
 
 
 def opposite(angle):
     """Return the angle that points back, from -pi to pi."""
     return angle - np.copysign(np.pi, angle)
+
+
+FREE_STEPS = unit(FREE_ANGLES)
+FREE_STEPS_BACK = unit(opposite(FREE_ANGLES))
 
 
 def disk(radius, side):
@@ -141,14 +147,15 @@ def dilate(image, radius):
 
 
 def shrink(image, side):
-    """Resample a square bool image to 0 .. 255 (Lanczos, rounded after each axis)."""
+    """Resample a square bool image to 0 .. 255 exactly as Pillow does (Lanczos, in integers)."""
     old = (np.arange(len(image)) + 0.5) * (side / len(image))
     new = np.arange(side) + 0.5
     x = old - new[:, None]
     weight = np.sinc(x) * np.sinc(x / 3) * (np.abs(x) < 3)
     weight /= weight.sum(1, keepdims=True)
-    across = np.clip(np.round(255 * image @ weight.T), 0, 255)
-    return np.clip(np.round(weight @ across), 0, 255).astype(np.uint8)
+    weight = np.round(weight * 2**22).astype(np.int64)
+    across = np.clip((255 * image @ weight.T + 2**21) >> 22, 0, 255)
+    return np.clip((weight @ across + 2**21) >> 22, 0, 255).astype(np.uint8)
 
 
 # ------------------------------------------------------------------------------------------- stamps
@@ -209,7 +216,7 @@ class Brush:
         """Places where the next segment can end, and their probabilities."""
         arc = np.arange(0, 2 * np.pi, 1 / self.reach)  # steps of one pixel
         ring = np.unique(np.floor(self.reach * unit(arc) + 1e-9), axis=0)
-        ring_angle = np.arctan2(ring[:, 0], ring[:, 1])
+        ring_angle = np.array([math.atan2(y, x) for y, x in ring])
         angle = np.concatenate([FREE_ANGLES, ring_angle])
         self.step = (self.reach + self.margin) * unit(angle)  # from a pivot to the next
         turn = angle[:, None] - ring_angle
@@ -335,8 +342,8 @@ def first_segments(rng, brush, n):
     home = brush.home[way[:, 0]]
     size = brush.home_size[way[:, 0]]
     first = home + np.floor(size * rng.random_sample((n, 2)))
-    around = rng.choice(FREE_ANGLES, n)
-    second = np.round(first + brush.sheet.seed_distance * unit(around))
+    around = FREE_STEPS[rng.choice(len(FREE_STEPS), n)]
+    second = np.round(first + brush.sheet.seed_distance * around)
     return np.stack([first, second], 1), way
 
 
@@ -350,11 +357,12 @@ def grow(rng, brush, taken, start, way, length):
     n, snakes = way.shape
     later = np.full((n, snakes * (length - 1)), -1)
     at = np.concatenate([brush.place(start), later], 1)
-    angle = FREE_ANGLES[way]
+    forward = FREE_STEPS[way]
+    back = FREE_STEPS_BACK[way]
     way = np.concatenate([way, later], 1)
     # as published, ceil of the sum: near 0 the rounding error of sin and cos moves it by a pixel
-    end = np.ceil(start + brush.sheet.length * unit(angle))
-    pivot = np.ceil(end + brush.reach * unit(opposite(angle)))  # (n, snakes, 2)
+    end = np.ceil(start + brush.sheet.length * forward)
+    pivot = np.ceil(end + brush.reach * back)  # (n, snakes, 2)
     row = np.arange(n)
     for i in range(snakes, snakes * length):
         snake = i % snakes

@@ -5,6 +5,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -82,14 +83,27 @@ def test_statistics_agree_with_the_original_within_three_standard_errors(size, n
     ("size", "n", "sha256"),
     [
         (32, 40, "d85b0ae826ea6f4d"),
-        (64, 4, "b2725084ecb40db2"),
-        (128, 4, "f1de812a4bf2a2c1"),
-        (256, 8, "e06d2e0c7a395e4e"),
+        (64, 4, "1e80b98e7d570fd8"),
+        (128, 4, "1f32e1f01466f61f"),
+        (256, 8, "d57b543f311707e0"),
     ],
 )
-def test_the_pictures_depend_on_the_seed_alone(size, n, sha256):
-    """Results of different days and machines are about the same pictures."""
+def test_the_pictures_depend_on_the_seed_alone(size, n, sha256, monkeypatch):
+    """Results of different days and machines are about the same pictures.
+
+    Processors with AVX-512 round numpy's functions otherwise: here they are off by up to 2 ulp.
+    """
+
+    def inexact(function, *args):
+        y = function(*args)
+        return y + np.spacing(y) * noise.integers(-2, 3, np.shape(y))
+
+    noise = np.random.default_rng(0)
+    for name in ("sin", "cos", "arctan2", "sinc", "hypot"):
+        monkeypatch.setattr(np, name, partial(inexact, getattr(np, name)))
+    pathfinder.make_brush.cache_clear()
     arrays = pathfinder.draw_pictures(np.random.RandomState(0), size, 9, n)
+    pathfinder.make_brush.cache_clear()
     content = b"".join(array.astype(np.int64).tobytes() for array in arrays)
     assert hashlib.sha256(content).hexdigest()[:16] == sha256
 
@@ -134,6 +148,15 @@ def test_bars_have_the_pixels_of_pillow(width):
             image = Image.new("1", (23, 23))
             ImageDraw.Draw(image).line([11, 11, 11 + x, 11 + y], 1, width)
             assert (np.array(image) == pathfinder.bar(23, np.array([y, x]), width)).all(), (y, x)
+
+
+@pytest.mark.parametrize("side", [5, 13, 27])
+def test_pictures_shrink_as_in_pillow(side):
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        image = rng.random((2 * side, 2 * side)) < 0.5
+        expected = Image.fromarray(255 * image.astype(np.uint8)).resize((side, side), 1)  # Lanczos
+        assert (np.array(expected) == pathfinder.shrink(image, side)).all()
 
 
 def test_angles_contrasts_and_markers_are_those_of_the_original():
@@ -207,13 +230,13 @@ def test_after_a_full_disk_the_run_goes_on(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(pathfinder, "draw_shard", draw)
     with monkeypatch.context() as patch:
         patch.setattr(pathfinder.os, "fsync", fail_in_the_second_shard)
-        with pytest.raises(OSError, match=r"-seed0-v2/images\.npy: .*No space left"):
+        with pytest.raises(OSError, match=r"-seed0-v3/images\.npy: .*No space left"):
             pathfinder.load(tmp_path, 1100, contour=6, processes=1)
     assert same(pathfinder.load(tmp_path, 1100, contour=6, processes=1), whole)
     assert drawn == [0, 1, 1, 2], "the finished shard is drawn again, or another is not"
     assert len({image.tobytes() for image in whole[0]}) == 1100, "shards hold the same pictures"
     (folder,) = tmp_path.iterdir()
-    assert folder.name == "pathfinder32-6-1100-seed0-v2", "named by the version of the generator"
+    assert folder.name == "pathfinder32-6-1100-seed0-v3", "named by the version of the generator"
     assert sorted(path.name for path in folder.iterdir()) == ["images.npy", "labels.npy"]
 
 
@@ -247,7 +270,7 @@ def test_every_seed_gives_other_pictures(tmp_path):
     sets = [pathfinder.load(tmp_path, 20, seed=seed) for seed in (0, 1, 2**32 - 1)]
     assert len({images.tobytes() for images, _ in sets}) == 3
     assert (sets[0][0].dtype, sets[0][1].dtype) == (np.uint8, np.int64)
-    assert (tmp_path / "pathfinder32-14-20-seed0-v2").exists(), "contour 14, if none is given"
+    assert (tmp_path / "pathfinder32-14-20-seed0-v3").exists(), "contour 14, if none is given"
 
 
 def test_large_data_sets_are_memory_mapped(tmp_path):
