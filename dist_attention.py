@@ -814,7 +814,7 @@ def wait_for_all_ranks():
 
 
 def rel_err(a, b):
-    """max|a - b| / max|b|, the only error measure in this file."""
+    """max|a - b| / max|b|."""
     a = torch.as_tensor(a, dtype=torch.float64).detach().cpu()
     b = torch.as_tensor(b, dtype=torch.float64).detach().cpu()
     assert a.shape == b.shape and b.abs().max() > 0, (a.shape, b.shape)

@@ -1,17 +1,18 @@
-"""S4 and S4D: state space layers that train as a convolution and generate as an RNN.
+"""S4, S4D and DLR: state space layers that train as a convolution and generate as an RNN.
 
     x'(t) = A x(t) + B u(t),   y(t) = C x(t) + D u(t),   one such system per channel
 
 Papers: S4, Gu, Goel, Re, "Efficiently Modeling Long Sequences with Structured State Spaces",
 arXiv:2111.00396v3.  S4D, Gu, Gupta, Goel, Re, "On the Parameterization and Initialization of
-Diagonal State Space Models", arXiv:2206.11893v2.
+Diagonal State Space Models", arXiv:2206.11893v2.  DLR, Amos, Berant, Gupta, "Never Train from
+Scratch", arXiv:2310.02980v4.
 
     paper        code            shape
     Lambda       Lam             (D, N/2) complex, one of each conjugate pair
     P = Q, B     P, B            (D, N/2, 2), real and imaginary parts
     C            C               (n, D, N/2, 2), n = 2 directions if bidirectional, else 1; as real
                                  rows (D, n, N)
-    Delta        dt              (D, 1) = exp(log_dt)
+    Delta        dt              (D, 1) = rate exp(log_dt)
     A_bar        E = A_bar - I   (D, N, N) real; in A_bar itself slow modes, near 1, lose digits
     B_bar        B_bar           (D, N, 1) real
     K            K               (D, L), or (2, D, L) if bidirectional
@@ -21,10 +22,13 @@ Diagonal State Space Models", arXiv:2206.11893v2.
 
 Sizes: B sequences, L steps, D channels, N real numbers of state per channel (N/2 conjugate pairs).
 In real coordinates a state is Re x_1, Im x_1, Re x_2, ... of the kept half.  There diag(Lam)
-consists of 2 x 2 blocks, and A is these blocks minus 2 P P^T (P^* x, summed over both of a pair,
-is 2 P^T x).  Differences from the papers are marked where they occur.  Left out: other HiPPO
-matrices, parameters shared between channels, 2-D kernels, a CUDA kernel, torch.func.grad and vmap,
-torch.jit, devices without float64 (MPS).
+consists of N/2 blocks of 2 x 2.  P^* x, summed over both of each pair, is 2 P^T x, so A is these
+blocks minus 2 P P^T.
+
+Differences from the papers are marked where they occur.  The largest: K comes from powers of A_bar
+(two_level_kernel), in real matrix products that every device is fast at; the paper's Cauchy kernel
+is only a reference.  Left out: other HiPPO matrices, parameters shared between channels, 2-D
+kernels, a CUDA kernel, torch.func.grad and vmap, torch.jit, devices without float64 (MPS).
 
     python s4.py            checks, then a demo that ends with
                             accuracy 1.00, as a recurrence 1.00, target 0.95
@@ -43,7 +47,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# ---------------------------------------------------------------- reference: numpy, one channel
+CHUNK = 64  # tokens per chunk of prefill
+
+# ------------------------------------------- numpy, one channel: initialization, reference (_ref)
 
 
 def hippo_legs(N):
@@ -54,7 +60,7 @@ def hippo_legs(N):
     return A, root
 
 
-def nplr_legs(N):
+def dplr_legs(N):
     """Return HiPPO-LegS as diagonal plus low rank (S4): Lam, P, B (N/2,) complex, V (N, N/2).
 
         A = U (diag(Lam, Lam conj) - q q^*) U^*,   U = (V, V conj),   q = U^* p = (P, P conj)
@@ -90,9 +96,9 @@ def bilinear_ref(A, B, dt):
 
 def hold_ref(Lam, B, dt):
     """Discretize A = diag(Lam) with zero-order hold (S4D): A_bar (N, N), B_bar (N,)."""
-    A_bar = np.exp(dt * Lam)
-    B_bar = (A_bar - 1) / Lam * B
-    return np.diag(A_bar), B_bar
+    a = np.exp(dt * Lam)
+    B_bar = (a - 1) / Lam * B
+    return np.diag(a), B_bar
 
 
 def recurrence_ref(A_bar, B_bar, C, u):
@@ -112,8 +118,9 @@ def kernel_ref(A_bar, B_bar, C, L):
 
 
 def cauchy_ref(Lam, P, B, C, dt, L):
-    """Compute K of A = diag(Lam) - P P^*, all (N,), by Cauchy sums (S4).  Returns (L,), L odd.
+    """Compute K of A = diag(Lam) - P P^* by the paper's Cauchy kernel.  Returns (L,).
 
+    Lam, P, B, C: (N,), both halves of the conjugate pairs; L must be odd.
     At the roots of unity w, C~ (I - A_bar w)^-1 B_bar with C~ = C (I - A_bar^L) is the DFT of K.
         (I - A_bar w)^-1 B_bar = 2 / (1 + w) (z - A)^-1 B,   z = (2 / dt) (1 - w) / (1 + w)
     where (z - A)^-1 is the diagonal (z - Lam)^-1, corrected for P P^* by Woodbury's identity.
@@ -147,8 +154,8 @@ def s4d_inv(N):
 
 
 def s4d_legs(N):
-    """Return S4D-LegS: the diagonal part with B / 2; for large N its kernel is HiPPO-LegS's."""
-    Lam, _, B, _ = nplr_legs(N)
+    """Return S4D-LegS, Lam and B / 2 of `dplr_legs`; for large N its kernel is HiPPO-LegS's."""
+    Lam, _, B, _ = dplr_legs(N)
     return Lam, B / 2
 
 
@@ -163,8 +170,8 @@ def require(ok, message):
 
 def eigenvalues(log_decay, frequency):
     """Return Lam (D, N/2) complex128 = -exp(log_decay) + i frequency."""
-    # differs from S4, follows S4D: Re Lam < 0 whatever is learned, so no system can grow
-    # the bounds keep exp from 0 and inf; hardtanh is a clamp whose gradient is a single operation
+    # differs from S4, follows S4D: Re Lam < 0 whatever is learned, so no system can grow (for S4
+    # also because Q = P); the bounds keep exp from 0 and inf
     log_decay = F.hardtanh(log_decay.double(), -100, 100)
     return torch.complex(-log_decay.exp(), frequency.double())
 
@@ -191,6 +198,7 @@ def output_rows(C):
 def bilinear(Lam, P, B, dt):
     """Discretize A = diag(Lam) - P P^* (S4) without a solve.  Returns E, B_bar, left, right.
 
+    Differs from the S4 paper: P P^* instead of P Q^*.
     Lam: (D, N/2) complex128; P, B: (D, N, 1) float64, real coordinates; dt: (D, 1).
     With A = diag(Lam) - 2 P P^T in real coordinates,
         A_bar = 2 M - I,   B_bar = dt M B,   M = (I - dt A / 2)^-1
@@ -199,7 +207,6 @@ def bilinear(Lam, P, B, dt):
     E (D, N, N) = A_bar - I; B_bar (D, N, 1).  What E has besides 2 x 2 blocks is left @ right,
     (D, N, 1) and (D, 1, N).
     """
-    # differs from the S4 paper: Q = P
     half = dt / 2 * Lam
     R_minus_I = as_matrix(half / (1 - half))  # accurate also for small dt
     RP = P + R_minus_I @ P  # (D, N, 1)
@@ -211,12 +218,12 @@ def bilinear(Lam, P, B, dt):
     return 2 * M_minus_I, dt * (B + M_minus_I @ B), -2 * sRP, PR
 
 
-def krylov(E, V, n):
-    """Double the columns V, A V, A^2 V, ... until there are at least n; also return A^p - I.
+def krylov(E, V, count):
+    """Return [V, A V, ..., A^(p-1) V], at least `count` columns, by repeated doubling; and A^p - I.
 
     A = I + E.  E (D, N, N), V (D, N, k) -> (D, N, k p) with p a power of 2, (D, N, N).
     """
-    while V.shape[-1] < n:
+    while V.shape[-1] < count:
         AV = torch.baddbmm(V, E, V)  # V + E V
         V = torch.cat([V, AV], -1)
         E = torch.baddbmm(E, E, E, beta=2)  # (I + E)^2 - I = 2 E + E E
@@ -229,17 +236,18 @@ def two_level_kernel(E, B_bar, C, L):
     E (D, N, N), B_bar (D, N, 1) in float64, C (D, n, N).  Returns (n, D, L) in the dtype of C.
     O(D N (N^2 log L + L)) time, O(D (N^2 log L + N sqrt L + L)) memory: autograd keeps every power.
     """
-    # differs from the S4 paper: powers of A_bar, no Cauchy sums
+    # differs from the S4 paper: powers of A_bar; the paper's Cauchy kernel is cauchy_ref
     require(C.is_floating_point(), f"expected float C, got {C.dtype}")
     columns, E = krylov(E, B_bar, 2)  # B_bar, A_bar B_bar
-    E = E.to(C.dtype)  # squared once in float64: at large dt, rounding A_bar doubles the error
+    # E is now A_bar^2 - I: at large dt, rounding A_bar itself would double the error of K
+    E = E.to(C.dtype)
     columns = columns.to(C.dtype)
     columns, E = krylov(E, columns, math.sqrt(L))  # (D, N, m), A_bar^m - I
     n = C.shape[1]
     m = columns.shape[-1]
     rows, _ = krylov(E.mT, C.mT, n * L / m)  # (D, N, >= n L / m), columns in the order (i, n)
-    K = torch.bmm(rows.mT, columns)  # (D, n L / m, m)
-    K = K.unflatten(1, (-1, n)).movedim(2, 0)  # (n, D, L / m, m)
+    K = torch.bmm(rows.mT, columns)  # (D, >= n L / m, m)
+    K = K.unflatten(1, (-1, n)).movedim(2, 0)  # (n, D, >= L / m, m)
     return K.flatten(2)[..., :L]
 
 
@@ -247,13 +255,13 @@ def diagonal_kernel(log_A, B_bar, C, L):
     """K[i m + j] = 2 Re sum (C B_bar A_bar^(i m)) A_bar^j: rows times columns, no (D, N, L) array.
 
     log_A, B_bar (D, N/2) complex128, C (n, D, N/2).  Returns (n, D, L) in the dtype of C, but real.
-    O(D N L) time, O(D N sqrt L + D L) memory.
+    O(D N L) time, O(D N sqrt L + D L) memory.  Below, L / m is rounded up.
     """
     m = math.isqrt(L)
-    im = torch.arange(0, L, m, device=C.device)[:, None]  # (L / m, 1)
+    start = torch.arange(0, L, m, device=C.device)[:, None]  # (L / m, 1): i m
     j = torch.arange(m, device=C.device)[:, None]  # (m, 1)
     v = (C * B_bar)[:, :, None]  # (n, D, 1, N/2)
-    rows = output_rows(v * torch.exp(log_A[:, None] * im))  # (n, D, L / m, N)
+    rows = output_rows(v * torch.exp(log_A[:, None] * start))  # (n, D, L / m, N)
     columns = coordinates(torch.exp(log_A[:, None] * j))  # (D, m, N)
     # up to here in float64: float32 phases lose digits at large l
     rows = rows.to(C.real.dtype)
@@ -263,7 +271,7 @@ def diagonal_kernel(log_A, B_bar, C, L):
 
 
 def fft_length(n):
-    """Return a small even length >= n with factors 2, 3 and 5 only: others are slow."""
+    """Return a small even length >= n with factors 2, 3 and 5 only: large ones make FFTs slow."""
     lengths = []
     # 2 times the odd products of 3 and 5 up to 225
     for length in (2, 6, 10, 18, 30, 50, 54, 90, 150, 162, 250, 270, 450):
@@ -387,7 +395,7 @@ class StateSpace(nn.Module):
 
     A subclass with a diagonal A has discretize(rate), which returns log A_bar and B_bar, (D, N/2)
     complex128; any other replaces system and impulse_response.
-    rate: step of the input in units of the training step, 2 for half the sampling rate.
+    rate: multiplies dt; 2 for input that is sampled half as often as in training.
     Discretizes in float64; kernels and states are float32 (or float64), also under autocast and in
     a half-precision model.  The FFT leaks rounding error (and NaNs) across positions: causality
     holds up to float precision.  A pruned C follows its mask in forward alone, so call
@@ -405,7 +413,7 @@ class StateSpace(nn.Module):
         self.bidirectional = bidirectional
 
     def add_output(self):
-        """Add C, complex with variance 1, and D.  Call it last: it reads the shape of frequency."""
+        """Add C, complex with variance 1, and D_skip.  Call it last: it needs self.frequency."""
         n = 2 if self.bidirectional else 1
         shape = (n, *self.frequency.shape)
         C = torch.randn(shape, dtype=parameter_dtype().to_complex())
@@ -446,19 +454,22 @@ class StateSpace(nn.Module):
         return K if self.bidirectional else K[0]
 
     def forward(self, x, keep=None, rate=1.0, K=None):
-        """x (B, L, D), keep (B, L) bool, False at padding -> (B, L, D).  K: that of `kernel`."""
+        """x (B, L, D), keep (B, L) bool, False at padding -> (B, L, D).
+
+        K: kernel(L, rate), if it is there already; then rate is not used.
+        """
         check_input(x, keep, self.d_model)
         if K is None:
             K = self.kernel(x.shape[1], rate)
         else:
             fits = K.shape[-1] == x.shape[1] and K.ndim == 2 + self.bidirectional
             require(fits, f"K must be that of kernel(L), got {tuple(K.shape)}")
-            K = K.clone()  # D is added in place
+            K = K.clone()  # D_skip is added in place
         u = x.to(K.dtype)
         if keep is not None:
             u = u.masked_fill(~keep[..., None], 0)
-        lags = K if K.ndim == 2 else K[0]  # (D, L): lags 0, 1, ...
-        lags[:, 0] += self.D_skip  # D joins K, which saves a pass over the activations
+        forward_K = K if K.ndim == 2 else K[0]  # (D, L): lags 0, 1, ...
+        forward_K[:, 0] += self.D_skip  # D joins K, which saves a pass over the activations
         y = fft_conv(u, K)  # y = K * u + D u
         return y.to(x.dtype)
 
@@ -473,7 +484,7 @@ class StateSpace(nn.Module):
         return State(x, E, B_bar, C)
 
     def check_piece(self, x, state):
-        """Refuse x (B, L, D) that does not continue the sequences of the state."""
+        """Refuse x unless it is float (B, L, D) with the batch size of the state."""
         check_input(x, None, self.d_model)
         size = len(state.x)
         require(len(x) == size, f"expected batch size {size} as in the state, got {len(x)}")
@@ -481,42 +492,43 @@ class StateSpace(nn.Module):
     def step(self, x_t, state):
         """x_t (B, D), State -> y_t (B, D), new State."""
         self.check_piece(x_t[:, None], state)
-        x, E, B_bar, C = state
-        x = x.transpose(0, 1)  # (D, B, N): one product per channel
-        u = x_t.to(x.dtype).T[..., None]  # (D, B, 1)
-        with without_autocast(x.device):
-            x = torch.baddbmm(x, x, E.mT)  # A_bar x = x + E x
-            x = torch.baddbmm(x, u, B_bar.mT)
-            y = x @ C.mT + self.D_skip[:, None, None] * u  # (D, B, 1)
-        return y[..., 0].T.to(x_t.dtype), state._replace(x=x.transpose(0, 1))
+        h, E, B_bar, C = state  # h: the paper's x
+        h = h.transpose(0, 1)  # (D, B, N): one product per channel
+        u = x_t.to(h.dtype).T[..., None]  # (D, B, 1)
+        with without_autocast(h.device):
+            h = torch.baddbmm(h, h, E.mT)  # A_bar h = h + E h
+            h = torch.baddbmm(h, u, B_bar.mT)
+            y = h @ C.mT + self.D_skip[:, None, None] * u  # (D, B, 1)
+        return y[..., 0].T.to(x_t.dtype), state._replace(x=h.transpose(0, 1))
 
     def prefill(self, x, state):
-        """x (B, L, D), State -> y (B, L, D), new State: L % 64 steps, then chunks of 64 tokens."""
+        """x (B, L, D), State -> y (B, L, D), new State: L % CHUNK steps, then chunks."""
         self.check_piece(x, state)
-        rest = x.shape[1] % 64
+        rest = x.shape[1] % CHUNK
         y = [x[:, :0]]  # something to join also at L = 0
         for x_t in x[:, :rest].unbind(1):
             y_t, state = self.step(x_t, state)
             y.append(y_t[:, None])
-        if x.shape[1] < 64:
+        if x.shape[1] < CHUNK:
             return torch.cat(y, 1), state
         h, E, B_bar, C = state
         h = h.permute(1, 2, 0)  # (D, N, B)
-        i = torch.arange(64, device=x.device)
+        i = torch.arange(CHUNK, device=x.device)
         with without_autocast(x.device):
-            columns, E_64 = krylov(E, B_bar, 64)  # (D, N, 64): B_bar, A_bar B_bar, ...
+            # (D, N, CHUNK): B_bar, A_bar B_bar, ... and A_bar^CHUNK - I
+            columns, E_chunk = krylov(E, B_bar, CHUNK)
             CA = torch.baddbmm(C, C, E)
-            rows, _ = krylov(E.mT, CA.mT, 64)  # (D, N, 64): C A_bar, C A_bar^2, ...
-            K = (C @ columns)[:, 0]  # (D, 64)
-            # (D, 64, 64): K[i - j], a causal convolution; tril drops i < j, which wrapped around
-            lags = K[:, i[:, None] - i].tril()
-            for chunk in x[:, rest:].split(64, 1):
-                u = chunk.to(h.dtype).permute(2, 1, 0)  # (D, 64, B)
+            rows, _ = krylov(E.mT, CA.mT, CHUNK)  # (D, N, CHUNK): C A_bar, C A_bar^2, ...
+            K = (C @ columns)[:, 0]  # (D, CHUNK)
+            # (D, CHUNK, CHUNK): K[row - column]; tril drops negative lags, which wrapped around
+            toeplitz = K[:, i[:, None] - i].tril()
+            for chunk in x[:, rest:].split(CHUNK, 1):
+                u = chunk.to(h.dtype).permute(2, 1, 0)  # (D, CHUNK, B)
                 from_state = rows.mT @ h
-                from_input = lags @ u + self.D_skip[:, None, None] * u
+                from_input = toeplitz @ u + self.D_skip[:, None, None] * u
                 y_chunk = (from_state + from_input).permute(2, 1, 0)
                 y.append(y_chunk.to(x.dtype))
-                h = torch.baddbmm(h, E_64, h)
+                h = torch.baddbmm(h, E_chunk, h)
                 h = torch.baddbmm(h, columns.flip(-1), u)  # the last token has B_bar
         return torch.cat(y, 1), state._replace(x=h.permute(2, 0, 1))
 
@@ -526,7 +538,7 @@ class S4(StateSpace):
 
     def __init__(self, d_model, d_state=64, bidirectional=False, dt_min=1e-3, dt_max=1e-1):
         super().__init__(d_model, d_state, bidirectional)
-        Lam, P, B, _ = nplr_legs(d_state)
+        Lam, P, B, _ = dplr_legs(d_state)
         self.log_dt = log_uniform(dt_min, dt_max, d_model)  # (D,)
         self.log_decay = per_channel(np.log(-Lam.real), d_model)  # (D, N/2)
         self.frequency = per_channel(Lam.imag, d_model)  # (D, N/2)
@@ -535,7 +547,7 @@ class S4(StateSpace):
         self.add_output()
 
     def low_rank(self, rate=1.0):
-        """Return E, B_bar, left, right as `bilinear` does."""
+        """Return E, B_bar, left, right as `bilinear` does; gpu_generate.py uses left and right."""
         Lam = eigenvalues(self.log_decay, self.frequency)
         P = self.P.double().flatten(-2)[..., None]  # (D, N, 1)
         B = self.B.double().flatten(-2)[..., None]  # (D, N, 1)
@@ -573,7 +585,7 @@ class S4D(StateSpace):
 
 
 class DLR(StateSpace):
-    """Diagonal linear recurrence x_l = exp(Lam) x_{l-1} + u_l, y_l = 2 Re(C x_l): no HiPPO, no dt.
+    """Diagonal linear RNN x_l = exp(Lam) x_{l-1} + u_l, y_l = 2 Re(C x_l): no HiPPO, no time step.
 
     arXiv:2310.02980v4, equation 3.  Phases start at 2 pi k / N as there, k < N/2: 2 Re stands for
     the other half.  The paper gives no decays; here they are log-uniform in [dt_min, dt_max].
@@ -631,7 +643,8 @@ class S4Config:
 
 def s4_mixer(config, i, kind=S4):
     """Build the mixer of block i."""
-    return kind(config.d_model, config.d_state, not config.causal, config.dt_min, config.dt_max)
+    two_sided = not config.causal
+    return kind(config.d_model, config.d_state, two_sided, config.dt_min, config.dt_max)
 
 
 s4d_mixer = partial(s4_mixer, kind=S4D)
@@ -643,8 +656,8 @@ class S4Model(nn.Module):
 
     Tokens are integers of any type.  mixer(config, i) builds the mixer of block i.  options, such
     as rate, go to every mixer.
-    torch.export fixes L, but not B if it is at least 2 in the example: export with keep at the
-    longest L, and pad shorter inputs on the right.
+    torch.export: L is fixed, B is free if at least 2 in the example.  Export the longest L, with
+    keep, and pad on the right.
     """
 
     def __init__(self, config, mixer=s4_mixer):
@@ -680,15 +693,15 @@ class S4Model(nn.Module):
         return self.norm(h)
 
     def initial_state(self, batch, **options):
-        """Return one State per block.  ValueError if the model is bidirectional."""
+        """Return one state per block (S4, S4D, DLR: a State).  ValueError if bidirectional."""
         return [block.mixer.initial_state(batch, **options) for block in self.blocks]
 
     def prefill(self, x, state, keep=None):
         """Continue state by x, (B, L) or (B, L, C).  Returns features (B, L, D), new state.
 
-        Without the axis L, which is `step`, x is one token or value.
-        keep: (B, L) bool, False at padding, which must come before all real tokens.  Attention
-        mixers remember padding, so they take none, and give no gradients here.
+        x without the axis L is a single token or value (see step).
+        keep: (B, L) bool, False at padding, all of it before the real tokens.  Attention mixers
+        would remember padding, so they refuse it; they give no gradients here either.
         """
         forgets = all(isinstance(s, State) for s in state)
         how = "keep: mixers without an s4.State, such as Attention, would remember padding"
@@ -743,17 +756,18 @@ class S4Model(nn.Module):
         return tokens
 
     def param_groups(self, lr, weight_decay):
-        """Return AdamW groups: Lam, P, B, dt have rates of at most 1e-3, and no decay, as C and D.
+        """Return three AdamW groups; a module with a method `kernel` is a mixer.
 
-        So it is for every mixer with a `kernel`.
+        Mixers, but not their C and D_skip: learning rate at most 1e-3, no weight decay.
+        C, D_skip, biases, norms: no weight decay.  The rest: both as given.
         """
         in_mixers = set()
         for module in self.modules():
             if hasattr(module, "kernel"):
                 in_mixers.update(module.parameters())
         groups = [
-            {"params": [], "lr": min(lr, 1e-3), "weight_decay": 0.0},  # Lam, P, B, dt
-            {"params": [], "lr": lr, "weight_decay": 0.0},  # C, D, biases, norms
+            {"params": [], "lr": min(lr, 1e-3), "weight_decay": 0.0},  # Lam, P, B, dt, others
+            {"params": [], "lr": lr, "weight_decay": 0.0},  # C, D_skip, biases, norms
             {"params": [], "lr": lr, "weight_decay": weight_decay},  # linear maps, embeddings
         ]
         for name, p in self.named_parameters():
@@ -771,7 +785,7 @@ class S4Model(nn.Module):
 
 
 def rel_err(a, b):
-    """max|a - b| / max|b|, the only error measure in this file."""
+    """max|a - b| / max|b|."""
     a = torch.as_tensor(a, dtype=torch.float64).detach().cpu()
     b = torch.as_tensor(b, dtype=torch.float64).detach().cpu()
     assert a.shape == b.shape and b.abs().max() > 0, (a.shape, b.shape)
@@ -779,8 +793,8 @@ def rel_err(a, b):
 
 
 def check_reference(N=8, L=63, dt=0.05):
-    """The paper's ladder in numpy, float64: each rung against the one before."""
-    Lam, P, B, V = nplr_legs(N)
+    """In numpy, float64: convolution against recurrence, the Cauchy kernel against K."""
+    Lam, P, B, V = dplr_legs(N)
     C = np.cos(np.arange(N))
     u = np.sin(np.arange(L) ** 2)
     A_bar, B_bar = bilinear_ref(*hippo_legs(N), dt)
@@ -788,11 +802,11 @@ def check_reference(N=8, L=63, dt=0.05):
     y = recurrence_ref(A_bar, B_bar, C, u)
     yield "convolution with K == recurrence", rel_err(np.convolve(u, K)[:L], y), 1e-10
     K_cauchy = cauchy_ref(both(Lam), both(P), both(B), both(C @ V), dt, L)
-    yield "Cauchy sums, Woodbury == K", rel_err(K_cauchy, K), 1e-10
+    yield "Cauchy kernel == K", rel_err(K_cauchy, K), 1e-10
 
 
 def check_kernels(dtype, device, limit, N=64, L=16384):
-    """The torch kernels of one channel against the reference."""
+    """The causal S4 and S4D kernels of one channel against the reference."""
     for kind in (S4, S4D):
         layer = kind(1, N).to(device, dtype)
         p = {}
@@ -883,7 +897,8 @@ def main(argv=None):
         parser.error("--device cuda: PyTorch finds no CUDA device on this machine")
     ok = True
     for dtype in (torch.float64, torch.float32):
-        print(f"s4.py  torch {torch.__version__}  device {args.device}  {dtype}  seed 0")
+        print(f"checks in {dtype} on {args.device}: error, limit")
+
         ok = print_table(self_check(dtype, args.device)) and ok
     if not args.check:
         ok = demo(args.device) and ok

@@ -1,24 +1,30 @@
-"""SGConv: a convolution as long as the sequence, from O(log L) parameters per channel.
+"""SGConv, structured global convolution: O(log L) parameters per channel, as long as the input.
 
-    k = [k_0, k_1, ..., k_{S-1}] / Z,   k_i = alpha^i Upsample(w_i)     Li et al. 2022,
-    y = k * u + D_skip u                                               arXiv:2210.09298, section 3
+    k = [k_0, k_1, ..., k_{S-1}] / Z,   k_i = alpha^i Upsample(w_i)
+    y = k * u + D_skip u
+
+Paper: Li, Cai, Zhang, Chen, Dey, "What Makes Convolutional Models Great on Long Sequence
+Modeling?", arXiv:2210.09298, section 3.
 
 Every sub-kernel w_i has d numbers of its own, stretched linearly over d, d, 2d, 4d, ... lags and
-damped by alpha^i: the near past gets a fine description, the far past a coarse and faint one.
+damped by alpha^i, or by a power of the lag: the near past gets a fine description, the far past a
+coarse and faint one.
 
     paper symbol   code name               shape
-    L              max_len                 longest input
+    L              max_len                 longest input; in the code, L is the length of this one
     d              kernel_dim              numbers per sub-kernel
-    N (scales)     n_scales, S             1 + ceil(log2(max_len / (first_factor kernel_dim)))
+    N (scales)     n_scales, S             1 + max(0, ceil(log2(max_len / (first_factor d))))
     w_i            w[i]                    (D, d), or (2, D, d) if bidirectional
-    alpha^i        decay(i, lags, place)   broadcasts to (D, lags); place (D, 1) goes from 0 to 1
-    Z              norm                    (D, 1), or (2, D, 1): |k|_2 of all scales at first
+    alpha^i        decay(i, lags, place)   broadcasts to (D, lags); place (D, 1): 0 at the first
+                                           channel, 1 at the last
+    Z              norm                    (D, 1), or (2, D, 1): |[k_0, ..., k_{S-1}]|_2 at
+                                           initialization, then constant
     k              kernel(L)               (D, L), or (2, D, L): lags 0, 1, ... and lags -1, -2, ...
+    u, y           x, y                    (B, L, D)
 
-Differences from the paper are marked where they occur: the number of scales is rounded up, and each
-channel has its own Z. Left out: a recurrent mode (no small recurrence gives this kernel),
-sub-kernels summed instead of concatenated, learned decays, BatchNorm (LayerNorm here),
-torch.func.grad and vmap.
+Differences from the paper are marked where they occur. Left out: a recurrent mode (no small
+recurrence gives this kernel), sub-kernels summed instead of concatenated, learned decays, BatchNorm
+(LayerNorm here), torch.func.grad and vmap.
 
     python sgconv.py            checks, then a demo: find the period of a noisy sine
     python sgconv.py --check    checks only
@@ -76,7 +82,8 @@ def conv_ref(u, k, k_back=None):
 
 
 # ---------------------------------------------------------------- decays and initialization
-# constant_decay and w ~ N(0, 1) are the paper's text, the others are in the authors' code.
+# constant_decay and w ~ N(0, 1) are in the paper's text, all are in the authors' code. Path-X and
+# Image are tasks of the Long Range Arena.
 
 
 def constant_decay(i, lags, place):
@@ -90,7 +97,7 @@ def ramp_decay(i, lags, place, slowest=1.0, fastest=3.0):
 
 
 def power_law_decay(i, lags, place, power=1.0):
-    """(lag + 1)^-power, the same for every scale (Image): (lags,)."""
+    """(lag + 1)^-power, the same for every scale (Image), in the shape of lags."""
     return (lags + 1.0) ** -power
 
 
@@ -109,7 +116,7 @@ def cosine_init(shape):
 
 
 def upsample(w, factor):
-    """Interpolate linearly, (..., d) -> (..., factor d): each sample plus a step to its neighbors.
+    """Interpolate linearly, (..., d) -> (..., factor d): from w[j] toward w[j - 1] or w[j + 1].
 
     F.interpolate computes the same, but its backward is slower, and not deterministic on a GPU.
     """
@@ -137,7 +144,7 @@ def multi_scale_kernel(w, L, place, decay=constant_decay, first_factor=1):
 
 
 def fft_length(n):  # same as s4.py:fft_length
-    """Return a small even length >= n with factors 2, 3 and 5 only: others are slow."""
+    """Return a small even length >= n with factors 2, 3 and 5 only: large ones make FFTs slow."""
     lengths = []
     # 2 times the odd products of 3 and 5 up to 225
     for length in (2, 6, 10, 18, 30, 50, 54, 90, 150, 162, 250, 270, 450):
@@ -217,12 +224,14 @@ class SGConv(nn.Module):
     """SGConv token mixer, linear: y = k * u + D_skip u. (B, L, D) -> (B, L, D), 1 <= L <= max_len.
 
     kernel_dim: numbers per sub-kernel, at most max_len / first_factor (a larger one is reduced).
-    decay, init, first_factor: the published variants.
-    Kernel and FFT are computed in float32 or better.  `norm` keeps the rounding of the dtype in
-    which the layer was built, also if it is converted later.
+    decay: constant_decay, ramp_decay or power_law_decay.  init: torch.randn or cosine_init.
+    first_factor: lags per number in the first two sub-kernels (2 for Path-X).
+    Kernel and FFT are computed in float32 or better.  `norm` is rounded to the dtype in which the
+    layer is built; a wider one later does not undo that.
     """
 
-    channel_axes = {"w": -2, "norm": -2}  # noqa: RUF012 (the axis of channels where it is not 0)
+    # axis of the channels where it is not the first: for dist_attention.py
+    channel_axes = {"w": -2, "norm": -2}  # noqa: RUF012
 
     def __init__(
         self,
@@ -246,7 +255,7 @@ class SGConv(nn.Module):
         self.first_factor = first_factor
         kernel_dim = min(kernel_dim, math.ceil(max_len / first_factor))
         first_len = first_factor * kernel_dim
-        # differs from the paper: ceil(log2(L/d)), not floor, so that the kernel reaches max_len
+        # differs from the paper's text, as its code: ceil, not floor, so that k reaches max_len
         n_scales = 1 + max(0, math.ceil(math.log2(max_len / first_len)))
         directions = (2,) if bidirectional else ()
         self.w = nn.Parameter(init((n_scales, *directions, d_model, kernel_dim)))
@@ -254,14 +263,14 @@ class SGConv(nn.Module):
         # a layer split over ranks has some of the channels; each keeps its place among all of them
         self.register_buffer("channel", torch.arange(d_model)[:, None], persistent=False)  # (D, 1)
         self.last_channel = max(1, d_model - 1)
-        # differs from the paper: one Z per channel, of the whole kernel, perhaps beyond max_len;
-        # a buffer, so that w is saved with its Z
+        # differs from the paper's text, as its code: one Z per channel and direction, of all
+        # scales, even beyond max_len; a buffer, so that w is saved with its Z
         k = self.unscaled_kernel(self.w.detach().double(), first_len * 2 ** (n_scales - 1))
         norm = k.norm(dim=-1, keepdim=True)
         self.register_buffer("norm", norm.to(self.w.dtype))
 
     def _load_from_state_dict(self, *args):
-        """Load, and fill `channel`, which is in no file: it is lost by a detour over "meta"."""
+        """Load, and refill `channel`, which is not saved: building on "meta" leaves it empty."""
         super()._load_from_state_dict(*args)
         self.channel = torch.arange(self.d_model, device=self.w.device)[:, None]
 
@@ -309,7 +318,8 @@ class SGConv2d(nn.Module):
 
     def forward(self, x):
         if tuple(x.shape[2:]) != self.size:
-            raise ValueError(f"expected x (B, D, *{self.size}), got {tuple(x.shape)}")
+            height, width = self.size
+            raise ValueError(f"expected x (B, D, {height}, {width}), got {tuple(x.shape)}")
         y = self.conv(x.flatten(2).transpose(1, 2))  # (B, H W, D)
         return y.transpose(1, 2).unflatten(2, self.size)  # (B, D, H, W)
 
@@ -350,15 +360,17 @@ class SGConvConfig:
 
 def sgconv_mixer(config, i):
     """Build the mixer of block i."""
-    c = config
-    return SGConv(c.d_model, c.max_len, c.kernel_dim, not c.causal, c.decay, c.init, c.first_factor)
+    sizes = (config.d_model, config.max_len, config.kernel_dim)
+    variant = (config.decay, config.init, config.first_factor)
+    two_sided = not config.causal
+    return SGConv(*sizes, two_sided, *variant)
 
 
 class SGConvModel(nn.Module):
     """Embedding, blocks, final norm: tokens (B, L) or values (B, L, C) -> (B, L, D).
 
-    torch.export fixes L, but not B if it is at least 2 in the example: export with keep at the
-    longest L, and pad shorter inputs on the right.
+    torch.export: L is fixed, B is free if at least 2 in the example.  Export the longest L, with
+    keep, and pad on the right.
     """
 
     def __init__(self, config, mixer=sgconv_mixer):
@@ -392,7 +404,10 @@ class SGConvModel(nn.Module):
     initial_state = SGConv.initial_state  # raises: no recurrent mode
 
     def param_groups(self, lr, weight_decay):  # same as s4.py:S4Model.param_groups
-        """Return AdamW groups; kernels use a learning rate of at most 1e-3 and no weight decay."""
+        """Return AdamW groups.  Kernels: learning rate at most 1e-3.
+
+        Weight decay: of linear maps and embeddings only.
+        """
         in_mixers = set()
         for module in self.modules():
             if hasattr(module, "kernel"):
@@ -417,7 +432,7 @@ class SGConvModel(nn.Module):
 
 
 def rel_err(a, b):
-    """max|a - b| / max|b|, the only error measure in this file."""
+    """max|a - b| / max|b|."""
     a = torch.as_tensor(a, dtype=torch.float64).detach().cpu()
     b = torch.as_tensor(b, dtype=torch.float64).detach().cpu()
     assert a.shape == b.shape and b.abs().max() > 0, (a.shape, b.shape)
@@ -435,7 +450,7 @@ def print_table(rows):
 
 
 def self_check(dtype=torch.float64, device="cpu"):
-    """Check each fast step against the slower one before it. Returns [(name, error, limit)]."""
+    """Check kernels and layers against the reference. Returns [(name, error, limit)]."""
     limit = 1e-12 if dtype == torch.float64 else 1e-5
     torch.manual_seed(0)
     rows = []
@@ -448,7 +463,9 @@ def self_check(dtype=torch.float64, device="cpu"):
         (power_law_decay, [1, 1, 1], 1, 1),
     ):
         K = multi_scale_kernel(w, 64 * factor, place, decay, factor)
-        ref = [kernel_ref(w_ref[:, d], alphas[d], power, factor) for d in range(3)]
+        ref = []
+        for channel, alpha in enumerate(alphas):
+            ref.append(kernel_ref(w_ref[:, channel], alpha, power, factor))
         error = rel_err(K, np.stack(ref))
         rows.append((f"kernel, {decay.__name__} == reference", error, limit))
     u = torch.randn(1, 37, 3, device=device, dtype=dtype)
@@ -471,7 +488,10 @@ def demo(device, L=512, steps=80):
     torch.manual_seed(0)
     model = SGConvModel(SGConvConfig(d_model=32, max_len=L, n_channels=1)).to(device)
     head = nn.Linear(32, 8).to(device)
-    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=1e-2)
+    groups = model.param_groups(lr=1e-2, weight_decay=0.01)
+    groups.append({"params": head.parameters()})
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+
     right = []
     for _ in range(steps):
         label = torch.randint(8, (16,), device=device)

@@ -58,7 +58,7 @@ def random_system(D, N, n=1):
 
 def legs_system(N, C, dt):
     """HiPPO-LegS with C (N,), as random_system."""
-    Lam, P, B, V = s4.nplr_legs(N)
+    Lam, P, B, V = s4.dplr_legs(N)
     Lam, P, B, C = [torch.from_numpy(v)[None] for v in (Lam, P, B, C @ V)]
     return Lam, P, B, C[None], torch.tensor([[dt]], dtype=torch.float64)
 
@@ -95,7 +95,7 @@ def test_hippo_matrix_by_hand():
 @pytest.mark.parametrize("N", [4, 64])
 def test_the_normal_form_rebuilds_hippo(N):
     A, B = s4.hippo_legs(N)
-    Lam, P, B_half, V = s4.nplr_legs(N)
+    Lam, P, B_half, V = s4.dplr_legs(N)
     assert (B_half.real > 0).all() and abs(B_half.imag).max() < 1e-12  # no solver's own phases
     U = np.concatenate([V, V.conj()], 1)  # (N, N)
     q = s4.both(P)
