@@ -1,20 +1,21 @@
 """Scaled dot-product attention, multi-head, with RoPE and a KV cache; and the Transformer.
 
     out_i = sum_j softmax_j(q_i . k_j / sqrt(E)) v_j   Vaswani et al. 2017, arXiv:1706.03762v7
-    RoPE rotates q_i by i w and k_j by j w             Su et al. 2021, arXiv:2104.09864v5
+    RoPE rotates q_i by angles i w, k_j by j w         Su et al. 2021, arXiv:2104.09864v5
+    w_n = 10000^(-2n/E)
 
-    paper symbol      code name                  shape
+    paper symbol      code name                  shape (B sequences of L tokens)
     Q                 q                          (B, H, Lq, E)
     K, V              k, v                       (B, G, Lk, E); G divides H
-    d_model, h, d_k   d_model, n_heads, d_head   E = d_head
+    d_model, h, d_k   d_model, n_heads, d_head   D, H, E
     mask              causal                     bool
     -                 keep                       (B, Lk) bool, False at padding
     pos               positions                  (L,) int64
 
-Differences from the paper are marked where they occur: pre-norm and a last norm, GELU, embeddings
-without the factor sqrt(d_model), biases in the projections, fewer key and value heads than query
-heads (arXiv:2305.13245).  Not included: cross-attention, sliding windows, paged caches, a head
-(put one on the features), second derivatives (torch's fused kernels have none).
+Differences from Vaswani et al. are marked where they occur: pre-norm and a last norm, GELU,
+embeddings without the factor sqrt(d_model), biases in the projections, fewer key and value heads
+than query heads (arXiv:2305.13245).  Not included: cross-attention, sliding windows, paged caches,
+an output layer (put one on the features), second derivatives (torch's fused kernels have none).
 
     python attention.py            checks and a demo
     python attention.py --check    checks only
@@ -39,7 +40,7 @@ def attention_ref(q, k, v, causal=False, keep=None):
     """Softmax attention (arXiv:1706.03762v7, eq. 1). Returns (out, log-sum-exp of the scores).
 
     q: (..., Lq, E); k: (..., Lk, E); v: (..., Lk, Ev); keep: (..., Lk) bool, True at real tokens.
-    causal: query i sees keys 0 .. i.
+    causal: query i sees keys 0 .. i.  nan where a query sees no key.
     """
     Lq, E = q.shape[-2:]
     Lk = k.shape[-2]
@@ -73,7 +74,12 @@ def rotate_ref(x, positions):
 
 
 def attention_slow(q, k, v, causal=False, keep=None):
-    """As `attention`, written out: all scores in memory; nan where a query sees no key."""
+    """Softmax attention as in `attention_ref`, written out: all scores in memory.
+
+    q: (B, H, Lq, E); k: (B, G, Lk, E); v: (B, G, Lk, Ev); G divides H.
+    keep: (B, Lk) bool, False at padding.  causal: query i sees keys 0 .. i.
+    Returns (B, H, Lq, Ev), nan where a query sees no key.
+    """
     check_shapes(q, k, v, keep)
     k, v = repeat_heads(q, k, v)  # (B, G, Lk, E) -> (B, H, Lk, E)
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, Lq, E) x (B, H, E, Lk) -> (B, H, Lq, Lk)
@@ -86,10 +92,11 @@ def attention_slow(q, k, v, causal=False, keep=None):
 
 
 def attention_online(q, k, v, causal=False, keep=None, tile=128):
-    """Softmax over tiles of keys with a running maximum and sum (arXiv:1805.02867v2, algorithm 3).
+    """Softmax over tiles of keys with a running maximum and sum (arXiv:1805.02867v2, algorithm 3;
+    with values: arXiv:2112.05682).
 
-    Arguments as `attention`; memory O(L E + L tile) without gradients.  Returns (out (B, H, Lq, E),
-    log-sum-exp (B, H, Lq)): 0 and -inf where a query sees no key.
+    Arguments as attention_slow; memory O(L E + L tile) without gradients.  Returns (out
+    (B, H, Lq, Ev), log-sum-exp (B, H, Lq)): 0 and -inf where a query sees no key.
     """
     check_shapes(q, k, v, keep)
     k, v = repeat_heads(q, k, v)  # (B, G, Lk, E) -> (B, H, Lk, E)
@@ -137,13 +144,13 @@ def merge(out, lse, out_block, lse_block):
 
 
 def attention(q, k, v, causal=False, keep=None):
-    """Softmax attention by PyTorch's fused kernel: O(L E) memory.
+    """Softmax attention by PyTorch's fused kernels: O(L E) memory, with the exceptions below.
 
-    q: (B, H, Lq, E); k, v: (B, G, Lk, E), G divides H; keep: (B, Lk) bool, False at padding.
-    causal: query i sees keys 0 .. i.  Returns (B, H, Lq, E), meaningless at padding.
+    Arguments as attention_slow.  Returns (B, H, Lq, Ev), meaningless at padding.
 
     causal with keep builds a mask (B, 1, Lq, Lk).  If all padding is on the right, leave keep out:
-    no real token sees what comes after it.  On CUDA, float64 and G < H in float32 store all scores.
+    no real token sees what comes after it.  On CUDA, float64 and G < H in float32 store all scores,
+    as does G < H with keep where Lk % 128 == 64.
     """
     check_shapes(q, k, v, keep)
     mask = None
@@ -156,7 +163,6 @@ def attention(q, k, v, causal=False, keep=None):
             causal = False
         if q.is_cuda and k.shape[2] % 128 == 64:
             # cuDNN's gradient of q can be nan there: github.com/pytorch/pytorch/issues/196678
-            # (G < H then stores all scores, too)
             kernels = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     with kernels:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
@@ -200,7 +206,8 @@ def expect(condition, expected, *tensors):
 def angles(x, positions=None):
     """Return pos / 10000^(2i/D) (L, ceil(D/2)) in float64. x: (..., L, D); positions: (L,) int64.
 
-    D is E if x is a head.  In float32, angles near 10^6 are off by several hundredths.
+    D: d_model, or E for queries and keys.  float64, because in float32 angles near 10^6 are off by
+    several hundredths.
     """
     L, D = x.shape[-2:]
     if positions is None:
@@ -266,10 +273,11 @@ class Cache:
     def append(self, k, v):
         """Write k, v (B, G, n, E) in place. Returns all keys, all values and the longer cache.
 
-        This cache is stale afterwards.
+        This cache cannot be used afterwards.
         """
         usable = self.k is not None
-        require(usable, f"cache already moved past token {self.length}; deepcopy it to branch")
+        how = "use the longer cache, or deepcopy this one before"
+        require(usable, f"a cache of {self.length} tokens was already continued: {how}")
         expect(len(k) == len(self.k), "keys of the cache's batch size", self.k, k)
         end = self.length + k.shape[2]
         capacity = self.k.shape[2]
@@ -290,9 +298,9 @@ class Cache:
 class Attention(nn.Module):
     """Multi-head attention with projections (arXiv:1706.03762v7, 3.2.2): (B, L, D) -> (B, L, D).
 
-    n_kv_heads: G; each key and value head serves H / G query heads.
-    attend(q, k, v, causal, keep): the attention function of forward, `attention` or one like it,
-    finite also where a query sees no key.
+    n_kv_heads: G; differs from the paper: each key and value head serves H / G query heads.
+    attend(q, k, v, causal, keep): what forward calls, `attention` or one like it, finite also where
+    a query sees no key.  prefill and step always use `attention_newest`.
     """
 
     def __init__(
@@ -338,7 +346,7 @@ class Attention(nn.Module):
 
     def initial_state(self, batch, capacity=256):
         """An empty KV cache for `capacity` tokens; it doubles when full."""
-        require(self.causal, "recurrent mode needs causal=True, or new tokens change old outputs")
+        require(self.causal, "a KV cache needs causal=True, or new tokens change old outputs")
         shape = (batch, self.n_kv_heads, capacity, self.d_head)
         # dtype and device of any parameter: an adapter may wrap qkv, a quantized layer has none
         like = next(self.parameters(), torch.empty(0))
@@ -346,7 +354,10 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def prefill(self, x, state):
-        """Append x (B, L, D), in memory linear in all tokens. Returns (y, state), no gradients."""
+        """Append x (B, L, D); memory is linear in the number of tokens. Returns (y, state).
+
+        No gradients.
+        """
         positions = state.length + torch.arange(x.shape[1], device=x.device)
         q, k, v = self.project(x, positions)
         k, v, state = state.append(k, v)
@@ -391,7 +402,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Norm, mixer, residual, norm, FFN, residual. (B, L, D) -> (B, L, D)."""
+    """Norm, mixer, residual, norm, FFN, residual. (B, L, D) -> (B, L, D).
+
+    mixer: an Attention, or another layer that mixes tokens, such as S4.
+    """
 
     def __init__(self, mixer, ffn, d_model, dropout):
         super().__init__()
@@ -412,10 +426,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks, norm: tokens (B, L) int64 or values (B, L, C) -> features (B, L, D).
+    """Embedding, blocks, norm: integer tokens (B, L) or values (B, L, C) -> features (B, L, D).
 
     ffn(d_model, d_ff) builds the FFN of a block, FeedForward by default; mixer(config, i) builds
-    the mixer of block i, by default an Attention that calls `attend`.
+    the mixer of block i, by default an Attention whose forward calls `attend`.
     Without RoPE, sinusoids are added to the embedding.
     """
 
@@ -445,7 +459,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
 
     def embed_at(self, x, positions):
-        """Tokens or values -> (B, L, D). With RoPE, the mixers apply the positions."""
+        """Tokens or values -> (B, L, D). With RoPE, attention applies the positions."""
         if self.config.vocab_size is None:
             expect(x.ndim == 3, "values x (B, L, n_channels)", x)
         else:
@@ -460,7 +474,7 @@ class Transformer(nn.Module):
         """keep: (B, L) bool, False at padding; positions: (L,) int64, 0 .. L-1 by default.
 
         All sequences share the positions, so pad on the right: padding on the left shifts the
-        sinusoids of what follows.  With RoPE only distances count, and either side will do.
+        sinusoids of what follows.  With RoPE attention only distances count: either side will do.
         """
         x = self.dropout(self.embed_at(x, positions))
         for block in self.blocks:
@@ -468,18 +482,19 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def initial_state(self, batch):
-        """The state of recurrent mode: (one state per block, number of tokens so far)."""
+        """The state before the first token: (one state per block, number of tokens so far)."""
         return [block.mixer.initial_state(batch) for block in self.blocks], 0
 
     @torch.no_grad()
     def prefill(self, x, state):
         """Append tokens x (B, L) or values (B, L, C). Returns (features, state).
 
-        No dropout, no gradients.  KV caches are written in place: a state that was continued
-        raises ValueError when it is used again, so deepcopy it to branch.
+        No gradients, no dropout of its own (if ffn or mixer have some, call eval() first).
+        KV caches are written in place: a state that was continued raises ValueError when it is
+        used again, so deepcopy it to branch.
         """
-        states, past = state  # past: number of tokens so far
-        positions = past + torch.arange(x.shape[1], device=x.device)
+        states, n_past = state
+        positions = n_past + torch.arange(x.shape[1], device=x.device)
         h = self.embed_at(x, positions)
         new_states = []
         for block, block_state in zip(self.blocks, states, strict=True):
@@ -487,7 +502,7 @@ class Transformer(nn.Module):
             h = h + mixed  # as Block.forward
             h = h + block.ffn(block.norm_ffn(h))
             new_states.append(block_state)
-        return self.norm(h), (new_states, past + x.shape[1])
+        return self.norm(h), (new_states, n_past + x.shape[1])
 
     def step(self, x_t, state):
         """Append one token x_t (B,) or (B, C). Returns (features (B, D), state)."""
@@ -498,9 +513,10 @@ class Transformer(nn.Module):
     def generate(self, prompt, n, head, temperature=0.0, lengths=None):
         """Return n tokens (B, n) that follow prompt (B, L); temperature 0 takes the likeliest.
 
-        head: features (B, D) -> logits (B, vocab_size).  Call eval() first if it has dropout.
-        lengths: (B,) real tokens per prompt; padding is on the right.  Each row is as if alone:
-        the longer prompts are read on, token by token, while the shorter ones already continue.
+        head: features (B, D) -> logits (B, vocab_size).  Call eval() first on parts with dropout.
+        lengths: (B,) real tokens per prompt; padding is on the right.  Each row continues as if
+        alone (with temperature, in distribution): the longer prompts are read on, token by token,
+        while the shorter ones already continue.
         """
         expect(prompt.ndim == 2 and len(prompt) > 0, "prompt (B, L), B at least 1", prompt)
         B, L = prompt.shape
@@ -531,9 +547,9 @@ class Transformer(nn.Module):
         return tokens.gather(1, new)
 
     def param_groups(self, lr, weight_decay):  # same as s4.py:S4Model.param_groups
-        """Return AdamW groups: with weight decay, all matrices but those of S4 and SGConv mixers.
+        """Return AdamW groups.  Weight decay: of linear maps and embeddings only.
 
-        Their kernels have rates of at most 1e-3.
+        The kernels of S4 and SGConv mixers have a learning rate of at most 1e-3.
         """
         in_mixers = set()
         for module in self.modules():
@@ -567,7 +583,7 @@ def rel_err(a, b):
 
 
 def self_check(dtype=torch.float64, device="cpu"):
-    """Check every step against a slower one. Returns [(name, error, limit)]."""
+    """Compare attention, RoPE and the cache with slower forms. Returns [(name, error, limit)]."""
     limit = 1e-12 if dtype == torch.float64 else 1e-5
     torch.manual_seed(0)
     like = {"dtype": dtype, "device": device}
@@ -575,7 +591,7 @@ def self_check(dtype=torch.float64, device="cpu"):
     k = torch.randn(2, 1, 33, 8, **like)  # one head for all heads of q
     v = torch.randn(2, 1, 33, 8, **like)
     keep = torch.ones(2, 33, dtype=torch.bool, device=device)
-    keep[1, 20:] = False  # so this sequence sees nothing in the second block of keys
+    keep[1, 20:] = False  # so this sequence sees none of keys 25 .. 32, the second block below
     arrays = [x.double().cpu().numpy() for x in (q, k, v)]
     keep_ref = keep[:, None].cpu().numpy()  # (B, 1, L), for all heads
     pairs = {}
@@ -643,7 +659,8 @@ def demo(device, L=64, steps=200):
         loss.backward()
         optimizer.step()
     right = (logits.argmax(-1) == word).double().mean().item()
-    print(f"demo: repeats {L // 2} symbols seen once: {right:.1%} right after {steps} steps")
+    print(f"demo: {steps} steps; {right:.1%} of {L // 2} symbols seen once are repeated correctly")
+
     return right >= 0.99
 
 

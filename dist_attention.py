@@ -1,36 +1,41 @@
 """Exact attention over several processes (ranks), each of which holds a part of the sequence.
 
-A rank keeps its queries and meets the keys of all ranks, block after block.  What it has seen so
-far, (out, lse), begins as (0, -inf), and attention (out_b, lse_b) to one more block changes it to
+In the ring, a rank keeps its queries and meets the keys of all ranks, block after block.  What it
+has seen so far, (out, lse), begins as (0, -inf), and attention (out_b, lse_b) to one more block
+changes it to
 
     lse' = log(e^lse + e^lse_b),  out' = out e^(lse - lse') + out_b e^(lse_b - lse')
 
-Motivation: the abstract of He and Kabic 2023, arXiv:2302.06218v3.  Ring: Liu et al. 2023,
-arXiv:2310.01889v4.  All-to-all: Jacobs et al. 2023, arXiv:2309.14509v2 (Ulysses).
+Motivation: He and Kabic 2023, arXiv:2302.06218v3, abstract (distributed attention for 10^6 tokens).
+Algorithms: ring, Liu et al. 2023, arXiv:2310.01889v4; all-to-all, Jacobs et al. 2023,
+arXiv:2309.14509v2 (Ulysses).
 
-    Q      q        (B, H, n, E), the n tokens of this rank; e bytes per element
-    K, V   k, v     (B, G, m, E), G divides H; sent as kv (2, B, G, m, E)
-    lse    lse      (B, H, n), log of the summed weights, at least float32
+
+    paper  code     shape or meaning (B sequences, H heads of size E, e bytes per number)
+    Q      q        (B, H, n, E), the n tokens of this rank
+    K, V   k, v     (B, G, m, E), G divides H, the m keys of this rank; sent as kv (2, B, G, m, E)
+    lse    lse      (B, H, n), log-sum-exp of the scores, at least float32
            rank     index of this process, one of W (world)
            layout   "contiguous" or "zigzag": which rank holds which tokens, as chunks (start, stop)
            keep     (B, m) bool, True = real token
 
-    schedule              bytes sent per rank: forward; backward        holds
-    ring_attention        (W-1) 2BnGEe;  (W-1) 2BnGE (e + 4)            three shards of keys, values
-    allgather_attention   (W-1) 2BnGEe;  the same                       all keys and values
-    ulysses_attention     (W-1)/W BnE (2H + 2G) e;  the same            H/W heads of all tokens
+    schedule              bytes sent per rank: forward; backward        holds in forward
+    ring_attention        (W-1) 2BmGEe;  (W-1) 2BmGE (e + s)            three shards of keys, values
+    allgather_attention   (W-1) 2BmGEe;  the same                       all keys and values
+    ulysses_attention     (W-1)/W BE (2nH + 2mG) e;  the same           H/W heads of all tokens
 
 bfloat16 inputs are sent as bfloat16.  Sums are at least float32, also those that travel in the
-ring's backward pass; only all-gather adds the W gradients of a shard in the dtype of k.  Results
-agree across numbers of ranks up to rounding.
+ring's backward pass (s bytes per number: 4, or 8 for float64).  Exception: the backward pass of
+all-gather adds the W gradients of a shard in the dtype of k.  Results agree across numbers of ranks
+up to rounding.
 
 To train: `spread` lets a model read shards, each rank calls backward on its part of the loss, and
 `sum_gradients` adds the gradients up; examples/ring_training.py is a whole script.  If all ranks
 compute the same loss, from a mean over all tokens (`SumOverRanks`), it must be counted once: every
 rank calls (loss * (rank == 0)).backward().
 
-Not included: dropout, windows, additive bias, packed sequences, gradients of lse, second
-derivatives (ValueError).
+Not included: dropout, windows, additive bias, packed sequences, gradients of lse; second
+derivatives raise ValueError.
 
     python dist_attention.py                                       one process, no communication
     torchrun --standalone --nproc-per-node 2 dist_attention.py     check table, 131,072 tokens
@@ -64,8 +69,8 @@ from torch.func import functional_call
 def ring_ref(q, k, v, at, causal=False):
     """Ring attention as one loop over steps and ranks, one head: q, k, v (L, E) -> (L, E).
 
-    at: for each rank, the positions of its tokens.  In step s rank r adds the keys of rank r - s
-    to the softmax over those that it has seen (arXiv:2310.01889v4, algorithm 1), first its own.
+    at: for each rank, the positions of its tokens.  In step s, rank r attends to the keys of rank
+    r - s (its own in step 0) and merges the result (arXiv:2310.01889v4, algorithm 1).
     """
     world = len(at)
     out = np.zeros((len(q), v.shape[1]))
@@ -105,9 +110,9 @@ def chunks_of(L, rank, world, layout="contiguous"):
     return [(L * c // count, L * (c + 1) // count) for c in mine]
 
 
-def lengths_of(every):
-    """Numbers of tokens, from the chunks of all ranks."""
-    return [sum(stop - start for start, stop in own) for own in every]
+def lengths_of(chunks_by_rank):
+    """The number of tokens of each rank."""
+    return [sum(stop - start for start, stop in chunks) for chunks in chunks_by_rank]
 
 
 def tokens_of(chunks):
@@ -135,12 +140,12 @@ def visible_blocks(q_chunks, k_chunks, causal, longest):
 
 def local_slices(chunks, longest):
     """Yield (position of the first token, slice in local order) of all pieces."""
-    at = 0
+    offset = 0
     for start, stop in chunks:
         for first in range(start, stop, longest):
             n = min(longest, stop - first)
-            yield first, slice(at, at + n)
-            at += n
+            yield first, slice(offset, offset + n)
+            offset += n
 
 
 # ---------------------------------------------------------------- one block of queries and keys
@@ -163,7 +168,10 @@ def per_query_head(kv, q):
 
 
 def attention_slow(q, k, v, causal=False, keep=None):
-    """Attention on one process with all scores in memory: what everything else must equal."""
+    """Attention on one process, all scores in memory: what the schedules must equal.
+
+    nan where a query sees no key (the schedules give 0).
+    """
     k, v = per_query_head(torch.stack([k, v]), q)  # (B, H, L, E) each
     return scores_of(q, k, causal, keep).softmax(-1) @ v
 
@@ -197,8 +205,9 @@ def attention_block_grad(grad, q, k, v, out, lse, causal=False, keep=None):
     scores = scores_of(q, k, causal, keep)
     weights = (scores - lse[..., None]).exp()  # P (B, H, n, m)
     mean = (grad * out).sum(-1, keepdim=True)  # sum_j P_j dP_j, over the keys of all ranks
-    dscores = weights * (grad @ v.mT - mean) / math.sqrt(q.shape[-1])
-    return dscores @ k, dscores.mT @ q, weights.mT @ grad
+    dscores = weights * (grad @ v.mT - mean)
+    dqk = dscores / math.sqrt(q.shape[-1])  # of q @ k.mT
+    return dqk @ k, dqk.mT @ q, weights.mT @ grad
 
 
 def as_computed(fused, *tensors):
@@ -212,8 +221,8 @@ def has_kernel(q, keep):
     """True if PyTorch has a fused kernel for these inputs that also returns the log-sum-exp."""
     if q.is_cpu:
         return True
-    size = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    return keep is None and q.is_cuda and q.dtype != torch.float64 and size
+    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return keep is None and q.is_cuda and q.dtype != torch.float64 and fits
 
 
 def padding_mask(keep, q):
@@ -240,7 +249,8 @@ def fused_block(q, k, v, causal, keep):
     else:
         kernel = aten._scaled_dot_product_flash_attention
         out, lse = kernel(q, k, v, 0.0, causal, False)[:2]
-    return out.float(), lse[:, :, : q.shape[2]].contiguous()  # lse is padded to 32 rows
+    # the efficient kernel pads lse to a multiple of 32 rows
+    return out.float(), lse[:, :, : q.shape[2]].contiguous()
 
 
 def fused_block_grad(grad, q, k, v, out, lse, causal, keep):
@@ -259,9 +269,9 @@ def fused_block_grad(grad, q, k, v, out, lse, causal, keep):
     kernel = aten._scaled_dot_product_flash_attention_backward
     grad = grad.to(q.dtype)
     out = out.to(q.dtype)
-    sizes = None, None, q.shape[2], k.shape[2], 0.0, causal
+    options = None, None, q.shape[2], k.shape[2], 0.0, causal
     state = seed.view(torch.uint64)
-    return kernel(grad, q, k, v, out, lse, *sizes, state, seed[0])
+    return kernel(grad, q, k, v, out, lse, *options, state, seed[0])
 
 
 def merge(out, lse, out_block, lse_block):  # same as attention.py:merge
@@ -272,8 +282,8 @@ def merge(out, lse, out_block, lse_block):  # same as attention.py:merge
     if not (out.shape == out_block.shape and lse.shape == lse_block.shape == out.shape[:-1]):
         shapes = [tuple(x.shape) for x in (out, lse, out_block, lse_block)]
         raise ValueError(f"expected (B, H, Lq, E), (B, H, Lq), twice; got {shapes}")
-    # weights from the difference: exp(lse - new lse) would add the rounding error of the new lse
-    # where both are -inf it is nan, and the block weighs nothing
+    # Weights from the difference: exp(lse - new lse) would add the rounding error of the new lse.
+    # Where both are -inf, the difference is nan; -inf makes the block weigh nothing.
     difference = (lse_block - lse).masked_fill(lse_block == -torch.inf, -torch.inf)
     weight = torch.sigmoid(-difference)[..., None]
     weight_block = torch.sigmoid(difference)[..., None]
@@ -288,19 +298,19 @@ def merge(out, lse, out_block, lse_block):  # same as attention.py:merge
 class Plan:
     """What all ranks agreed on."""
 
-    ranks: object  # the processes, and messages between them: see Ranks
+    ranks: "Ranks"  # the processes, and messages between them
     causal: bool
     q_chunks: list  # for each rank, its chunks
     k_chunks: list
-    keep: object  # (B, L) bool, the padding mask of the whole sequence, or None
+    keep: torch.Tensor | None  # (B, L) bool, the padding mask of the whole sequence
 
     def blocks(self, q, owner):
-        """Yield (rows, cols, diagonal, keep) wherever this rank's queries see keys of a rank.
+        """Yield (rows, cols, diagonal, keep) wherever this rank's queries see keys of rank `owner`.
 
         rows: index of queries in (B, H, n, ...), cols: of keys in (2, B, G, m, E), keep: (B, m),
         None without padding.
         """
-        if q.numel() == 0:  # no heads on this rank (Ulysses), or an empty batch
+        if q.numel() == 0:  # no tokens or heads on this rank, or an empty batch
             return
         mine = self.q_chunks[self.ranks.rank]
         theirs = self.k_chunks[owner]
@@ -319,7 +329,7 @@ def around_the_ring(plan, kv, what):
     """In step s of W, yield (rank - s, its kv), which goes on to the next rank meanwhile.
 
     `ranks.shift` starts to send to the next rank and returns a function that waits for what the
-    previous rank sent.  It sends nothing if there is None to send.
+    previous rank sent.  For None it sends nothing, and the wait returns 0.
     """
     ranks = plan.ranks
     for step in range(ranks.world):
@@ -363,14 +373,14 @@ class RingAttention(torch.autograd.Function):
         ranks = ctx.plan.ranks
         what = "the ring, backward"
         dq = torch.zeros_like(q, dtype=lse.dtype)
-        sums = None  # what ranks found so far for the keys that were here last
+        sums = None  # gradients, summed so far, of the keys of the previous step
         for owner, part in around_the_ring(ctx.plan, kv, what):
             arriving = ranks.shift(sums, part.shape[3], what)
             dkv = torch.zeros_like(part, dtype=dq.dtype)
             for rows, cols, diagonal, keep in ctx.plan.blocks(q, owner):
                 k, v = per_query_head(part[cols], q)
-                seen = q[rows], k, v, out[rows], lse[rows]
-                dq_b, dk_b, dv_b = attention_block_grad(grad[rows], *seen, diagonal, keep)
+                saved = q[rows], k, v, out[rows], lse[rows]
+                dq_b, dk_b, dv_b = attention_block_grad(grad[rows], *saved, diagonal, keep)
                 dq[rows] += dq_b
                 dkv_b = torch.stack([dk_b, dv_b])
                 by_group = dkv_b.unflatten(2, (part.shape[2], -1))  # (2, B, G, H/G, m, E)
@@ -406,7 +416,7 @@ def resized(x, dim, sizes):
 
 
 class Swap(torch.autograd.Function):
-    """Send parts[p] to rank p and receive one of shapes[p] from it; gradients go the other way."""
+    """Send parts[p] to rank p, receive shapes[p] from it; gradients go the other way."""
 
     @staticmethod
     def forward(ctx, ranks, what, shapes, *parts):
@@ -435,6 +445,7 @@ def allgather_attention(q, k, v, causal=False, keep=None, *, group=None, layout=
 def to_channels(x, ranks, chunks, shares):
     """Own tokens of all channels to all tokens of own channels: (B, C, n, ...) -> (B, C_r, L, ...).
 
+    Channels are axis 1; in attention these are heads.
     chunks: for each rank, the chunks that it holds.  shares: for each rank, its number of channels.
     """
     parts = x.split(shares, 1)
@@ -464,9 +475,9 @@ def ulysses_attention(q, k, v, causal=False, keep=None, *, group=None, layout="c
     """
     plan = agree_on_attention("ulysses", q, k, v, causal, keep, group, layout)
     ranks = plan.ranks
-    group_size = q.shape[1] // k.shape[1]
+    heads_per_kv = q.shape[1] // k.shape[1]
     kv_shares = even_shares(k.shape[1], ranks.world)
-    q_shares = [share * group_size for share in kv_shares]
+    q_shares = [share * heads_per_kv for share in kv_shares]
     q = to_channels(q, ranks, plan.q_chunks, q_shares)  # (B, H_r, L, E)
     kv = to_channels(torch.cat([k, v]), ranks, plan.k_chunks, kv_shares)  # (2B, G_r, L, E)
     # a ring of one rank: all tokens are here
@@ -481,11 +492,12 @@ def ulysses_attention(q, k, v, causal=False, keep=None, *, group=None, layout="c
 def ulysses(mixer, group=None, layout="contiguous"):
     """Let a channel-wise mixer work on shards: each rank runs all tokens of D/W channels.  Exact.
 
-    mixer: a module (B, L, D), keep -> (B, L, D) with `d_model`, whose channels never meet, such as
-    S4 or SGConv.  Returns it with forward x (B, n, D), keep (B, n) bool -> (B, n, D).  Channels are
-    axis 0 of its parameters and buffers, or as its class says in `channel_axes`; a rank gets the
-    gradients of its own channels only (see `sum_gradients`).  Errors as `ring_attention`.  Hooks
-    run twice, for the tokens of this rank and within, for its channels.
+    mixer: a module (B, L, D), keep -> (B, L, D) with `d_model` that does not mix channels, such as
+    S4 or SGConv.  Its forward becomes x (B, n, D), keep (B, n) bool -> (B, n, D); returns the
+    mixer.  Channels are axis 0 of its parameters and buffers, or as its class says in
+    `channel_axes`; a rank gets the gradients of its own channels only (see `sum_gradients`).
+    Errors as `ring_attention`.  Hooks run twice: for the tokens of this rank, and within it for
+    its channels.
     """
     plain = not hasattr(mixer, "parametrizations")
     require(plain, f"remove the parametrizations of this {type(mixer).__name__} first")
@@ -524,17 +536,18 @@ SCHEDULES = {
 }
 
 
-def spread(model, how, layout="contiguous"):
+def spread(model, schedule, layout="contiguous"):
     """Let the mixers of model.blocks work on shards; parameters and their names stay the same.
 
-    how: the schedule, a key of SCHEDULES, of mixers with an attention function `attend`.  All other
-    mixers are cut by channels (see `ulysses`).  Give the model the shards of x and keep, and a
-    Transformer also positions=positions(L, rank, world, layout), as each rank counts from 0 itself.
+    schedule: a key of SCHEDULES, for mixers with an attention function `attend`.  All other mixers
+    are cut by channels (see `ulysses`).  Uses the default group.  Give the model the shards of x
+    and keep, and a Transformer also positions=positions(L, rank, world, layout), as each rank
+    counts from 0 itself.
     """
-    require(how in SCHEDULES, f"schedule {how!r}: expected one of {list(SCHEDULES)}")
+    require(schedule in SCHEDULES, f"schedule {schedule!r}: expected one of {list(SCHEDULES)}")
     for block in model.blocks:
         if hasattr(block.mixer, "attend"):
-            block.mixer.attend = partial(SCHEDULES[how], layout=layout)
+            block.mixer.attend = partial(SCHEDULES[schedule], layout=layout)
         else:
             ulysses(block.mixer, layout=layout)
     return model
@@ -605,12 +618,12 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
-    group: object = None
-    staged: object = "cpu"  # the device that holds messages in transit
+    group: dist.ProcessGroup | None = None
+    staged: torch.device | str = "cpu"  # the device that holds messages in transit
     limit: timedelta = timedelta()  # of a wait; 0: the group's timeout
 
     def exchange(self, parts, shapes, what):
-        """Start sending parts[p] to rank p and receiving one of shapes[p], of the same dtype.
+        """Start to send parts[p] to rank p and to receive shapes[p] from it, of the same dtype.
 
         Returns wait(), which returns what came: a list over ranks.  Nothing of size 0 is sent.
         """
@@ -647,7 +660,8 @@ class Ranks:
     def op(self, call, x, peer):
         if call is dist.isend and x.is_floating_point():
             traffic.update(messages=1, bytes=x.nbytes)
-        # the size as tag: gloo aborts on longer messages, and takes shorter ones silently
+        # the size as tag, so that other sizes do not match: gloo aborts on longer messages, and
+        # takes shorter ones silently
         tag = x.nbytes % 2**31
         return dist.P2POp(call, x, group=self.group, tag=tag, group_peer=peer)
 
@@ -708,7 +722,8 @@ def agree(ranks, layout, tensors, **facts):
     """Raise the same ValueError on all ranks unless they state the same facts and sizes.
 
     tensors: {name: (tensor or None, its axis of tokens)}.  Returns {name: chunks of all ranks}.
-    Mismatched sizes would corrupt or crash the transport, so every call starts with this.
+    Mismatched sizes would corrupt or crash the transport, so attention, mixers over shards and
+    `unshard` start with this.
     """
     facts["layout"] = str(layout)
     lengths = {}
@@ -730,11 +745,10 @@ def agree(ranks, layout, tensors, **facts):
     for name in lengths:
         held = [own["lengths"][name] for own in stated]
         L = sum(held)
-        every = [chunks_of(L, rank, ranks.world, layout) for rank in range(ranks.world)]
-        given = lengths_of(every)
+        chunks[name] = [chunks_of(L, rank, ranks.world, layout) for rank in range(ranks.world)]
+        given = lengths_of(chunks[name])
         text = f"{name}: ranks hold {held} tokens; layout {layout} gives them {given}"
         require(held == given, text)
-        chunks[name] = every
     return chunks
 
 
@@ -770,14 +784,15 @@ def process_group(device="cpu", timeout=60.0):
 
     NCCL if every rank has a GPU of its own, else gloo (through host memory).  timeout: seconds
     until a rank that does not join or keeps silent counts as lost (RankLost).  Where ranks wait
-    longer by design, see `wait_for_all_ranks`.  Yields (rank, world, device of this rank).
+    longer by design, see `wait_for_all_ranks`, which also ends the block.  Yields (rank, world,
+    device of this rank).
     """
     global long_waits
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         yield 0, 1, torch.device(device)
         return
-    rank = int(os.environ.get("RANK", 0))  # torch names what is missing
+    rank = int(os.environ.get("RANK", 0))  # if it is missing, the rendezvous below says so
     local_rank = int(os.environ.get("LOCAL_RANK", rank))  # without it: all on one machine
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     backend = "gloo"
@@ -967,7 +982,8 @@ def main(argv=None):
 
 
 def guarded(call, *args):
-    """Return call(*args); if ranks disagree or one is lost, print one line and exit with 1."""
+    """Return call(*args); on a ValueError or RankLost, print one line and exit with 1."""
+
     try:
         return call(*args)
     except (ValueError, RankLost) as error:

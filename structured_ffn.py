@@ -2,12 +2,13 @@
 
 Wei, Moalla, Pascanu, Gulcehre, NeurIPS 2024, arXiv:2406.16450.
 
-All layers of the paper cut W (M, N) into a grid of n_out x n_in blocks (S, P), S = M / n_out and
-P = N / n_in.  Each block is a product of its own, of rank c = R / (n_out n_in):
+Up to the order of its rows, every layer of the paper is a matrix W (M, N) in a grid of n_out x n_in
+blocks (S, P), S = M / n_out and P = N / n_in.  Each block is a product of its own, of rank
+c = R / (n_out n_in):
 
     W[a, b] = U[a, :, b] V[b, a]        (S, P) = (S, c) x (c, P)
 
-    name          W in the paper                 grid    R          weights
+    name          W here                         grid    R          weights
     LowRank       U V                            1 x 1   R          R (N + M)
     BlockDense    U blkdiag(V)                   1 x B   R          R (M + N / B)
     BlockShuffle  blkdiag(U) shuffle blkdiag(V)  B x B   min(N, M)  min(N, M) (N + M) / B
@@ -16,9 +17,9 @@ P = N / n_in.  Each block is a product of its own, of rank c = R / (n_out n_in):
     N, M, B       d_in, d_out, n_blocks
     blkdiag(V)    V                   (n_in, n_out, c, P): n_in blocks of n_out c rows
     blkdiag(U)    U                   (n_out, S, n_in, c): n_out blocks of n_in c columns
-    LowRank: V, U                     (1, 1, R, N), (1, M, 1, R)
-    W of eq. 1    layer.W             (d_out, d_in), the guide, dense; None unless guided
-    alpha         alpha               weight of the guide, falls from 1 to 0 during training
+    V, U          V, U of LowRank     (1, 1, R, N), (1, M, 1, R)
+    W of eq. 1    guide               (d_out, d_in), dense; None unless guided
+    alpha         alpha               weight of the guide, falls from 1 to 0 over its n_steps
 
 Differences from the paper are marked where they occur: BlockShuffle has no second shuffle and needs
 B^2 to divide min(N, M); stochastic guiding draws one coin per layer and optimizer step.  Left out:
@@ -103,8 +104,8 @@ def grid_linear(x, V, U, bias=None):
     x = x.reshape(-1, n_in, P)
     z = torch.bmm(x.transpose(0, 1), V.mT)  # (n_in, T, n_out c)
     z = z.unflatten(2, (n_out, c)).permute(2, 1, 0, 3).flatten(2)  # (n_out, T, n_in c)
-    # The second product is written in place, into the memory of (T, n_out, S): copying the result,
-    # which is large if S is, would cost more than 15 % of the forward pass.
+    # The second product is written in place, into the memory of (T, n_out, S): a copy of the result
+    # would cost more than 15 % of the forward pass.
     y = z.new_empty_strided((n_out, x.shape[0], S), (S, n_out * S, 1))
     if bias is None:
         y.zero_()
@@ -124,7 +125,7 @@ def check_grid(x, V, U, bias=None):
     if not fits:
         got = [(*t.shape, t.dtype) for t in (x, V, U, bias) if t is not None]
         wanted = "x (..., n_in P), V (n_in, n_out, c, P), U (n_out, S, n_in, c), bias (n_out S,)"
-        raise ValueError(f"expected {wanted}, of one dtype from V on; got {got}")
+        raise ValueError(f"expected {wanted}; V, U and bias of one dtype; got {got}")
 
 
 # ---------------------------------------------------------------- layers
@@ -157,14 +158,14 @@ class Grid(nn.Module):
         self.V = nn.Parameter(torch.empty(n_in, n_out, c, d_in // n_in))
         self.U = nn.Parameter(torch.empty(n_out, d_out // n_out, n_in, c))
         self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
-        self.W = None  # the guide: class Guide sets W, alpha and coin
+        self.guide = None  # class Guide sets guide, alpha and coin
         self.alpha = 0.0
         self.coin = True  # False leaves the guide out of a training step
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Give every block V[b] and U[a] singular values of 1 (orthonormal, table 4), bias 0."""
+        """Give every diagonal block V[b], U[a] singular values of 1 (orthonormal, table 4)."""
         for block in [*self.V.flatten(1, 2), *self.U.flatten(2)]:
             at_least_single = torch.promote_types(block.dtype, torch.float32)  # no QR in half
             block.copy_(nn.init.orthogonal_(block.to(at_least_single)))
@@ -172,12 +173,15 @@ class Grid(nn.Module):
             self.bias.zero_()
 
     def dense_weight(self):
-        """Return the equivalent weight (d_out, d_in) of nn.Linear; gradients reach the factors."""
+        """Return the equivalent weight (d_out, d_in) of nn.Linear, with the guide if there is one.
+
+        Gradients reach the factors and the guide.
+        """
         product = torch.einsum("asbc, bacp -> asbp", self.U, self.V)  # [a, b]: U[a, :, b] V[b, a]
         product = product.reshape(self.d_out, self.d_in)
-        if self.W is None:
+        if self.guide is None:
             return product
-        return self.alpha * self.W + (1 - self.alpha) * product
+        return self.alpha * self.guide + (1 - self.alpha) * product
 
     @torch.no_grad()
     def project_(self, weight):
@@ -200,14 +204,14 @@ class Grid(nn.Module):
     def forward(self, x):
         """x: (..., d_in).  Returns (..., d_out)."""
         y = grid_linear(x, self.V, self.U, self.bias)
-        if self.W is None or (self.training and not self.coin):
+        if self.guide is None or (self.training and not self.coin):
             return y  # eq. 2: unscaled if the coin leaves the guide out
-        y_guide = F.linear(x, self.W, self.bias)
+        y_guide = F.linear(x, self.guide, self.bias)
         return self.alpha * y_guide + (1 - self.alpha) * y  # eq. 1; the two biases add up to one
 
 
 class LowRank(Grid):
-    """W = U V of rank R.  Starts near N(0, 0.02^2) whatever the width, as the paper's code does."""
+    """W = U V of rank R."""
 
     def __init__(self, d_in, d_out, R, bias=True):
         super().__init__(d_in, d_out, 1, 1, R, bias)
@@ -228,7 +232,10 @@ class BlockDense(Grid):
 
 
 class BlockShuffle(Grid):
-    """Monarch: n_blocks^2 blocks, each of rank min(d_in, d_out) / n_blocks^2; W has full rank."""
+    """Monarch (arXiv:2204.00595): n_blocks^2 blocks of rank min(d_in, d_out) / n_blocks^2.
+
+    W can have full rank.
+    """
 
     def __init__(self, d_in, d_out, n_blocks, bias=True):
         # differs from the paper: n_blocks^2 must divide min(d_in, d_out), and there is no second
@@ -236,11 +243,8 @@ class BlockShuffle(Grid):
         super().__init__(d_in, d_out, n_blocks, n_blocks, min(d_in, d_out), bias)
 
 
-KINDS = {"lowrank": LowRank, "blockdense": BlockDense, "blockshuffle": BlockShuffle}
-
-
 class StructuredFFN(nn.Module):
-    """fc2(gelu(fc1 x)).  linear(d_in, d_out) builds both: nn.Linear, partial(LowRank, R=16)."""
+    """fc2(gelu(fc1 x)).  linear(d_in, d_out) builds each: nn.Linear or partial(LowRank, R=16)."""
 
     def __init__(self, d_model, d_ff, linear=nn.Linear):
         super().__init__()
@@ -267,23 +271,26 @@ def alpha_at(t, n_steps):
 class Guide:
     """Self-guided training of a model's trainable structured layers (section 2.3, eq. 1 and 2).
 
-        guide = Guide(model, n_steps=steps // 2)  # before the optimizer, which must train W
+        guide = Guide(model, n_steps=steps // 2)  # before the optimizer, which trains the guides
         ...
         optimizer.step()
         guide.step(optimizer)
 
-    W starts at U V, which leaves the model's output as it is; after n_steps it is removed from the
-    model and the optimizer.  stochastic=True halves its cost: a training step computes W x with
-    probability alpha only.  To resume, pass the saved t, make the optimizer, then load both states.
+    The guide of a layer (W in eq. 1) starts as the product of the factors, which leaves the model's
+    output as it is; after n_steps it is removed from the model and the optimizer.
+    stochastic=True halves its expected compute: a training step uses it with probability alpha.
+    To resume: Guide(model, n_steps, t=guide.t as saved), make the optimizer, load the states of
+    model and optimizer.
     DistributedDataParallel: wrap the model again when step returns True; with stochastic=True use
-    find_unused_parameters=True instead.  Make CUDA graphs and copies of the model (AveragedModel)
-    after the guide has ended: they keep the alpha of their step.
+    find_unused_parameters=True instead.
+    CUDA graphs and copies of the model (AveragedModel) keep the alpha of their step: make them
+    after the guide has ended.
     """
 
     def __init__(self, model, n_steps, stochastic=False, seed=0, t=0):
         layers = [m for m in model.modules() if isinstance(m, Grid)]
         self.layers = [m for m in layers if m.V.requires_grad or m.U.requires_grad]
-        require(all(layer.W is None for layer in layers), "an earlier guide is not finished")
+        require(all(layer.guide is None for layer in layers), "an earlier guide is not finished")
         require(self.layers, "the model has no trainable structured layers")
         self.n_steps = n_steps
         self.stochastic = stochastic
@@ -292,7 +299,7 @@ class Guide:
         self._set_alpha()
         if self.t < n_steps:
             for layer in self.layers:
-                layer.W = nn.Parameter(layer.dense_weight().detach())
+                layer.guide = nn.Parameter(layer.dense_weight().detach())
 
     def _set_alpha(self):
         # differs from the paper: one coin per layer and optimizer step, drawn from (seed, t) alone,
@@ -306,13 +313,13 @@ class Guide:
     def step(self, optimizer):
         """Call after each optimizer step.  Returns True if the guide ends with this step.
 
-        Raises ValueError if the optimizer does not train W.
+        Raises ValueError if the optimizer does not train the guides.
         """
         if self.t >= self.n_steps:
             return False
-        guides = {layer.W for layer in self.layers}
+        guides = {layer.guide for layer in self.layers}
         trained = {p for group in optimizer.param_groups for p in group["params"]}
-        how = "the optimizer does not train W: make the optimizer after the guide"
+        how = "the optimizer does not train the guides: make it after Guide(model, ...)"
         require(guides <= trained, how)
         self.t += 1
         self._set_alpha()
@@ -321,9 +328,10 @@ class Guide:
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if p not in guides]
         for layer in self.layers:
-            optimizer.state.pop(layer.W, None)
-            layer.W.grad = None  # lists of parameters made earlier (to clip) still hold W
-            layer.W = None
+            optimizer.state.pop(layer.guide, None)
+            # a list of parameters made earlier, as for clipping, still holds the guide
+            layer.guide.grad = None
+            layer.guide = None
         return True
 
 
@@ -331,7 +339,7 @@ class Guide:
 
 
 def replace(model, new):
-    """Put new[module] in the place of each module of model, wherever it occurs.  Returns model."""
+    """Put new, {module: its replacement}, into model wherever a module occurs.  Returns model."""
     if model in new:
         return new[model]
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -361,8 +369,8 @@ class Merged(nn.Module):
 def merged(model, max_tokens):
     """Return a frozen copy of model for inference whose structured layers are Merged.
 
-    benchmarks/ffn_latency.py measures max_tokens.  The copy does not follow model: merge again
-    after further training.
+    benchmarks/ffn_latency.py measures up to how many tokens this pays.  The copy does not follow
+    model: merge again after further training.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     layers = [m for m in model.modules() if isinstance(m, Grid)]
@@ -416,6 +424,8 @@ def convert(model, make, pick):
 
 # ---------------------------------------------------------------- planner
 
+KINDS = {"lowrank": LowRank, "blockdense": BlockDense, "blockshuffle": BlockShuffle}
+
 
 def ffn_weights(linear, d_model, d_ff):
     """Count the weights of an FFN without biases: one multiply-add per token each."""
@@ -430,15 +440,16 @@ def round_rank(rank):
     return step * round(rank / step)
 
 
-def match(d_model, d_ff, kind, ratio, n_blocks=4):
+def plan_linear(d_model, d_ff, kind, ratio, n_blocks=4):
     """Plan the two layers of an FFN with `ratio` of the dense weights, and so of the FLOPs.
 
-    kind: "dense" or a key of KINDS; n_blocks is for BlockDense.  Returns linear(d_in, d_out).
-    Raises ValueError if the nearest size is more than 15 % off.
+    kind: "dense" (whatever the ratio) or a key of KINDS; n_blocks is for BlockDense.  Returns
+    linear(d_in, d_out).  Raises ValueError if the nearest size is more than 15 % off.
     """
     if kind == "dense":
         return nn.Linear
-    narrow, wide = sorted([d_model, d_ff])
+    require(kind in KINDS, f"kind {kind!r}: expected 'dense' or one of {list(KINDS)}")
+    narrow, wide = sorted([d_model, d_ff])  # D = d_model, F = d_ff
     # of a LowRank FFN with as many weights; the other kinds follow from it
     rank = ratio * d_model * d_ff / (d_model + d_ff)
     if kind == "lowrank":  # 2 R (D + F) of the 2 D F weights
@@ -466,7 +477,7 @@ def ffn_factory(kind, ratio=0.3125, n_blocks=4):
 
     def ffn(d_model, d_ff):
         nonlocal first
-        linear = nn.Linear if first else match(d_model, d_ff, kind, ratio, n_blocks)
+        linear = nn.Linear if first else plan_linear(d_model, d_ff, kind, ratio, n_blocks)
         first = False
         return StructuredFFN(d_model, d_ff, linear)
 
@@ -517,10 +528,10 @@ def check_layer(layer, x):
     yield "forward", rel_err(layer(x), y)
     yield "dense weight", rel_err(layer.dense_weight(), W)
     yield "merged", rel_err(merged(layer, max_tokens=len(x))(x), y)
-    Guide(layer, n_steps=10)  # adds layer.W
-    nn.init.normal_(layer.W)
+    Guide(layer, n_steps=10)  # adds layer.guide
+    nn.init.normal_(layer.guide)
     layer.alpha = 0.3
-    guide = F.linear(x64, layer.W.double().cpu(), bias)
+    guide = F.linear(x64, layer.guide.double().cpu(), bias)
     yield "guided (eq. 1)", rel_err(layer(x), 0.3 * guide + 0.7 * y)
 
 
@@ -543,7 +554,11 @@ def self_check(dtype=torch.float64, device="cpu"):
 
 
 def demo(steps=600, lr=8e-3):
-    """Fit a random LowRank FFN by another, plain, then guided for the first half; return errors."""
+    """Fit a random LowRank FFN by another: without a guide, then with one in the first half.
+
+    Returns both errors.
+    """
+
     errors = []
     for guided_steps in (0, steps // 2):
         torch.manual_seed(0)

@@ -24,7 +24,7 @@ import torch
 from measured import ROOT, draw_curves, load, provenance, save
 from torch import nn
 
-from structured_ffn import KINDS, Merged, StructuredFFN, match, merged
+from structured_ffn import KINDS, Merged, StructuredFFN, merged, plan_linear
 
 WIDTHS = (256, 512, 1024, 2048)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -62,7 +62,7 @@ def random_(module):
 
 def build(kind, width, ratio=0.3125):
     with torch.device("meta"):
-        ffn = StructuredFFN(width, 4 * width, match(width, 4 * width, kind, ratio))
+        ffn = StructuredFFN(width, 4 * width, plan_linear(width, 4 * width, kind, ratio))
     return random_(ffn)
 
 
@@ -110,7 +110,7 @@ def efficiency(what, tokens, d_in=1024, d_out=4096):
     for ratio in (0.625, 0.3125):
         for kind in KINDS:
             with torch.device("meta"):
-                layer = match(d_in, d_out, kind, ratio)(d_in, d_out)
+                layer = plan_linear(d_in, d_out, kind, ratio)(d_in, d_out)
             layers[f"{kind} {ratio}"] = random_(layer)
     recorded = what != "forward"
     x = torch.randn(tokens, d_in, requires_grad=recorded)

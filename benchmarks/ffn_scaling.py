@@ -16,7 +16,7 @@ from byte_lm import BATCH, L, LMConfig, corpus, count, held_out_loss, train
 from judges import power
 from measured import ROOT, complete, draw_curves, save, select
 
-from structured_ffn import match
+from structured_ffn import plan_linear
 
 WIDTHS = (32, 48, 64, 80)
 KINDS = ("dense", "lowrank", "blockshuffle")
@@ -25,7 +25,7 @@ KINDS = ("dense", "lowrank", "blockshuffle")
 def cell(width, kind, bytes_a_weight):
     """Return (config, optimizer steps, training FLOPs)."""
     dense = LMConfig(width, n_layers=3, n_heads=4)
-    config = replace(dense, linear=match(width, 4 * width, kind, 0.3125))
+    config = replace(dense, linear=plan_linear(width, 4 * width, kind, 0.3125))
     steps = round(bytes_a_weight * count(dense, L)["params"] / (BATCH * L))
     return config, steps, count(config, L)["flops"] * steps * BATCH * L
 

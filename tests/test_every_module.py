@@ -69,7 +69,7 @@ def test_all_checks_are_ok(file, rows, capsys):
     [
         (s4, "accuracy 1.00, as a recurrence 1.00, target 0.95"),
         (sgconv, "accuracy 1.00, target 0.95"),
-        (attention, "symbols seen once: 100.0% right after 200 steps"),
+        (attention, "100.0% of 32 symbols seen once are repeated"),
         (structured_ffn, r"another: 0.0[3-9]\d, guided 0.0[1-3]\d"),
     ],
 )

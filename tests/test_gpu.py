@@ -264,7 +264,7 @@ def test_guided_training_frees_its_guide():
         optimizer.zero_grad()
         guide.step(optimizer)
         used.append(torch.cuda.memory_allocated())
-    assert layer.W is None and used[0] - used[2] > 0.9 * 3 * 4 * 512 * 2048
+    assert layer.guide is None and used[0] - used[2] > 0.9 * 3 * 4 * 512 * 2048
 
 
 def test_merged_layers_agree_with_their_factors():

@@ -263,8 +263,12 @@ def test_a_layer_converted_from_zero_learns():
         (lambda: LowRank(8, 32, 9), "R 9: .* R from 1 to 8"),
         (lambda: LowRank(8, 32, 0), "R 0: .* R from 1 to 8"),
         (lambda: BlockShuffle(8, 32, 0), "multiples of 0"),
-        (lambda: sf.match(60, 240, "blockshuffle", 0.31), "ratio 0.31: nearest is .*0.625"),
-        (lambda: sf.match(64, 256, "blockshuffle", math.nan), "ratio nan"),
+        (lambda: sf.plan_linear(60, 240, "blockshuffle", 0.31), "ratio 0.31: nearest is .*0.625"),
+        (lambda: sf.plan_linear(64, 256, "blockshuffle", math.nan), "ratio nan"),
+        (
+            lambda: sf.plan_linear(64, 256, "monarch", 0.3),
+            "'monarch': .*'dense' or one of .*'lowrank'",
+        ),
         (lambda: Guide(nn.Linear(4, 4), 10), "no trainable structured layers"),
         (lambda: Guide(LowRank(4, 4, 1), -1), "n_steps of at least 0, got 0 and -1"),
         (lambda: Guide(LowRank(4, 4, 1), math.nan), "n_steps of at least 0, got 0 and nan"),
@@ -287,17 +291,20 @@ def test_numbers_of_another_dtype_are_not_converted(make):
 
 
 def test_match_finds_the_published_sizes():
-    assert sf.match(np.int64(2048), np.int64(8192), "lowrank", 0.625).keywords == {"R": 1024}
-    assert sf.match(2048, 8192, "lowrank", 0.3125).keywords == {"R": 512}
-    assert sf.match(2048, 8192, "blockshuffle", 0.625).keywords == {"n_blocks": 2}
-    assert sf.match(2048, 8192, "blockshuffle", 0.32).keywords == {"n_blocks": 4}
-    assert sf.match(2048, 8192, "blockdense", 0.5859375).keywords == {"R": 1536, "n_blocks": 4}
+    assert sf.plan_linear(np.int64(2048), np.int64(8192), "lowrank", 0.625).keywords == {"R": 1024}
+    assert sf.plan_linear(2048, 8192, "lowrank", 0.3125).keywords == {"R": 512}
+    assert sf.plan_linear(2048, 8192, "blockshuffle", 0.625).keywords == {"n_blocks": 2}
+    assert sf.plan_linear(2048, 8192, "blockshuffle", 0.32).keywords == {"n_blocks": 4}
+    assert sf.plan_linear(2048, 8192, "blockdense", 0.5859375).keywords == {
+        "R": 1536,
+        "n_blocks": 4,
+    }
     for kind in sf.KINDS:
-        share = sf.ffn_weights(sf.match(768, 3072, kind, 0.32), 768, 3072) / (2 * 768 * 3072)
+        share = sf.ffn_weights(sf.plan_linear(768, 3072, kind, 0.32), 768, 3072) / (2 * 768 * 3072)
         assert share == pytest.approx(0.32, rel=0.03)
     # from 64 on a multiple of 8: wanted are c = 102.4, 204.8, 25.6, 6.4
     for d, c in ((1024, 104), (2048, 208), (256, 26), (64, 6)):
-        assert sf.match(d, 4 * d, "blockdense", 0.3125).keywords["R"] == 4 * c
+        assert sf.plan_linear(d, 4 * d, "blockdense", 0.3125).keywords["R"] == 4 * c
 
 
 @pytest.mark.parametrize("kind", ["dense", *sf.KINDS])
@@ -321,9 +328,9 @@ def test_guide_mixes_outputs_and_gradients(make):
     Guide(layer, 10)
     for layer.alpha in (0.0, 0.3, 1.0):
         assert rel_err(layer(x), linear(x, W, layer.bias)) < 1e-12  # the guide starts at U V
-    nn.init.normal_(layer.W)
+    nn.init.normal_(layer.guide)
     for layer.alpha in (0.25, 0.6):
-        assert_linear(layer, x, layer.alpha * layer.W + (1 - layer.alpha) * W)
+        assert_linear(layer, x, layer.alpha * layer.guide + (1 - layer.alpha) * W)
 
 
 def test_schedule():
@@ -354,7 +361,7 @@ def test_a_coin_leaves_the_guide_out_of_training_not_of_evaluation():
     x = randn(2, 16)
     structured = layer(x)
     Guide(layer, 10, t=5, stochastic=True)
-    nn.init.normal_(layer.W)
+    nn.init.normal_(layer.guide)
     layer.coin = True
     guided = layer(x)
     layer.coin = False
@@ -368,7 +375,7 @@ def test_frozen_layers_have_no_guide():
     model = nn.Sequential(low_rank(16, 16), low_rank(16, 16))
     model[0].requires_grad_(False)
     guide = Guide(model, 3)
-    assert model[0].W is None and guide.layers == [model[1]]
+    assert model[0].guide is None and guide.layers == [model[1]]
     with pytest.raises(ValueError, match="earlier guide is not finished"):
         Guide(model.requires_grad_(False), 3)
 
@@ -393,7 +400,7 @@ def test_the_guide_leaves_the_model_and_the_optimizer():
     with pytest.raises(ValueError, match="earlier guide is not finished"):
         Guide(model, 3)
     kept = [*model.parameters()]
-    guides = [layer.W for layer in guide.layers]
+    guides = [layer.guide for layer in guide.layers]
     assert len(guides) == 6 and len(model.state_dict()) == len(names) + 6
     optimizer = torch.optim.AdamW(kept)
     for t in range(5):
@@ -482,7 +489,7 @@ def test_merged_is_a_frozen_copy_of_the_whole_model():
     model = ffns(block_shuffle)
     guide = Guide(model, 10, t=4, stochastic=True)
     for layer in guide.layers:
-        nn.init.normal_(layer.W)
+        nn.init.normal_(layer.guide)
     before = copy.deepcopy(model.state_dict())
     x = randn(3, 16)
     frozen = [sf.merged(model, 100), sf.merged(model, 1), sf.merged(sf.merged(model, 1), 100)]
@@ -511,7 +518,7 @@ def test_guided_training_reads_no_number_back_from_the_device(make):
             layer(torch.empty(3, 16)).square().sum().backward()
             optimizer.step()
             guide.step(optimizer)
-    assert layer.W is None and layer.V.grad.is_meta
+    assert layer.guide is None and layer.V.grad.is_meta
 
 
 @kinds
@@ -530,7 +537,7 @@ def test_compiles_into_one_graph(make):
 
     torch._dynamo.reset()
     Guide(layer, 100)
-    nn.init.normal_(layer.W)
+    nn.init.normal_(layer.guide)
     compiled = torch.compile(layer, backend=backend, fullgraph=True)
     for layer.alpha in (0.9, 0.8, 0.7, 0.6, 0.5):
         assert rel_err(compiled(x), layer(x)) < 1e-12
