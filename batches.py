@@ -1,6 +1,6 @@
 """A split on the device, and the random batches drawn from it (pretrain.py).
 
-    load_data -> identity -> resident (a split on the device, once) -> draw (indices) -> gather
+    load_data -> describe -> resident (a split on the device, once) -> draw (indices) -> gather
 
 B counts sequences: a pair of documents is two of them, with one label.
 """
@@ -36,14 +36,14 @@ def load_data(config):
         return lra_data.load(config.task, data_dir=config.data_dir, **options)
 
 
-def identity(data):
+def describe(data):
     """What a run keeps of its data: enough to refuse other data and to rebuild its model."""
     names = "name n_classes classes vocab_size symbols mean std y_mean y_std"
     about = {name: getattr(data, name) for name in names.split()}
     splits = [data.train, data.val, data.test]
     for name, split in zip(lra_data.SPLITS, splits, strict=True):
         about[name] = list(split.tokens.shape)  # (n, L), (n, L, C) or (n, 2, L)
-    axis = -1 if data.mean is None else 1  # of tokens
+    axis = -1 if data.mean is None else 1  # of length L
     about["n_channels"] = None if data.mean is None else about["train"][2]
     about["pairs"] = data.train.lengths.ndim == 2
     about["min_len"] = int(min(split.lengths.min() for split in splits))
@@ -53,9 +53,9 @@ def identity(data):
 
 
 def fitted(config, about):
-    """Config with what follows from own data: mask ratio, loss, steps (30 epochs, 300 to 3,000).
+    """Config completed for these data.  ValueError if it does not fit them.
 
-    ValueError if it does not fit these data.
+    For your own data: mask ratio, loss, and pretraining steps (30 epochs, 300 to 3,000).
     """
     ratio, loss = OWN_SYMBOLS if about["mean"] is None else OWN_VALUES
     losses = [loss]
@@ -91,7 +91,7 @@ class Resident:
     tokens: torch.Tensor  # (n, L) symbols, (n, L, C) numbers, or (n, 2, L) symbols of pairs
     labels: torch.Tensor  # (n,) classes or (n, k) targets
     lengths: np.ndarray  # (n,) or (n, 2), on the host: they decide the order of batches
-    about: dict  # see `identity`
+    about: dict  # see `describe`
 
     def __len__(self):
         return len(self.lengths)
@@ -117,7 +117,7 @@ class Resident:
         return Resident(tokens, labels, self.lengths.reshape(-1), self.about)
 
     def gather(self, index, multiple=1):
-        """Examples, cut (see `trim`): raw (B, L[, C]), keep (B, L) bool or None (no padding)."""
+        """Examples by index, cut by `trim`; pairs as two sequences each."""
         raw = self.tokens[send(index, self.tokens.device)]
         if self.lengths.ndim == 2:
             raw = raw.flatten(0, 1)
@@ -133,10 +133,10 @@ def send(values, device):
 
 
 def trim(raw, lengths, multiple=1):
-    """Cut (B, L[, C]) to the longest of lengths, a numpy (B,): raw and keep (see `gather`).
+    """Cut (B, L[, C]) to the longest of lengths, a numpy (B,).
 
-    Rounded up to a multiple: on a GPU each new length costs a plan of the attention kernel, and a
-    CUDA graph.
+    Returns raw (B, L[, C]) and keep (B, L) bool, None without padding.  L is rounded up to a
+    multiple: on a GPU each new length is set up by the attention kernel and captured as a graph.
     """
     longest = int(lengths.max())
     raw = raw[:, : longest + -longest % multiple]
@@ -148,7 +148,7 @@ def trim(raw, lengths, multiple=1):
 
 
 def normalize(raw, about):
-    """(B, L, C) numbers -> real values of mean 0 and standard deviation 1 in training."""
+    """(B, L, C) numbers -> (raw - mean) / std, with the task's mean and std (lra_data.Data)."""
     mean = send(about["mean"], raw.device)
     std = send(about["std"], raw.device)
     return (raw - mean) / std
@@ -169,9 +169,9 @@ def in_units_of_y(target, about):
 def draw(lengths, batch_size, *seed):
     """Yield the indices of each step, without end; the same arguments give the same indices.
 
-    An epoch is a random permutation, cut into pools of 64 batches or more (all of less than 128).
-    Each pool is sorted by length and cut into batches: every example once, with little padding.
-    The batches are shuffled.
+    An epoch is a random permutation, cut into pools of 64 to 127 batches (one pool if there are
+    fewer).  Each pool is sorted by length and cut into batches: every example once, with little
+    padding.  The batches are shuffled.
     """
     for epoch in itertools.count():
         rng = np.random.default_rng([*seed, epoch])
@@ -201,7 +201,8 @@ def part(batch, i, n):
     start = examples * i // n
     stop = examples * (i + 1) // n
     weight = float(stop > start)
-    stop = max(stop, start + 1)  # an empty part has an example too, which does not count
+    stop = max(stop, start + 1)  # an empty part gets one example, of weight 0
+
     rows = len(batch.x) // examples  # 2 for pairs
     own = [None if t is None else t[start * rows : stop * rows] for t in batch[:3]]
     return Batch(*own, batch.target[start:stop]), weight

@@ -170,8 +170,8 @@ def generate(model, prompt, n, head, temperature=0.0, graphs=None):
         if reach in replays:
             replays[reach]()
         else:
-            # this token runs unrecorded and loads what cannot be recorded; record() runs nothing
-            graphs.rehearse(next_token)
-            replays[reach] = graphs.record(next_token)
+            # this token runs uncaptured and loads what cannot be captured; capture() runs nothing
+            graphs.warm_up(next_token)
+            replays[reach] = graphs.capture(next_token)
         tokens.append(token.clone())
     return torch.stack(tokens, 1)

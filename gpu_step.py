@@ -3,13 +3,13 @@
     step = CapturedStep(take_step, model, optimizer)
     sums = step(batch)  # as take_step(batch)
 
-On a GPU a small model spends most of a step launching kernels.  A CUDA graph records the launches
-of a step once and then repeats them, in the same memory.  So, in a step that is recorded,
+On a GPU a small model spends most of a step launching kernels.  A CUDA graph captures the launches
+of a step once and then replays them, in the same memory.  So, in a step that is captured,
 
     inputs          are copied into buffers, one set per shape of the batch
     shapes          do not depend on the data: ignored targets instead of x[mask]
-    learning rates  are tensors, which every replay reads (see `prepare` and `set_lr`)
-    random numbers  follow torch's generator: torch.manual_seed before a step acts as ever
+    learning rates  are tensors, which every replay reads (see prepare_optimizer and set_lr)
+    random numbers  follow torch's generator: torch.manual_seed before a step works as usual
     gradients       live within the step, which begins and ends with p.grad = None
 
 Not included: steps of several processes, whose messages would have to be part of the graph.
@@ -20,10 +20,11 @@ from functools import partial
 import torch
 
 
-def prepare(optimizer, device, graphs):
-    """Set AdamW up for this device, and for graphs; again after load_state_dict, which undoes it.
+def prepare_optimizer(optimizer, device, graphs):
+    """Set AdamW up for this device.  Call it again after load_state_dict, which undoes it.
 
     On a GPU one operation updates a group of parameters, and learning rates are float32 tensors.
+    graphs: True if steps will be captured.
     """
     gpu = torch.device(device).type == "cuda"
     for group in optimizer.param_groups:
@@ -44,24 +45,24 @@ def set_lr(group, lr):
 
 
 class Graphs:
-    """Records functions as CUDA graphs.  They share memory: only one of them runs at a time."""
+    """Captures functions as CUDA graphs.  They share memory: only one of them runs at a time."""
 
     def __init__(self, device="cuda"):
         if torch.device(device).type != "cuda":
             raise ValueError(f"CUDA graphs need a model on a CUDA device, not on {device}")
         self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)  # the default stream cannot be recorded
+        self.stream = torch.cuda.Stream(device)  # the default stream cannot be captured
 
-    def rehearse(self, function):
-        """Call the function: what is loaded at the first call cannot be recorded."""
+    def warm_up(self, function):
+        """Call the function: what is loaded at the first call cannot be captured."""
         caller = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(caller)
         with torch.cuda.stream(self.stream):
             function()
         caller.wait_stream(self.stream)
 
-    def record(self, function):
-        """Record the launches of function() without running them.
+    def capture(self, function):
+        """Capture the launches of function() without running them.
 
         Returns replay() -> what function() returned; the next replay of any graph may overwrite it.
         """
@@ -77,11 +78,13 @@ class Graphs:
 
 
 class CapturedStep:
-    """Call a step on a batch: recorded when a shape is new, replayed from then on.
+    """Call a step on a batch: captured when a shape is new, replayed from then on.
 
-    step: batch, a NamedTuple of tensors and None -> tensor.  It may change what is in the state
-    dicts of `model` and `optimizer` (AdamW), and torch's generators; nothing else.
-    Load checkpoints into them before: graphs keep to the tensors that they were recorded with.
+    step(batch) -> tensor, where batch is a NamedTuple of tensors, or None in the place of one.  It
+    may change what is in the state dicts of `model` and `optimizer` (AdamW), and torch's
+    generators, nothing else, and must end with p.grad = None.
+    Load checkpoints before the first call: a graph keeps using the tensors it was captured with.
+    Each new shape costs one more step, and memory that is never freed.
     ValueError if the model is not on a CUDA device.
     """
 
@@ -90,23 +93,23 @@ class CapturedStep:
         self.model = model
         self.optimizer = optimizer
         self.graphs = graphs or Graphs(next(model.parameters()).device)
-        self.recorded = {}  # shapes -> buffers, replay
+        self.captured = {}  # shapes -> buffers, replay
 
     def __call__(self, batch):
         shapes = tuple(None if t is None else (t.shape, t.dtype) for t in batch)
-        if shapes not in self.recorded:
+        if shapes not in self.captured:
             buffers = [None if t is None else t.clone() for t in batch]
             step = partial(self.step, type(batch)(*buffers))
-            self.rehearse(step)
-            self.recorded[shapes] = buffers, self.graphs.record(step)
-        buffers, replay = self.recorded[shapes]
+            self.warm_up_and_undo(step)
+            self.captured[shapes] = buffers, self.graphs.capture(step)
+        buffers, replay = self.captured[shapes]
         for buffer, t in zip(buffers, batch, strict=True):
             if t is not None:
                 buffer.copy_(t)
         return replay().clone()
 
-    def rehearse(self, step):
-        """Take the step, then undo it."""
+    def warm_up_and_undo(self, step):
+
         old_states = set(self.optimizer.state)
         kept = list(self.model.state_dict().values())
         for state in self.optimizer.state.values():
@@ -114,7 +117,7 @@ class CapturedStep:
         copies = [t.clone() for t in kept]
         gpus = range(torch.cuda.device_count())
         with torch.random.fork_rng(gpus):
-            self.graphs.rehearse(step)
+            self.graphs.warm_up(step)
         for t, copy in zip(kept, copies, strict=True):
             t.copy_(copy)
         for p in set(self.optimizer.state) - old_states:

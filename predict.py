@@ -44,7 +44,7 @@ class Predictor(nn.Module):
         self.model = model
         self.head = head
         self.config = config
-        self.about = about  # what the run knows of its data (batches.identity)
+        self.about = about  # what the run knows of its data (batches.describe)
 
     def forward(self, x, lengths=None):
         raw, keep = batches.trim(*self.checked(x, lengths))

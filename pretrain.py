@@ -10,23 +10,24 @@ Data flow (this file follows the same order; the first line is batches.py):
     -> make_batch -> model -> head -> loss_sums -> fit (the loop)
     train: fit, the same model with a new head, fit, test, model.pt (see predict.py)
 
-    paper                        here                                         shape
+    paper                        here
     self-pretraining (SPT)       --objective masked | causal, stage "pretrain"
     trained from scratch (TFS)   --objective none
     masked token                 id vocab_size, one more row of the embedding; values: 0 and a flag
     regression                   labels (n, k) instead of classes, trained on (y - y_mean) / y_std
-    noisy input, mask, clean     Batch.x, Batch.where, Batch.target           see Batch
+    noisy input, mask, clean     Batch.x, Batch.where, Batch.target (shapes: Batch)
 
-Every random choice follows from seed, stage, step, rank and kind of device, so a run that was
-killed continues with the same bits. B counts sequences: a pair of documents is two of them, with
-one label.
+With the same settings, every random choice of training follows from seed, stage, step, rank and
+kind of device, so a killed run continues with the same bits. Data, label subsets and validation
+masks do not depend on the seed. B counts sequences: a pair of documents is two of them, with one
+label.
 
 Differences from the paper: validation masks are fixed (drawn anew there); attention does not see
 padding (it does there); every example is evaluated (the last partial batch is dropped there).
 Not included: data that do not fit into device memory.
 
     python pretrain.py                                    four small models (benchmarks/demo.py)
-    python pretrain.py --settings lattice-s4              in a new folder: runs/latest links to it
+    python pretrain.py --settings lattice-s4              one run, in a new folder of runs/
     python pretrain.py --task my.csv --model s4           your own data (own_data.py)
     torchrun --standalone --nproc-per-node 4 pretrain.py --settings listops-s4
                                           with --max-restarts and --out, a restart resumes the run
@@ -54,7 +55,7 @@ import gpu_step
 import lra_data
 import sgconv
 from attention import Transformer, TransformerConfig
-from batches import Batch, draw, fitted, identity, load_data, normalize, part, resident, send
+from batches import Batch, describe, draw, fitted, load_data, normalize, part, resident, send
 from checkpoint import Run, check_out, differences, find_run, means, new_folder, ranks
 from dist_attention import RankLost, process_group, wait_for_all_ranks
 from gpu_kernels import JointS4Model
@@ -66,24 +67,25 @@ from sgconv import SGConvConfig, SGConvModel
 from structured_ffn import ffn_factory
 
 STAGES = ("pretrain", "finetune")
-VALIDATION_SEED = 2310_02980  # for the masks of validation and test
+VALIDATION_SEED = 2310_02980  # for the masks of validation, the same in every run
 
 # ------------------------------------------------------------------------ make a batch
 
 
-def inputs(raw, where, about):
-    """Tokens as stored -> what the model reads, hidden where `where` is True (None: nowhere).
+def inputs(raw, masked, about):
+    """Tokens as stored -> what the model reads.  masked: (B, L) bool, or None (nowhere).
 
-    Symbols: (B, L) ids, hidden = vocab_size.  Values: (B, L, C + 1), normalized, hidden = 0, and
-    a flag that is 1 there. In fine-tuning the flag is 0, which equals dropping its weights.
+    Symbols: (B, L) ids, vocab_size where masked.  Values: (B, L, C + 1), normalized, 0 where
+    masked, and a flag that is 1 there. In fine-tuning the flag is 0, which equals dropping its
+    weights.
     """
-    if where is None:
-        where = raw.new_zeros(raw.shape[:2], dtype=torch.bool)
+    if masked is None:
+        masked = raw.new_zeros(raw.shape[:2], dtype=torch.bool)
     if about["mean"] is None:
-        return raw.long().masked_fill(where, about["vocab_size"])
+        return raw.long().masked_fill(masked, about["vocab_size"])
     x = normalize(raw, about)  # (B, L, C)
-    hidden = where[..., None].to(x)
-    return torch.cat([x * (1 - hidden), hidden], dim=-1)  # (B, L, C + 1)
+    flag = masked[..., None].to(x)
+    return torch.cat([x * (1 - flag), flag], dim=-1)  # (B, L, C + 1)
 
 
 def make_batch(split, index, stage, config, generator):
@@ -98,23 +100,23 @@ def make_batch(split, index, stage, config, generator):
         noise = torch.rand(len(raw), longest, generator=generator, device=raw.device)
         where = F.pad(noise < config.mask_ratio, (0, raw.shape[1] - longest)) & real
         x = inputs(raw, where, split.about)
-        clean = raw
+        target = raw
     else:  # causal: predict the input one step later, at all but the last position of a sequence
         where = F.pad(real[:, 1:], (0, 1))
         x = inputs(raw, None, split.about)
-        clean = torch.roll(raw, -1, dims=1)  # the last position wraps, but is not in where
+        target = torch.roll(raw, -1, dims=1)  # the last position wraps, but is not in where
     if config.loss == "l1":
-        return Batch(x, keep, where, normalize(clean, split.about))
-    if clean.ndim == 3:
-        clean = clean[..., 0]  # gray levels, predicted as symbols
-    return Batch(x, keep, where, clean.long())
+        return Batch(x, keep, where, normalize(target, split.about))
+    if target.ndim == 3:
+        target = target[..., 0]  # gray levels, predicted as symbols
+    return Batch(x, keep, where, target.long())
 
 
 # ------------------------------------------------------------------------ model, head, loss
 
 
 def build_model(config, about):
-    """The body, which both stages share: embedding, positions, blocks, final norm."""
+    """The body, which both stages share: embedding, blocks, final norm."""
     sizes = {name: getattr(config, name) for name in ("d_model", "n_layers", "causal", "dropout")}
     if about["mean"] is None:
         sizes["vocab_size"] = about["vocab_size"] + 1  # the last one is the mask
@@ -125,23 +127,27 @@ def build_model(config, about):
         sizes.update(n_heads=config.n_heads, d_ff=config.d_ff, rope=config.rope)
         return Transformer(TransformerConfig(**sizes), ffn=ffn)
     if config.model == "sgconv":
-        return SGConvModel(SGConvConfig(**sizes, **sgconv_kernel(config, about["max_len"])))
+        return SGConvModel(SGConvConfig(**sizes, **sgconv_settings(config, about["max_len"])))
     mixer = {"s4": s4_mixer, "s4d": s4d_mixer, "diagonal": dlr_mixer}[config.model]
     sizes.update(d_state=config.d_state, dt_min=config.dt_min, dt_max=config.dt_max)
-    at_once = config.device.startswith("cuda") and not config.sequence_parallel
-    kind = JointS4Model if at_once else S4Model  # see gpu_kernels.py
+    # on a GPU, compute the kernels of all layers at once
+    joint = config.device.startswith("cuda") and not config.sequence_parallel
+    kind = JointS4Model if joint else S4Model
     return kind(S4Config(**sizes), mixer)
 
 
-def sgconv_kernel(config, L):
-    """The published kernel of this task, or one of 32 parameters per scale."""
-    kernel = {"max_len": L, "kernel_dim": min(32, L), **KERNELS.get(config.task, {})}
+def sgconv_settings(config, L):
+    """Settings of SGConv's kernel: published for this task, else 32 parameters per scale.
+
+    --kernel-dim overrides both.
+    """
+    found = {"max_len": L, "kernel_dim": min(32, L), **KERNELS.get(config.task, {})}
     if config.kernel_dim is not None:
-        kernel["kernel_dim"] = config.kernel_dim
+        found["kernel_dim"] = config.kernel_dim
     for name in ("decay", "init"):
-        if name in kernel:
-            kernel[name] = getattr(sgconv, kernel[name])
-    return kernel
+        if name in found:
+            found[name] = getattr(sgconv, found[name])
+    return found
 
 
 class PairHead(nn.Module):
@@ -169,7 +175,10 @@ def build_head(stage, config, about):
 
 
 def pool(h, keep, how, shared=False):
-    """(B, L, D) -> (B, D) over the real positions.  shared: every rank has some of the tokens."""
+    """(B, L, D) -> (B, D) over the real positions.
+
+    shared: every rank has some of the tokens (for "mean" alone).
+    """
     if keep is None:
         keep = torch.ones_like(h[..., 0], dtype=torch.bool)
     if how == "max":
@@ -185,7 +194,7 @@ def pool(h, keep, how, shared=False):
 
 
 def uses_graphs(config):
-    """True if training steps are CUDA graphs (gpu_step.py): one GPU, and no --eager."""
+    """True if full training steps are CUDA graphs: one process on a GPU, and no --eager."""
     alone = ranks()[1] == 1 and not config.sequence_parallel
     return alone and config.device.startswith("cuda") and not config.eager
 
@@ -212,7 +221,7 @@ def loss_sums(model, head, batch, config):
     n = len(target) if where is None else where.sum()
     if where is None:  # one output per example
         out = head(pool(h, keep, config.pooling, bool(config.sequence_parallel)))
-    elif uses_graphs(config):  # whose shapes must not depend on the data: all positions
+    elif uses_graphs(config):  # shapes in a graph must not depend on the data: all positions
         out = head(h).flatten(0, 1)
         target = without_loss(target.flatten(0, 1), ~where.flatten(), out)
     else:  # only the positions that count: a fifth faster on a CPU
@@ -230,7 +239,7 @@ def loss_sums(model, head, batch, config):
         penalty = error.abs() if config.target_loss == "l1" else error.square()
         loss = penalty.mean(1).sum()
         more = [error.detach().abs(), error.detach().square(), target, target.square()]
-    count = torch.zeros_like(loss, dtype=torch.float64) + n
+    count = torch.zeros_like(loss, dtype=torch.float64) + n  # n may be on a GPU: do not wait for it
     sums = torch.stack([loss.detach().double(), count, correct.double()])
     sums = torch.cat([sums, *(values.sum(0) for values in more)])
     if config.sequence_parallel and where is None and ranks()[0] > 0:
@@ -248,16 +257,17 @@ def without_loss(target, ignored, out):
 def regression_score(sums, y_std):
     """R2, and mean absolute error in the units of y; both are means over the k targets."""
     count = sums[1]
-    error, square, y, y_square = sums[3:].view(4, -1).cpu()  # each (k,), of standardized targets
+    # sums over the examples, each (k,), of standardized targets
+    abs_error, square_error, y, y_square = sums[3:].view(4, -1).cpu()
     total = y_square - y * y / count
     varies = total > 1e-10 * y_square  # else constant, up to rounding
-    r2 = torch.where(varies, 1 - square / total, 0)
-    error = error / count * torch.tensor(y_std, dtype=torch.float64)
-    return {"r2": r2.mean().item(), "mae": error.mean().item()}
+    r2 = torch.where(varies, 1 - square_error / total, 0)
+    mae = abs_error / count * torch.tensor(y_std, dtype=torch.float64)
+    return {"r2": r2.mean().item(), "mae": mae.mean().item()}
 
 
-class Objective(nn.Module):
-    """Body and head as one module whose forward returns the loss, as DDP wants it."""
+class LossModule(nn.Module):
+    """Body and head as one module, as DDP wants it: batch -> (loss, sums), see loss_sums."""
 
     def __init__(self, model, head, config):
         super().__init__()
@@ -271,13 +281,13 @@ class Objective(nn.Module):
 
 
 def autocast(config, x):
-    """A context in which matrix products are computed in the precision of the settings."""
+    """A context with matrix products in bfloat16, if the settings ask for them."""
     half = config.precision == "bfloat16"
     return torch.autocast(x.device.type, torch.bfloat16, enabled=half)
 
 
 def compiled_if(condition):
-    """A context without --compile unless condition: a batch of another size would recompile."""
+    """A context that runs compiled code only if condition: each new batch size would recompile."""
     return torch.compiler.set_stance("default" if condition else "force_eager")
 
 
@@ -287,7 +297,7 @@ def compiled_if(condition):
 def seeded(config, *numbers, rank=0):
     """A generator that is a function of these integers. Seeds torch's own (weights, dropout) too.
 
-    rank: added to torch's own seed, so that processes with other examples drop other units.
+    rank: added to torch's own seed, so that processes, which hold other examples, drop other units.
     """
     # the length comes first: numpy treats (1,) and (1, 0) as one seed; >> 1 leaves room for rank
     entropy = np.random.SeedSequence((len(numbers), *numbers))
@@ -316,7 +326,7 @@ def make_optimizer(model, head, lr, config):
 
 
 def fixed_batches(split, stage, config, rank=0, world=1):
-    """Yield every example exactly once, with fixed masks: the share of a rank."""
+    """Yield the batches of a rank, with fixed masks: over all ranks, every example once."""
     by_length = np.argsort(split.longest(), kind="stable")
     size = config.batch(stage)
     for first in range(rank * size, len(split), world * size):
@@ -327,14 +337,14 @@ def fixed_batches(split, stage, config, rank=0, world=1):
 @torch.no_grad()
 def evaluate(model, head, split, stage, config):
     """Loss, and accuracy or R2, over the `fixed_batches` of all ranks."""
-    objective = Objective(model, head, config).eval()
+    objective = LossModule(model, head, config).eval()
     y_std = split.about["y_std"] if stage == "finetune" else None
     sums = torch.zeros(3 + 4 * len(y_std or ()), dtype=torch.float64, device=config.device)
     for batch in fixed_batches(split, stage, config, *share_of_examples(config)):
         with compiled_if(len(batch.target) == config.batch(stage)):
             sums += objective(batch)[1]
     objective.train()
-    wait_for_all_ranks()  # parts may take unequal time, longer than a sum over ranks waits
+    wait_for_all_ranks()  # ranks may finish minutes apart: a sum over them would time out
     sums = dist_attention.SumOverRanks.apply(sums)
     score = means(sums)
     if y_std:
@@ -372,9 +382,9 @@ def fit(stage, model, head, train, val, config, run):
     optimizer = make_optimizer(model, head, config.lr(stage), config)
     parts = {"model": model, "head": head, "optimizer": optimizer}
     start, best = run.restore(parts)  # (0, None) for a new run
-    gpu_step.prepare(optimizer, config.device, uses_graphs(config))
+    gpu_step.prepare_optimizer(optimizer, config.device, uses_graphs(config))
     rank, world = share_of_examples(config)
-    objective = Objective(model, head, config)  # batch -> loss_sums
+    objective = LossModule(model, head, config)  # batch -> loss_sums
     if world > 1:
         objective = data_parallel(objective, stage, train, config)
     eager_step = partial(take_step, objective, optimizer, config)
@@ -417,19 +427,20 @@ def fit(stage, model, head, train, val, config, run):
 
 # Settings that may change when a run is resumed: the data themselves are compared.
 FREE = ("out", "resume", "overwrite", "data_dir", "task")
-# These change rounding; all but eager also what dropout drops; the kind of device also the masks.
+# These change rounding and, except eager, what dropout drops; another kind of device, masks too.
 FREE += ("device", "accumulate", "compile", "eager", "pad_to")
 
 
 @torch.random.fork_rng(devices=[])
 def train(config, position=0):
-    """One run: pretrain (unless objective is "none"), fine-tune, test once.  Returns the result.
+    """One run: pretrain (unless objective is "none" or pretrained is given), fine-tune, test once.
 
+    Returns the result.
     position: row of the progress bar.  ValueError if settings do not fit the data or the model;
     FloatingPointError if the run diverges (the last checkpoint stays).  Random numbers of the
     caller go on as if nothing had been drawn (those of a GPU do not).
     """
-    config, about, splits = prepare(config)
+    config, about, splits = prepare_run(config)
     train_split, val_split, test_split = splits
     labeled = train_split.subset(config.labels) if config.labels else train_split
     model = initial_model(config, about)
@@ -454,13 +465,13 @@ def train(config, position=0):
     return run.result
 
 
-def prepare(config):
-    """Load the data.  Returns the completed config, `identity` of the data, and three splits."""
+def prepare_run(config):
+    """Load the data.  Returns the completed config, `describe` of the data, and three splits."""
     if config.out or config.resume:
         config = replace(config, out=str(find_run(config.out or "runs/latest")))
         check_out(config.out, config.resume or config.overwrite)
     data = rank0_first(load_data, config)
-    about = identity(data)
+    about = describe(data)
     if config.pretrained:
         if Path(config.pretrained).is_dir():  # of a run
             config = replace(config, pretrained=str(Path(config.pretrained, "pretrained.pt")))
@@ -469,9 +480,9 @@ def prepare(config):
     splits = [resident(split, about, config.device) for split in (data.train, data.val, data.test)]
     if config.objective != "none" and not config.pretrained:
         validation = fixed_batches(splits[1].documents(), "pretrain", config)
-        how = "use longer ones, more of them, or a larger --mask-ratio"
-        few = f"no position of {len(splits[1])} examples is masked or has a next one: {how}"
-        require(any(batch.where.any() for batch in validation), few)
+        how = "use longer examples, more of them, or a larger --mask-ratio"
+        few = f"no position of the {len(splits[1])} validation examples is masked or has a next one"
+        require(any(batch.where.any() for batch in validation), f"{few}: {how}")
     return config, about, splits
 
 
@@ -588,7 +599,7 @@ def layout_of(config):
 def own_tokens(batch, config):
     """This rank's tokens of a batch, and their positions if the model is a Transformer."""
     layout = layout_of(config)
-    tensors = batch if batch.where is not None else batch[:3]  # else a target is per example
+    tensors = batch if batch.where is not None else batch[:3]  # without where, targets of examples
     own = [t if t is None else dist_attention.own_tokens(t, layout) for t in tensors]
     own = Batch(*own, *batch[len(own) :])
     if config.model != "transformer":
@@ -604,18 +615,18 @@ def self_check(device="cpu"):
     """[(name, error, limit)] for the steps that go wrong silently."""
     config = Config(device=device)
     data = lra_data.load("lattice", n_train=64, n_val=8, n_test=8)
-    split = resident(data.train, identity(data), device)
+    split = resident(data.train, describe(data), device)
     index = np.arange(64)
     epoch = np.concatenate(list(itertools.islice(draw(split.longest(), 8, 0), 8)))
     batch = make_batch(split, index, "pretrain", config, seeded(config, 1))
-    hidden = batch.x == data.vocab_size
-    ratio = hidden.double().mean().item()  # its standard deviation is 0.007
+    masked = batch.x == data.vocab_size
+    ratio = masked.double().mean().item()  # its standard deviation is 0.007
     causal = make_batch(split, index, "pretrain", replace(config, objective="causal"), None)
     shifted = causal.target[:, :-1] != causal.x[:, 1:]
     return [
         ("draw: an epoch has every example once", float((np.sort(epoch) != index).sum()), 0),
-        ("masked: share of hidden symbols", abs(ratio - config.mask_ratio), 0.03),
-        ("masked: hidden exactly where the loss is", float((hidden != batch.where).sum()), 0),
+        ("masked: share of masked symbols", abs(ratio - config.mask_ratio), 0.03),
+        ("masked: masked exactly where the loss is", float((masked != batch.where).sum()), 0),
         ("masked: target is the clean input", float((batch.target != split.tokens).sum()), 0),
         ("causal: target is the input one step later", float(shifted.sum()), 0),
     ]

@@ -77,8 +77,8 @@ def captured(model, token, state, n):
     replays = {}
     for reach in {decoder.reach(0), decoder.reach(1)}:
         function = partial(decoder, token, reach)
-        graphs.rehearse(function)
-        replays[reach] = graphs.record(function)
+        graphs.warm_up(function)
+        replays[reach] = graphs.capture(function)
     return lambda i: replays[decoder.reach(i)]()
 
 

@@ -92,8 +92,8 @@ def median_ms(run, device, rounds):
 def captured(run):
     """A CUDA graph of run(), as a function."""
     graphs = Graphs()
-    graphs.rehearse(run)
-    return graphs.record(run)
+    graphs.warm_up(run)
+    return graphs.capture(run)
 
 
 def measure(layer, whose, module, L, device):

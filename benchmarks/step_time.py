@@ -6,7 +6,7 @@
 
 The parts are data (make_batch), forward (loss_sums), backward, optimizer (clipping and AdamW), and
 the rest of the loop (order, seeds, learning rate, metrics).  The first --warm-up steps of a stage
-are left out because they allocate memory and record graphs, one for each length of a batch, and the
+are left out because they allocate memory and capture graphs, one for each length of a batch, the
 last one because it validates.  On a GPU the clock waits for the device before and after each part,
 so nothing overlaps, and a second run gives two bounds: tokens/s if the GPU never waited
 (torch.profiler's sum of kernel times), and if it only moved bytes at 3 TB/s.  The bytes are an

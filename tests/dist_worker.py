@@ -276,7 +276,7 @@ def faults(rank):
 def evaluate(seconds=0):
     """The validation score of an untrained model; the part of this rank takes so long."""
     data = lra_data.load("lattice", n_train=6, n_val=6, n_test=6)
-    about = pretrain.identity(data)
+    about = pretrain.describe(data)
     sizes = {"d_model": 8, "n_layers": 1, "n_heads": 2, "d_ff": 8}
     config = pretrain.fitted(Config(device="cpu", batch_size=2, **sizes), about)
     model = pretrain.initial_model(config, about)

@@ -116,7 +116,7 @@ def pretrain_losses(model, folder):
     tokens = (np.sin(0.7 * n + 0.9 * t**1.1) > 0).astype(np.uint8)
     split = lra_data.Split(tokens, np.zeros(24, np.int64), np.full(24, 16, np.int32))
     data = lra_data.Data("closed form", split, split, split, 2, 2)
-    about = batches.identity(data)
+    about = batches.describe(data)
     resident = batches.resident(split, about, "cpu")
     body = pretrain.build_model(config, about).double()
     head = pretrain.build_head("pretrain", config, about).double()

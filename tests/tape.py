@@ -46,10 +46,10 @@ class Tape:
     """As a CUDA graph, a replay runs no Python, and any replay may overwrite the memory of all."""
 
     def __init__(self, device="cpu"):
-        self.recorded = 0
+        self.captured = 0
         self.memory = []
 
-    def rehearse(self, function):
+    def warm_up(self, function):
         function()
 
     @torch.no_grad()
@@ -57,12 +57,12 @@ class Tape:
         for tensor, value in reversed(before):
             tensor.copy_(value)
 
-    def record(self, function):
-        self.recorded += 1
+    def capture(self, function):
+        self.captured += 1
         recording = Recording()
         with torch.random.fork_rng([]), recording:
             out = function()
-        self.restore(recording.before)  # a graph is recorded without being run
+        self.restore(recording.before)  # a graph is captured without being run
         self.memory += recording.own
 
         @torch.no_grad()

@@ -281,7 +281,7 @@ def test_a_cache_is_continued_once_and_refuses_another_batch():
     assert rel_err(y, net(tokens[:, :3])) < 1e-13
     branch = copy.deepcopy(state)
     first, _ = net.step(tokens[:, 3], state)
-    with pytest.raises(ValueError, match="cache of 3 tokens was already continued: .*deepcopy"):
+    with pytest.raises(ValueError, match=r"cache of 3 tokens was already continued: .*deepcopy"):
         net.step(tokens[:, 4], state)
     assert torch.equal(net.step(tokens[:, 3], branch)[0], first)
 

@@ -104,8 +104,8 @@ def test_a_layer_in_a_cuda_graph_is_the_eager_one(kind, causal):
         return [y.detach(), *grads]
 
     graphs = gpu_step.Graphs()  # FFT plans and workspaces must be there before
-    graphs.rehearse(run)
-    replay = graphs.record(run)
+    graphs.warm_up(run)
+    replay = graphs.capture(run)
     with torch.no_grad():
         x.normal_()
         keep[1, 600:] = False

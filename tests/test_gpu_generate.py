@@ -51,7 +51,7 @@ def test_tokens_are_those_of_the_model(name, temperature, monkeypatch):
     graphs = Tape()
     assert torch.equal(generate(model, prompt, 20, head, temperature, graphs), want)
     # Transformer: 13 + 20 positions, in windows that end at 16, 24, 32 and 33
-    assert graphs.recorded == (1 if isinstance(model, S4Model) else 3)
+    assert graphs.captured == (1 if isinstance(model, S4Model) else 3)
 
 
 def test_a_graph_reads_no_more_positions_than_the_next_window():

@@ -15,7 +15,7 @@ from torch import nn
 import batches
 import gpu_step
 import pretrain
-from gpu_step import CapturedStep, Graphs, prepare, set_lr
+from gpu_step import CapturedStep, Graphs, prepare_optimizer, set_lr
 from s4 import rel_err
 from settings import Config
 
@@ -64,14 +64,14 @@ def training(captured):
     tensors = [*losses, *model.parameters(), *[batch.x for batch in batches]]
     for state in optimizer.state.values():
         tensors += state.values()
-    return tensors, graphs.recorded
+    return tensors, graphs.captured
 
 
 def test_captured_steps_equal_plain_steps_to_the_bit():
     """Also the batches are the same: buffers are the graph's, not the caller's."""
     plain, _ = training(captured=False)
-    captured, recorded = training(captured=True)
-    assert recorded == 4  # two lengths, with a mask and without
+    captured, graphs = training(captured=True)
+    assert graphs == 4  # two lengths, with a mask and without
     for a, b in zip(plain, captured, strict=True):
         assert torch.equal(a, b)
 
@@ -93,8 +93,8 @@ def test_graphs_use_a_stream_of_their_own_on_the_device_of_the_model(monkeypatch
     cuda = mock.MagicMock()
     monkeypatch.setattr(torch, "cuda", cuda)
     graphs = Graphs("cuda:1")
-    graphs.rehearse(cuda.function)
-    replay = graphs.record(cuda.function)
+    graphs.warm_up(cuda.function)
+    replay = graphs.capture(cuda.function)
     assert replay() is cuda.function.return_value
     names = [name for name, _, _ in cuda.mock_calls]
     assert names == [
@@ -120,7 +120,7 @@ def test_an_optimizer_saved_on_a_gpu_continues_on_a_cpu():
     for group in state["param_groups"]:
         group.update(fused=True, capturable=True, lr=torch.tensor(0.1))
     optimizer.load_state_dict(state)
-    prepare(optimizer, "cpu", graphs=False)
+    prepare_optimizer(optimizer, "cpu", graphs=False)
     (group,) = optimizer.param_groups
     assert type(group["lr"]) is float and not group["fused"] and not group["capturable"]
     optimizer.step()
@@ -147,7 +147,7 @@ MODELS = ["transformer", "s4", "s4d", "diagonal", "sgconv"]
 def loss_and_gradients(name, model, **settings):
     """Sums, gradients and batch of one step in float64, without dropout."""
     data, stage, options = DATA[name]
-    about = {**batches.identity(data), "max_len": 64}
+    about = {**batches.describe(data), "max_len": 64}
     config = Config(model=model, precision="float64", **runs.TINY, **options, **settings)
     config = batches.fitted(config, about)
     body = pretrain.initial_model(config, about)
@@ -159,7 +159,7 @@ def loss_and_gradients(name, model, **settings):
         split = split.documents()
     generator = pretrain.seeded(config, 1)
     batch = pretrain.make_batch(split, np.arange(len(split)), stage, config, generator)
-    loss, sums = pretrain.Objective(body, head, config)(batch)
+    loss, sums = pretrain.LossModule(body, head, config)(batch)
     loss.backward()
     gradients = [p.grad.flatten() for p in [*body.parameters(), *head.parameters()]]
     return sums, torch.cat(gradients), batch
@@ -217,12 +217,12 @@ def test_a_run_with_captured_steps_is_the_run_without_also_resumed(model, tmp_pa
             raise KeyboardInterrupt
 
     monkeypatch.setattr(gpu_step, "Graphs", new)
-    monkeypatch.setattr(gpu_step, "prepare", prepare_as_on_a_gpu)
+    monkeypatch.setattr(gpu_step, "prepare_optimizer", prepare_as_on_a_gpu)
     monkeypatch.setattr(pretrain, "uses_graphs", lambda config: not config.eager)
     options = {"dropout": 0.1, "accumulate": 2, "precision": "float64", "model": model}
     options |= {"pretrain_steps": 6, "finetune_steps": 6, "eval_every": 3}
     captured = runs.run(tmp_path, "captured", **options)
-    assert [recorder.recorded for recorder in recorders] == [2, 2]
+    assert [recorder.captured for recorder in recorders] == [2, 2]
     eager = runs.run(tmp_path, "eager", eager=True, **options)
     assert len(recorders) == 2
     for stage in ("pretrain", "finetune", "test"):

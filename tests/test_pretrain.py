@@ -22,7 +22,7 @@ from runs import TINY, bits, lattice, load_small, numbers, pairs, regression, ru
 import batches
 import checkpoint
 import pretrain
-from batches import draw, identity
+from batches import describe, draw
 from gpu_kernels import JointS4Model
 from settings import Config
 
@@ -35,7 +35,7 @@ def small_lattice(monkeypatch):
 
 
 def resident(data, split="train"):
-    return batches.resident(getattr(data, split), identity(data), "cpu")
+    return batches.resident(getattr(data, split), describe(data), "cpu")
 
 
 def batch_of(data, stage="pretrain", seed=0, **settings):
@@ -48,8 +48,8 @@ def batch_of(data, stage="pretrain", seed=0, **settings):
 
 
 def body_and_head(stage, config, data):
-    model = pretrain.initial_model(config, identity(data))
-    return model, pretrain.initial_head(stage, model, config, identity(data))
+    model = pretrain.initial_model(config, describe(data))
+    return model, pretrain.initial_head(stage, model, config, describe(data))
 
 
 # ------------------------------------------------------------------------------- corruption
@@ -131,7 +131,7 @@ def test_pretraining_takes_the_documents_of_pairs_one_by_one():
 )
 def test_sgconv_reaches_as_far_as_the_longest_split(short, long):
     data = replace(short, test=long.test)
-    model = pretrain.build_model(Config(**TINY, model="sgconv"), identity(data))
+    model = pretrain.build_model(Config(**TINY, model="sgconv"), describe(data))
     assert model.config.max_len == 30
 
 
@@ -142,15 +142,15 @@ def test_sgconv_reaches_as_far_as_the_longest_split(short, long):
 def test_sgconv_has_the_published_kernel_of_its_task(task, width, decay):
     data = numbers(L=256, C=1) if task == "image-real" else symbols([256, 256])
     config = Config(**(TINY | {"kernel_dim": None}), model="sgconv", task=task)
-    mixer = pretrain.build_model(config, identity(data)).blocks[0].mixer
+    mixer = pretrain.build_model(config, describe(data)).blocks[0].mixer
     assert (mixer.w.shape[-1], mixer.decay.__name__) == (width, decay)
 
 
 def test_own_data_are_denoised_as_their_kind_unless_settings_say_otherwise():
     for data, kind in ((symbols([9]), (0.15, "ce")), (numbers(), (0.5, "l1"))):
-        config = batches.fitted(Config(task="own"), identity(data))
+        config = batches.fitted(Config(task="own"), describe(data))
         assert (config.mask_ratio, config.loss) == kind
-    gray = batches.fitted(Config(task="own", mask_ratio=0.3, loss="ce"), identity(numbers(C=1)))
+    gray = batches.fitted(Config(task="own", mask_ratio=0.3, loss="ce"), describe(numbers(C=1)))
     assert (gray.mask_ratio, gray.loss) == (0.3, "ce")
 
 
@@ -201,7 +201,7 @@ def test_only_whole_batches_are_compiled(tmp_path, monkeypatch):
 )
 def test_kernels_are_joint_on_a_gpu_unless_ranks_have_parts_of_them(device, split, joint):
     config = Config(model="s4", device=device, sequence_parallel=split)
-    model = pretrain.build_model(config, identity(symbols([9])))
+    model = pretrain.build_model(config, describe(symbols([9])))
     assert isinstance(model, JointS4Model) == joint
 
 
@@ -218,8 +218,8 @@ def test_subsets_are_nested():
 def test_structured_ffns_stand_in_all_blocks_but_the_first(ffn):
     data = symbols([9, 9])
     sizes = {"d_model": 32, "d_ff": 128, "n_layers": 3}
-    dense = pretrain.build_model(Config(**(TINY | sizes)), identity(data))
-    model = pretrain.build_model(Config(**(TINY | sizes), ffn=ffn), identity(data))
+    dense = pretrain.build_model(Config(**(TINY | sizes)), describe(data))
+    model = pretrain.build_model(Config(**(TINY | sizes), ffn=ffn), describe(data))
     count = [[sum(p.numel() for p in b.ffn.parameters()) for b in m.blocks] for m in (dense, model)]
     assert count[0][0] == count[1][0] and all(n < 0.5 * count[0][0] for n in count[1][1:])
     assert model(torch.zeros(2, 9, dtype=torch.long)).shape == (2, 9, 32)
@@ -247,8 +247,8 @@ def test_a_batch_mate_never_changes_a_result(model, objective, pooling):
     data = symbols([5, 30, 12])
     config = Config(**TINY, model=model, objective=objective, pooling=pooling)
     torch.manual_seed(0)
-    body = pretrain.build_model(config, identity(data)).double().eval()
-    head = pretrain.build_head("finetune", config, identity(data)).double()
+    body = pretrain.build_model(config, describe(data)).double().eval()
+    head = pretrain.build_head("finetune", config, describe(data)).double()
     split = resident(data)
 
     def logits(index):
@@ -267,7 +267,7 @@ def test_loss_counts_only_the_chosen_positions():
     data = symbols([8, 12, 12])
     config, batch = batch_of(data, mask_ratio=0.5)
     h = torch.randn(3, 12, 16)
-    head = pretrain.build_head("pretrain", config, identity(data))
+    head = pretrain.build_head("pretrain", config, describe(data))
     spoiled = torch.where(batch.where[..., None], h, 1e3)
     loss, sums = pretrain.loss_sums(lambda x, keep: h, head, batch, config)
     assert torch.equal(loss, pretrain.loss_sums(lambda x, keep: spoiled, head, batch, config)[0])
@@ -294,7 +294,7 @@ def test_regression_learns_standardized_targets(target_loss):
     config, batch = batch_of(data, "finetune", target_loss=target_loss)
     y = data.train.labels.astype(np.float64)
     assert np.allclose(batch.target, (y - y.mean(0)) / y.std(0), atol=1e-9)
-    assert np.allclose(batches.in_units_of_y(batch.target, identity(data)), y, rtol=1e-9)
+    assert np.allclose(batches.in_units_of_y(batch.target, describe(data)), y, rtol=1e-9)
     model, head = body_and_head("finetune", config, data)
     loss, sums = pretrain.loss_sums(model, head, batch, config)
     error = head(pretrain.pool(model(batch.x, batch.keep), batch.keep, "mean")) - batch.target
@@ -323,7 +323,7 @@ def test_scores_are_those_of_all_examples_whatever_the_batches(target):
         assert found == pytest.approx({"loss": loss, "accuracy": right}, rel=1e-5)
         return
     assert found["loss"] == pytest.approx((out - batch.target).square().mean().item(), rel=1e-5)
-    guess = batches.in_units_of_y(out, identity(data)).numpy()
+    guess = batches.in_units_of_y(out, describe(data)).numpy()
     r2 = 1 - ((guess - y) ** 2).sum(0) / ((y - y.mean(0)) ** 2).sum(0)
     assert found["r2"] == pytest.approx(r2.mean(), rel=1e-5)
     assert found["mae"] == pytest.approx(abs(guess - y).mean(), rel=1e-5)
@@ -484,7 +484,7 @@ def test_weights_of_another_body_are_refused_and_never_overwritten(story, small_
 def test_weights_of_another_length_are_refused_in_one_line(tmp_path):
     path = tmp_path / "pretrained.pt"
     config = Config(model="sgconv", pretrained=str(path))
-    about = identity(lattice())
+    about = describe(lattice())
     longer = pretrain.build_model(config, {**about, "max_len": 128})
     checkpoint.save(path, {"model": longer.state_dict(), "settings": vars(config), "data": about})
     with pytest.raises(ValueError, match=r"pretrained.pt does not fit this model: .*mixer.w"):
@@ -538,9 +538,9 @@ def test_steps_have_different_streams_and_processes_share_the_masks_alone():
 
 def test_random_init_leaves_no_structure():
     config = Config(**(TINY | {"d_model": 64}), model="s4")
-    plain = pretrain.initial_model(config, identity(lattice()))
+    plain = pretrain.initial_model(config, describe(lattice()))
     assert min(p.std() for p in plain.parameters()) == 0
-    model = pretrain.initial_model(replace(config, random_init=True), identity(lattice()))
+    model = pretrain.initial_model(replace(config, random_init=True), describe(lattice()))
     values = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert abs(values.mean()) < 0.002 and abs(values.std() - 0.1) < 0.002
     assert min(p.std() for p in model.parameters()) > 0.02
@@ -677,8 +677,8 @@ def test_precision_does_not_follow_the_callers_default(tmp_path, monkeypatch):
         (lattice(), {"pictures": 5}, "task lattice does not take all of: pictures"),
         (lattice(), {"loss": "l1"}, "'l1' does not fit task lattice"),
         (UNEVEN, {"model": "s4", "compile": True}, "s4 would be compiled .* length from 5 to 30"),
-        (symbols([5] * 8), {"mask_ratio": 1e-6}, "no position of 8 examples.*--mask-ratio"),
-        (symbols([1] * 8), {"objective": "causal"}, "no position of 8 .* next one"),
+        (symbols([5] * 8), {"mask_ratio": 1e-6}, "no position of the 8 validation examples.*--mask-ratio"),
+        (symbols([1] * 8), {"objective": "causal"}, "no position of the 8 validation .* next one"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_with_their_numbers(

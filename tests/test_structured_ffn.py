@@ -395,7 +395,7 @@ def test_the_guide_leaves_the_model_and_the_optimizer():
     names = set(model.state_dict())
     early = torch.optim.AdamW(model.parameters())
     guide = Guide(model, 3)
-    with pytest.raises(ValueError, match="make the optimizer after the guide"):
+    with pytest.raises(ValueError, match="make it after Guide"):
         guide.step(early)
     with pytest.raises(ValueError, match="earlier guide is not finished"):
         Guide(model, 3)
