@@ -38,10 +38,11 @@ from tqdm import tqdm
 import pathfinder
 from pathfinder import appearing, naming, one_line_errors, print_table, require
 
-# RandomState([seed, k]) is one stream per use: 1 lattice, 2 listops, 3 pathfinder, 4 the order of
-# its published files, 5 the held-out tenth, 6 own data.  They are the same in all numpy versions.
+# RandomState([seed, k, ...]) is one stream per use k: 1 lattice, 2 listops, 3 pathfinder, 4 the
+# order of pathfinder's published files, 5 the held-out tenth, 6 own data.  They are the same in all
+# numpy versions.
 SPLITS = ("train", "val", "test")
-MIN_COUNT = 15  # rarer characters of text and retrieval are <unk>
+MIN_COUNT = 15  # with --characters, rarer characters are <unk>
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # as the files of pathfinder and retrieval have them
 RELEASE = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
 CIFAR = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -102,10 +103,10 @@ LIMITS = {  # above < tokens per tree < below, and at most so many arguments per
 def load_listops(name, data_dir, seed, *, n_train=96_000, n_val=2_000, n_test=2_000, source=None):
     """ListOps (Nangia & Bowman 2018, arXiv:1804.06028) as in the Long Range Arena: evaluate a tree.
 
-    A node is an operator with probability 1/4, else a digit; the root has depth 1, a node at depth
-    10 is a digit.  MED is the median rounded down, SM the sum modulo 10; `[MIN`, `7` and `]` are
-    one token each.  The label is the answer, 0 .. 9.  All trees are different.  With a source, the
-    published basic_{train,val,test}.tsv are read and checked.
+    The root is an operator, as is any other node with probability 1/4; the rest are digits, and all
+    at depth 10 (the root has depth 1).  MED is the median rounded down, SM the sum modulo 10;
+    `[MIN`, `7` and `]` are one token each.  The label is the answer, 0 .. 9.  All trees are
+    different.  With a source, the published basic_{train,val,test}.tsv are read and checked.
     """
     if source is None:
         key = f"{name}-{n_train}-{n_val}-{n_test}-{seed}"
@@ -136,7 +137,8 @@ def make_listops(seed, sizes, limits):
 
 
 def listops_split(examples):
-    """Make a split of a list of (tree, answer)."""
+    """Make a split from a list of (tree, answer)."""
+
     trees, answers = zip(*examples, strict=True)
     tokens, lengths = pad([np.frombuffer(tree, np.uint8) for tree in trees])
     return Split(tokens, np.array(answers, np.int64), lengths)
@@ -199,7 +201,12 @@ def evaluate_trees(levels):
 
 
 def write_trees(levels):
-    """Write every tree in prefix order.  Returns a list of bytes."""
+    """Write every tree in prefix order.  Returns a list of bytes.
+
+    Bottom-up, count the tokens of every subtree; then top-down, place each node after its parent
+    and its older siblings.
+    """
+
     left = np.zeros(1, np.int64)  # tokens in all subtrees of a level that are left of node i
     lefts = [left]
     for _, n_args in reversed(levels):
@@ -237,16 +244,17 @@ def read_listops(path):
 # --------------------------------------------------------------------------------------- pathfinder
 
 
-def load_pathfinder(name, data_dir, seed, *, size=32, contour=14, n=200_000, source=None):
+def load_pathfinder(name, data_dir, seed, *, size=32, contour=14, n=None, source=None):
     """Pathfinder (Linsley et al. 2018, arXiv:1805.08315): are the two disks the ends of one snake?
 
-    n pictures of size x size pixels drawn by pathfinder.py: 80 % train, 10 % val, 10 % test.
-    contour: segments per snake, 14 in the Long Range Arena, 9 and 6 are easier; size 128 is Path-X.
-    With a source, the published PNG files are read, in an order that depends on the seed.
+    n pictures (200,000) of size x size pixels, drawn by pathfinder.py: 80 % train, 10 % val, 10 %
+    test.  contour: segments per snake, 14 in the Long Range Arena, 9 and 6 are easier; size 128 is
+    Path-X.  With a source, all published PNG files are read, in an order that depends on the seed.
     """
     if source is None:
-        images, labels = pathfinder.load(data_dir, n, size, contour, seed)
+        images, labels = pathfinder.load(data_dir, n or 200_000, size, contour, seed)
     else:
+        require(n is None, f"{name}: n and pictures are for drawing, but a source has its own")
         images, labels = published_pathfinder(source, data_dir, seed, size, contour)
     n = len(labels)
     tenth = n // 10
@@ -301,7 +309,7 @@ def read_png(path, size):
 
 
 def gray_symbols(rgb):
-    """(n, 1024, 3) uint8 -> (n, 1024), as tf.image.rgb_to_grayscale: float, times 255.5, cut."""
+    """(n, 1024, 3) uint8 -> (n, 1024), as tf.image.rgb_to_grayscale: times 255.5, rounded down."""
     weights = np.array([0.2989, 0.5870, 0.1140]) * 255.5 / 255
     return np.floor(rgb @ weights).astype(np.uint8)
 
@@ -331,7 +339,8 @@ def load_image(name, data_dir, seed, *, convert=gray_symbols, mean=None, std=Non
         labels.append(records[:, 0])
     tokens = np.concatenate(tokens)
     labels = np.concatenate(labels)
-    order, sizes = hold_out(len(labels), len(labels) - len(records), seed)
+    n_test = len(records)  # the last file
+    order, sizes = hold_out(len(labels), len(labels) - n_test, seed)
     splits = cut(tokens[order], labels[order], 1024, sizes)
     return Data(name, *splits, 256, 10, mean, std)
 
@@ -391,7 +400,7 @@ def load_retrieval(name, data_dir, seed, *, characters=False, max_len=4000, sour
 
 
 def vocabulary(texts):
-    """<unk>, then the 254 most frequent characters that occur MIN_COUNT times or more."""
+    """<unk>, then at most 254 characters, the most frequent of those that occur MIN_COUNT times."""
     counts = Counter()
     for text in texts:
         counts.update(text)
@@ -411,10 +420,11 @@ def encode(texts, symbols, max_len):
 
 
 def load_speech(name, data_dir, seed, *, stride=1, source=None):
-    """Speech Commands v0.02, all 35 words, one second each: (n, 16000, 1) int16.
+    """Speech Commands v0.02, all 35 words, at most a second each: (n, 16000 / stride, 1) int16.
 
     The folders are the classes, in alphabetical order; the splits are the official ones (for any
-    seed).  Every stride-th sample is kept; mean and std are those of the training samples.
+    seed).  Every stride-th sample is kept; mean and std are those of the training samples.  Not
+    part of the arena.
     """
     root = find(source, data_dir, SPEECH, "speech_commands_v0.02", "validation_list.txt").parent
     clips = sorted(f"{path.parent.name}/{path.name}" for path in root.glob("[!._]*/[!.]*.wav"))
@@ -468,7 +478,7 @@ def load_lattice(name, data_dir, seed, *, n_train=4000, n_val=1000, n_test=4000)
     for label, distance in [(0, 1), (1, 3)]:
         n = np.count_nonzero(labels == label)
         spins = gibbs(rng, n, 8, distance, 0.45, 12)
-        spins *= rng.choice([-1, 1], (n, 1))  # makes the mean and single sites useless
+        spins *= rng.choice([-1, 1], (n, 1))  # changes nothing: both signs are equally likely
         tokens[labels == label] = spins > 0
     splits = cut(tokens, labels, 64, sizes)
     return Data(name, *splits, vocab_size=2, n_classes=2)
@@ -530,6 +540,9 @@ def load(task, data_dir="data", seed=0, **options):
     own = "a .npz, .csv or .tsv file, file.py:function"
     expected = f"expected one of {own}, {', '.join(TASKS)}"
     require(task in TASKS, f"unknown task {task!r}: {expected}")
+    for name, value in options.items():
+        fits = not isinstance(value, int) or isinstance(value, bool) or value > 0
+        require(fits, f"{task}: {name} is {value}, expected 1 or more")
     options = TASKS[task].options | options
     data = TASKS[task].load(task, data_dir, seed, **options)
     check(data)
@@ -548,9 +561,11 @@ def naming_options(task, given):
 
 
 def check(data):
-    """Raise ValueError if a split is empty or has labels that its task cannot have."""
+    """Raise ValueError if a split is empty, or has empty inputs or labels of another task."""
     for name in SPLITS:
         labels = getattr(data, name).labels
+        empty = np.argwhere(getattr(data, name).lengths < 1)[:1].tolist()
+        require(not empty, f"{data.name}: {name}, example {empty} (from 0) has length 0")
         if data.n_classes is None:
             expected = "finite targets"
             fits = np.isfinite(labels).all()
@@ -633,7 +648,7 @@ def cached(data_dir, key, make):
 
 
 def fingerprint(name, paths):
-    """Name a cache after the files it is made of: a file that changes changes the name."""
+    """Name a cache after files or folders: a change in their size or date changes the name."""
     facts = ""
     for path in paths:
         stat = path.stat()
@@ -700,7 +715,10 @@ def unpack(archive, data_dir):
 
 
 def download(url, data_dir):
-    """Fetch an archive into data_dir and check it.  Returns its path."""
+    """Fetch an archive into data_dir, unless it is there.  Returns its path.
+
+    Checks the sha256 if one was published.
+    """
     path = Path(data_dir) / url.split("/")[-1]
     if path.exists():
         return path
@@ -735,8 +753,9 @@ def main(argv=None):
     parser.add_argument("--n", type=int, help="number of Pathfinder pictures (default: 200000)")
     parser.add_argument("--text-column", help="column with the texts (default: text)")
     parser.add_argument("--label-column", help="column with the labels (default: label)")
-    own = "one token per character of a text (default: per byte)"
-    parser.add_argument("--characters", action="store_true", default=None, help=own)
+    each = "one token per character of a text (default: per byte)"
+    parser.add_argument("--characters", action="store_true", default=None, help=each)
+
     parser.add_argument("--max-len", type=int, help="tokens per text (default: 4096 or 4000)")
     parser.add_argument("--download", action="store_true", help="fetch the published archive first")
     parser.add_argument("--check", action="store_true", help="check this file, then exit")
@@ -750,8 +769,10 @@ def main(argv=None):
     names = ("source", "n", "text_column", "label_column", "characters", "max_len")
     options = {name: getattr(args, name) for name in names}
     options = {name: value for name, value in options.items() if value is not None}
-    if args.download and args.task in TASKS and TASKS[args.task].url:
-        print(f"archive: {download(TASKS[args.task].url, args.data_dir)}")
+    if args.download:
+        url = args.task in TASKS and TASKS[args.task].url
+        require(url, f"--download: no published archive of {args.task} is known")
+        print(f"archive: {download(url, args.data_dir)}")
     with naming_options(args.task, options):
         data = load(args.task, args.data_dir, args.seed, **options)
     print(summary(data))

@@ -40,7 +40,7 @@ from pathfinder import require
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 MAX_VOCAB = 2**20
 MAX_LEN = 4096  # of a text
-NAME = re.compile("[+-]?0[0-9]|.*_")  # what int() would take for 1 and 10
+NAME = re.compile("[+-]?0[0-9]|.*_|[+-]?[0-9]{19}")  # int() takes 01 for 1; ids beyond int64
 BROKEN = re.compile("[\0\ud800-\udfff]")  # NUL bytes, and what is not UTF-8
 
 
@@ -192,6 +192,8 @@ def examples(path, about, text_column="text", label_column="label"):
         reads_text = symbols[0] == "<unk>" if symbols else about["vocab_size"] == 256
         require(reads_text and not about["mean"], f"{path}: text, but the run reads no text")
         texts, labels, _ = read_table(path, text_column, label_column, labeled=False)
+        if labels is not None and not set(labels) <= set(about["classes"] or ()):
+            labels = parse(labels)  # of another form: 3 for 3.0
         tokens, lengths = encode(path.name, texts, symbols, max_len)
     else:
         arrays = read_arrays(path, labeled=False)
@@ -267,6 +269,7 @@ def check_inputs(name, x, lengths):
 
     L is the longest length.
     """
+    require(not np.ma.is_masked(x), f"{name}: x has masked values: fill them, or use lengths")
     x = np.array(x)  # a copy: padding becomes 0
     require(x.dtype.kind in "iuf", f"{name}: x is {x.dtype}, expected integers or floats")
     shape = "(n, L) or (n, L, C); a picture is a row of pixels: reshape(n, -1, C)"
@@ -290,16 +293,19 @@ def check_inputs(name, x, lengths):
 
 def check_labels(name, y, n):
     """Targets (n, k) float32, or the classes as they are, integers or text (n,)."""
+    require(not np.ma.is_masked(y), f"{name}: y has masked values: drop these rows")
     y = np.asarray(y)
     kinds = "integers, floats or text; for classes, save y.astype(str)"
     require(y.dtype.kind in "iufU", f"{name}: y is {y.dtype}, expected {kinds}")
     require(y.shape[:1] == (n,), f"{name}: y has shape {y.shape}, but x has {n} rows")
     if y.dtype.kind == "f":
-        require(y.ndim < 3, f"{name}: y has shape {y.shape}, expected (n,) or (n, k)")
+        fits = y.ndim < 3 and y.size > 0
+        require(fits, f"{name}: y has shape {y.shape}, expected (n,) or (n, k)")
         return as_float32(name, "y", y.reshape(n, -1))
     shapes = "(n,), such as y[:, 0], or y.argmax(1) if one-hot; regression needs floats"
     require(y.ndim == 1, f"{name}: y has shape {y.shape}, expected {shapes}")
-    no_row(np.char.str_len(np.char.strip(y.astype(str))) == 0, name, "its label is missing")
+    text = np.char.lower(np.char.strip(y.astype(str)))
+    no_row((text == "") | (text == "nan"), name, "its label is missing")
     return y
 
 
@@ -360,7 +366,7 @@ def read_table(path, text_column, label_column, labeled=True):
         for place, label in zip(places, labels, strict=True):
             known = label.lower() not in ("", "nan", "inf", "-inf")
             require(known, f"{place}: {label_column} is {label or 'empty'}")
-        labels = parse(labels)
+        labels = parse(labels) if labeled else labels
     else:
         labels = None
     return texts, labels, columns.get("split")
@@ -376,6 +382,11 @@ def rows_of(path):
             for row in reader:
                 good = not BROKEN.search("".join(row))
                 require(good, f"{place}: not UTF-8 text, or a NUL byte: save the file as UTF-8")
+                swallowed = reader.dialect.delimiter == "\t" and any(
+                    "\t" in field and "\n" in field for field in row
+                )
+                how = 'a quote opens a field that ends lines later: write " as """", or save a .csv'
+                require(not swallowed, f"{place}: {how}")
                 if any(row) or len(row) == 1:  # else it is empty, perhaps a spreadsheet's ",,"
                     yield place, row
                 place = f"{path}, line {reader.line_num + 1}"
@@ -384,7 +395,7 @@ def rows_of(path):
 
 
 def parse(labels):
-    """(n,) labels as whole numbers, else as numbers, else as text.  01 and 1_0 are text."""
+    """(n,) labels as whole numbers, else as numbers, else as text.  01, 1_0 and ids are text."""
     if any(NAME.match(label) for label in labels):
         return np.array(labels)
     for kind in (int, float, str):
@@ -421,16 +432,28 @@ def call(task):
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     try:
         module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(spec.name, module)  # dataclasses and processes look there
         spec.loader.exec_module(module)
         data = getattr(module, function)()
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{task}: {type(error).__name__}: {reason}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{task}: {reason}") from error
     found = type(data).__name__
     require(isinstance(data, Data), f"{task} returned {found}, expected lra_data.Data")
+    checked = {}
+    for name in ("vocab_size", "n_classes", "mean", "std", "y_mean", "y_std"):
+        value = np.asarray(getattr(data, name)).tolist()  # no numpy scalars
+        checked[name] = tuple(value) if isinstance(value, list) else value
     for part in SPLITS:
         split = getattr(data, part)
-        tokens, _ = check_inputs(f"{task}, {part}", split.tokens, split.lengths)
-        check_kind(f"{task}, {part}", tokens, vars(data))
-    check(replace(data, name=task))
-    return data
+        name = f"{task}, {part}"
+        tokens, lengths = check_inputs(name, split.tokens, split.lengths)
+        check_kind(name, tokens, checked)
+        labels = check_labels(name, split.labels, len(tokens))
+        regression = labels.ndim == 2 and checked["y_mean"] is not None
+        expected = "integer classes if there is n_classes, else float targets, y_mean and y_std"
+        require(regression == (data.n_classes is None), f"{name}: expected {expected}")
+        labels = labels if regression else labels.astype(np.int64)
+        checked[part] = Split(tokens, labels, lengths)
+    check(replace(data, **checked, name=task))
+    return replace(data, **checked)

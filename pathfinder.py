@@ -31,6 +31,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -46,7 +47,7 @@ VERSION = "v3"  # generator version: do not compare results across versions
 CONTOURS = (6, 9, 14)  # segments per snake: easy, intermediate, hard (the Long Range Arena)
 SHARD = 500  # pictures drawn from one seed
 MEMORY = 2**22  # bytes of the maps in which snakes grow in lock-step
-BATCH = 64  # pictures that get their distractors together
+BATCH = 64  # at least so many pictures get their distractors together
 SCALE = 2  # antialiasing: shapes are drawn this much larger, then shrunk
 TRIES = 3  # per segment
 ATTEMPTS = 5  # per distractor
@@ -64,7 +65,7 @@ class Sheet(NamedTuple):
     seed_distance: int  # between the starts of the two snakes
     marker: float  # radius of the disks
     stiffness: float  # "continuity": a segment bends by at most 90 degrees / stiffness
-    paddles: int  # segments of all distractors together
+    paddles: int  # segments of all distractors together, at most
     contrast: float  # of the two snakes; disks have 1
     distractor_contrast: float
 
@@ -82,7 +83,7 @@ SHEETS = {
 
 def unit(angle):
     """Return (sin, cos) of angles (n,): steps of length 1 in (row, column)."""
-    # numpy's functions round otherwise on some processors, and `ceil` below sees the last bit
+    # numpy's functions round differently on some processors, and `ceil` below sees the last bit
     return np.array([(math.sin(a), math.cos(a)) for a in angle])
 
 
@@ -128,7 +129,7 @@ def bar(side, end, width):
     for i in range(4):
         y0, x0 = corners[i - 1]
         y1, x1 = corners[i]
-        if y0 != y1:  # the ends of a level edge belong to its neighbors too
+        if y0 != y1:  # the ends of a horizontal edge belong to its neighbors too
             crossing = x0 + (y - y0) * (x1 - x0) / (y1 - y0)
             outside = (y - y0) * (y - y1) > 0
             crossings.append(np.where(outside, np.nan, crossing))
@@ -170,12 +171,14 @@ class Brush:
 
     tips, turns, weight   (ways, K): the K places where the next segment can end, as offsets from
                           its pivot; its direction; its probability if nothing is taken
+    step                  (ways, 2): from a pivot to the next one
     near                  offsets around a tip that should be free
     line, distractor_line stamps: a segment as it is seen
     mask, room            stamp: the pixels a segment takes; how much of each may be taken before
     dot                   stamp: a marker
-    seed                  (360, pixels): offsets that must be free for a first segment
-    usable                (360,) bool: angles that first segments can have
+    blank, window         a map in which only border and rim are taken; the places in the picture
+    seed                  (360, pixels): offsets that must be free for a distractor's first segment
+    usable                (360,) bool: angles for the first snake and for distractors
     home                  (360, 2): first row and column where the first snake can start
     home_size             (360, 2): number of such rows and columns
     home_angles           angles for which there is such a place
@@ -276,8 +279,9 @@ class Brush:
         """Where first segments can lie.
 
         As published, the pixels that must be free are those that the mask fills completely,
-        shifted by one pixel down and right.  An angle is never used if, at some corner of the
-        picture, all of them lie outside: at size 32 this leaves 30 of 360 angles.
+        shifted by one pixel down and right.  For the first snake and for distractors, an angle is
+        never used if, at some corner of the picture, all of them lie outside: at size 32 this
+        leaves 30 of 360 angles.
         """
         outer = self.radius - self.reach
         shifted = slice(outer - 1, outer + 2 * self.reach)
@@ -432,8 +436,8 @@ def distract(rng, brush, taken, length):
 
 def free_starts(rng, brush, taken):
     """Draw free first segments: starts (m, 2), angles (m,), and the rows (m,) that have one."""
-    # differs from the published code: where a segment would leave the picture, that draws angle and
-    # place again; here another place for this angle (under 5 % of the places, none at size 32)
+    # differs from the published code: where a segment would leave the picture, the published code
+    # draws angle and place again, here only the place (under 5 % of them, none at size 32)
     angle = rng.randint(0, 360, len(taken))
     place = np.full(len(taken), -1)
     todo = np.flatnonzero(brush.usable[angle])
@@ -552,7 +556,7 @@ def cached(folder, n, size, make, processes=1):
 
 def read(folder, n, size):
     """Return the images and labels of a folder; ValueError if damaged."""
-    mode = "r" if n * size * size > 2**30 else None
+    mode = "c" if n * size * size > 2**30 else None  # "c": torch warns about read-only arrays
     try:
         images = np.load(folder / "images.npy", mode)
         labels = np.load(folder / "labels.npy")
@@ -580,7 +584,7 @@ def fill(folder, n, make, i):
 
 @contextmanager
 def naming(path):
-    """Name the file in errors that do not, as of a full disk."""
+    """Add the file's name to an OSError that lacks it, such as "disk full"."""
     try:
         yield
     except OSError as error:
@@ -619,9 +623,8 @@ def run_all(function, jobs, processes, name):
             function(job)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork hangs if a thread holds a lock
-    silent = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the processes without a traceback
     main = sys.modules["__main__"]
-    with ProcessPoolExecutor(processes, spawn, signal.signal, silent) as pool:
+    with ProcessPoolExecutor(processes, spawn, follow_parent) as pool:
         # A spawned process imports the main module.  Let that be this file: the script of the
         # user may import torch for nothing, or draw again because it has no __main__ guard.
         sys.modules["__main__"] = sys.modules[__name__]
@@ -631,6 +634,18 @@ def run_all(function, jobs, processes, name):
             sys.modules["__main__"] = main
         for _ in progress(done):
             pass
+
+
+def follow_parent():
+    """End this process with its parent; on Ctrl-C, without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+
+    def wait():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 ERRORS = (ValueError, TypeError, OSError, MemoryError, BrokenProcessPool, KeyboardInterrupt)

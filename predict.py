@@ -57,8 +57,11 @@ class Predictor(nn.Module):
         return batches.in_units_of_y(out, self.about)
 
     def checked(self, x, lengths):
-        """x (B, L[, C]) on the device and lengths (B,) on the host, checked; a pair becomes two."""
-        x = torch.as_tensor(x, device=next(self.head.parameters()).device)
+        """x (B, L[, C]) on the device and lengths (B,) on the host, checked; a pair becomes two.
+
+        Padding becomes 0.
+        """
+        x = as_tensor(x).to(next(self.head.parameters()).device)
         if self.about["n_channels"] == 1 and x.ndim == 2:
             x = x[..., None]
         like = self.about["train"]  # (n, L), (n, L, C) or (n, 2, L)
@@ -68,14 +71,24 @@ class Predictor(nn.Module):
         require(fits, f"x has shape {tuple(x.shape)}, but the run was trained on {like}")
         if self.about["mean"] is None:
             x = x.flatten(0, -2)
+        B, L = x.shape[:2]
+        lengths = torch.full((B,), L) if lengths is None else as_tensor(lengths).flatten()
+        fits = len(lengths) == B and lengths.min() >= 1 and lengths.max() <= L
+        require(fits, f"{len(lengths)} lengths for {B} inputs: expected 1 to {L} for each")
+        padding = torch.arange(L, device=x.device) >= lengths.to(x.device)[:, None]
+        x = x.masked_fill(padding if x.ndim == 2 else padding[..., None], 0)
+        if self.about["mean"] is None:
             size = self.about["vocab_size"]
             fits = not x.is_floating_point() and 0 <= int(x.min()) and int(x.max()) < size
             require(fits, f"x ({x.dtype}) must be integers from 0 to {size - 1}")
-        B, L = x.shape[:2]
-        lengths = torch.full((B,), L) if lengths is None else torch.as_tensor(lengths).flatten()
-        fits = len(lengths) == B and lengths.min() >= 1 and lengths.max() <= L
-        require(fits, f"{len(lengths)} lengths for {B} inputs: expected 1 to {L} for each")
         return x, lengths.cpu().numpy()
+
+
+def as_tensor(values):
+    """A tensor of a list, a tensor, or an array of any number type and byte order."""
+    if isinstance(values, np.ndarray):
+        values = values.astype(np.int64 if values.dtype.kind in "iu" else np.float32)
+    return torch.as_tensor(values)
 
 
 def load(folder, device="cpu"):
@@ -169,8 +182,7 @@ def command(args):
     with appearing(out) as part, open(part, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(table(found, about))
     print(f"{len(found):,} predictions in {out}")
-    if labels is not None:
-        print(score(found, labels, about))
+    print("no labels, no score" if labels is None else score(found, labels, about))
 
 
 @one_line_errors("predict.py")

@@ -32,7 +32,10 @@ def main(argv=None):
     parser.add_argument("--train", type=int, default=60_000, help="training pictures to keep")
     parser.add_argument("--out", default="fashion_mnist.npz", help="default: fashion_mnist.npz")
     args = parser.parse_args(argv)
+    if args.train < 1:
+        parser.error(f"--train {args.train}: expected 1 or more")
     folder = Path(args.folder)
+
     try:
         images = [read(folder / f"{part}-images-idx3-ubyte") for part in ("train", "t10k")]
         labels = [read(folder / f"{part}-labels-idx1-ubyte") for part in ("train", "t10k")]

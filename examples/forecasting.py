@@ -6,7 +6,7 @@
 series.csv has a line per time step and a number per channel, separated by commas, without a
 header. The model reads all channels and predicts the next values of the first one. The first 80 %
 of the series are for training, the next 10 % for validation, the last 10 % for the test; no window
-reaches from one part into another.
+reaches from one part into another, so the last ones need at least window + horizon steps each.
 """
 
 import argparse
@@ -29,15 +29,22 @@ def main(argv=None):
     parser.add_argument("--out", default="forecasting.npz", help="default: forecasting.npz")
     args = parser.parse_args(argv)
     try:
-        series = np.loadtxt(args.series, np.float32, delimiter=",", ndmin=2)  # (T, C)
+        with open(args.series, encoding="utf-8-sig") as file:
+            series = np.loadtxt(file, np.float32, delimiter=",", ndmin=2)  # (T, C)
         parts = np.split(series, [len(series) * 8 // 10, len(series) * 9 // 10])
+        least = args.window + args.horizon
+        if min(args.window, args.horizon) < 1 or len(series) < 10 * least:
+            expected = f"window and horizon of at least 1, and {10 * least} steps"
+            raise ValueError(f"{len(series)} steps; expected {expected}")
+
         pairs = [windows(part, args.window, args.horizon) for part in parts]
+        x = np.concatenate([past for past, _ in pairs])
+        y = np.concatenate([future for _, future in pairs])
+        split = np.repeat(["train", "val", "test"], [len(past) for past, _ in pairs])
+        with open(args.out, "wb") as file:
+            np.savez(file, x=x, y=y, split=split)
     except (OSError, ValueError) as error:
         parser.exit(1, f"forecasting.py: {args.series}: {error}\n")
-    x = np.concatenate([past for past, _ in pairs])
-    y = np.concatenate([future for _, future in pairs])
-    split = np.repeat(["train", "val", "test"], [len(past) for past, _ in pairs])
-    np.savez(args.out, x=x, y=y, split=split)
     print(f"{args.out}: x {x.shape}, y {y.shape}")
 
 

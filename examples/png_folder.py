@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import lra_data
 import own_data
 
 FOLDER = Path("pictures")
@@ -21,7 +22,10 @@ SIDE = 32  # a picture becomes SIDE x SIDE pixels, a sequence of SIDE * SIDE val
 
 def read(path):
     """The gray pixels (SIDE * SIDE, 1) of a picture, row by row, 0 to 1."""
-    with Image.open(path) as picture:
+    with lra_data.reading(path, "a picture of 8 bits per channel"), Image.open(path) as picture:
+        if picture.mode.startswith("I"):
+            raise ValueError("16 bits or more")
+
         gray = picture.convert("L").resize((SIDE, SIDE))  # "RGB" gives 3 channels
     return np.asarray(gray, np.float32).reshape(SIDE * SIDE, -1) / 255
 

@@ -13,22 +13,23 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import own_data
-from lra_data import pad
+from lra_data import pad, reading
 
 FOLDER = Path("sounds")
 
 
 def read(path):
     """The samples (length,) of a file with 16 bits per sample, averaged over its channels."""
-    with wave.open(str(path)) as file:
+    with reading(path, "a wav file with 16 bits per sample"), wave.open(str(path)) as file:
         if file.getsampwidth() != 2:
-            raise ValueError(f"{path}: {8 * file.getsampwidth()} bits per sample, expected 16")
+            raise ValueError(f"{8 * file.getsampwidth()} bits per sample")
         samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
         return samples.reshape(-1, file.getnchannels()).mean(1, dtype=np.float32)
 
 
 def load():
-    paths = sorted(FOLDER.glob("*/*.wav"))
+    paths = sorted(FOLDER.glob("*/[!.]*.wav"))
+
     if not paths:
         raise ValueError(f"{FOLDER.resolve()}: found no files like CLASS/NAME.wav")
     x, lengths = pad([read(path) for path in paths])  # (n, L) with zeros after each sound

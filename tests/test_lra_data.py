@@ -147,6 +147,13 @@ def test_a_full_disk_or_ctrl_c_leaves_nothing_behind(error, line, tmp_path, monk
 # ----------------------------------------------------------------------------- summary, main, check
 
 
+def test_an_empty_input_is_named():
+    data = lra_data.load("lattice", n_train=4, n_val=4, n_test=4)
+    lengths = np.array([64, 0, 64, 64])
+    with pytest.raises(ValueError, match=r"lattice: val, example \[\[1\]\] .* has length 0"):
+        lra_data.check(replace(data, val=replace(data.val, lengths=lengths)))
+
+
 @pytest.mark.parametrize(
     ("n_classes", "label", "expected"),
     [
@@ -193,6 +200,9 @@ def test_command_line_prints_the_summary(tmp_path, capsys):
         ("pathfinder32 --n 5", r"pathfinder32: val has 0 examples with labels \[\]; expected at"),
         ("image --download --data-dir {folder}/file", ".*(Not a dir|exists)"),
         ("image --source {folder}/file", "{folder}/file: .*expected a whole tar"),
+        ("text --max-len 0", "text: max_len is 0, expected 1 or more"),
+        ("pathfinder32 --n 5 --source {folder}", "pathfinder32: n and pictures are for drawing"),
+        ("lattice --download", "--download: no published archive of lattice"),
         ("lattices", "unknown task 'lattices': expected one of .*lattice"),
     ],
 )

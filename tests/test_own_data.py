@@ -1,5 +1,6 @@
 """own_data.py: files and functions become the arrays they should, broken ones end in one line."""
 
+import json
 import pickle
 import re
 from dataclasses import replace
@@ -181,6 +182,7 @@ def test_texts_are_bytes_whatever_is_around_them(name, header, row, end, texts, 
         ([" no ", "yes"], ("no", "yes")),
         (["01", "1"], ("01", "1")),
         (["1_0", "11"], ("11", "1_0")),
+        (["5", str(2**63 + 1)], ("5", str(2**63 + 1))),
         (["-0.5", "0"], None),
         (["1.0", "0"], None),
         (["1e3", "2"], None),
@@ -220,6 +222,8 @@ def test_long_texts_are_cut_and_counted(tmp_path, capsys):
 # ------------------------------------------------------------------------------- functions
 
 FUNCTION = """
+from __future__ import annotations
+from dataclasses import dataclass
 import numpy as np
 import neighbor_of_mine
 import own_data
@@ -242,6 +246,18 @@ def long():
     return data(x, y, 7)
 def labels():
     return data(x, np.arange(20), 6)
+def short():
+    return data(x, y[1:], 6)
+def targets():
+    split = Split(x + 0.5, y + 0.5, np.full(20, 6))
+    return Data("mine", split, split, split, None, None, mean=(3.5,), std=(2,))
+def numpy_types():
+    split = Split(x + 0.5, y.astype(np.int8), np.full(20, 6))
+    mean, std = np.float32([3.5]), (np.float64(2),)
+    return Data("mine", split, split, split, None, np.int64(2), mean, std)
+@dataclass
+class Named:
+    field: int
 """
 
 
@@ -263,6 +279,12 @@ def test_a_function_of_a_file_gives_the_data(mine, capsys):
     assert "; 2 classes: 0, 1; 7 symbols, length 6" in unnamed
 
 
+def test_a_function_may_return_what_numpy_makes(mine):
+    data = lra_data.load(f"{mine}:numpy_types")
+    assert data.train.tokens.shape == (20, 6, 1) and data.train.labels.dtype == np.int64
+    assert json.dumps([data.n_classes, data.mean, data.std])
+
+
 # ----------------------------------------------------------------------------- prediction
 
 
@@ -278,6 +300,7 @@ SYMBOLS = about(own_data.from_arrays(TOKENS, CLASSES + 3))
 NUMBERS = about(own_data.from_arrays(VALUES, TARGETS))
 SIGNAL = about(own_data.from_arrays(VALUES, ["no", "yes"] * 10))
 SCORES = {**BYTES, "n_classes": None, "classes": None, "y_mean": (0.0,)}
+VERSIONS = {**BYTES, "classes": ("1.0", "n/a")}
 UNNAMED = {**SYMBOLS, "classes": None, "n_classes": 5}
 
 
@@ -301,6 +324,8 @@ def test_texts_are_read_for_prediction_as_they_were_for_training(characters, max
         ("id,text\n1,hello\n", BYTES, None),
         (labeled(["", " "]), BYTES, None),
         (labeled(["yes", "yes", "no"]), BYTES, [1, 1, 0]),
+        (labeled(["1.0", "n/a"]), VERSIONS, [0, 1]),
+        (labeled(["1.0", "1.0"]), VERSIONS, [0, 0]),  # text, as in training
         (dict(x=TOKENS[:2], y=[4, 3]), SYMBOLS, [1, 0]),
         (dict(x=TOKENS[:2], y=[4, 3]), UNNAMED, [4, 3]),
         (labeled(["3", "4"]), SCORES, [[3], [4]]),  # whole numbers may be targets
@@ -410,6 +435,8 @@ BROKEN = {
     ),
     "one class": (xy(y=0 * CLASSES + 5), "only one class, 5"),
     "label missing": (xy(y=["a", " "] * 10), "row 1: its label is missing"),
+    "pandas' nan": (xy(y=["a", "nan"] * 10), "row 1: its label is missing"),
+    "no targets": (xy(y=TARGETS[:, :0]), r"y has shape \(20, 0\)"),
     "negative token": (xy(changed(TOKENS, (6, 0), -1)), "row 6: a negative token .*by lengths"),
     "huge token": (xy(changed(TOKENS, (6, 5), 2**20)), "row 6: a token above 1,048,575"),
     "boolean x": (xy(TOKENS > 3), "x is bool, expected integers or floats"),
@@ -464,6 +491,17 @@ BROKEN = {
 }
 
 
+def test_masked_values_and_fields_that_swallow_lines_are_refused(tmp_path):
+    masked = np.ma.masked_less(TARGETS, 0)
+    for x, y, name in ((VALUES, masked, "y"), (np.ma.masked_less(VALUES, 0), CLASSES, "x")):
+        with pytest.raises(ValueError, match=f"{name} has masked values"):
+            own_data.from_arrays(x, y)
+    lines = ["text\tlabel", *(f"a{i}\t{i % 2}" for i in range(10)), '"He .\t1', "b\t0", 'c "\t1']
+    (tmp_path / "a.tsv").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="line 12: a quote opens a field that ends lines later"):
+        own_data.load(tmp_path / "a.tsv")
+
+
 @pytest.mark.filterwarnings("error")  # they would be a second line
 @pytest.mark.parametrize("kind", BROKEN)
 def test_broken_files_end_in_one_line_that_names_file_place_and_reason(kind, tmp_path, capsys):
@@ -510,6 +548,8 @@ def test_a_damaged_npz_file_ends_in_one_line(tmp_path, capsys):
         ("floats", "train: x are 1-channel values, but .* tokens"),
         ("long", "train, row 0: its length is not in 1 .. 6"),
         ("labels", "train has 20 examples with labels .*expected at least one, labels 0 .. 1"),
+        ("short", r"train: y has shape \(19,\), but x has 20 rows"),
+        ("targets", "train: expected integer classes if .* y_mean and y_std"),
     ],
 )
 def test_a_function_that_fails_ends_in_one_line(function, reason, mine, capsys):

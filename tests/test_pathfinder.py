@@ -5,6 +5,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -252,6 +253,18 @@ def test_two_scripts_without_a_guard_may_draw_the_same_pictures_at_once(whole, t
         assert process.communicate()[0].split() == [b"once"], "a drawing process ran the script"
     assert same(pathfinder.load(tmp_path / "data", 1100, contour=6, processes=1), whole)
     assert len(list((tmp_path / "data").iterdir())) == 1
+
+
+@pytest.mark.dist
+def test_drawing_processes_end_with_their_parent(tmp_path):
+    command = [sys.executable, "pathfinder.py", "256", "--n", "100000", "--processes", "2"]
+    command += ["--data-dir", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not list(tmp_path.glob("*/labels.npy")):
+        time.sleep(0.1)
+    time.sleep(1)  # until they draw
+    process.kill()
+    process.communicate(timeout=30)  # waits for all processes that hold the pipes
 
 
 def test_another_process_may_be_faster(tmp_path):

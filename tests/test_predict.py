@@ -249,6 +249,20 @@ def test_inputs_that_cannot_be_right_are_refused(runs):
             model(x, lengths)
 
 
+def test_padding_may_hold_anything_and_integers_may_be_of_any_kind(runs):
+    arrays = predict.load(runs / "arrays")
+    x = np.random.RandomState(0).randn(2, 12, 2)
+    x[0, 5:] = np.nan
+    clean = np.nan_to_num(x).astype(np.float32)
+    assert torch.equal(arrays(x.astype(">f8"), np.uint16([5, 12])), arrays(clean, [5, 12]))
+    table = predict.load(runs / "table")
+    tokens = np.array([[1, 2, -1], [3, 4, 5]])
+    expected = table(np.array([[1, 2, 0], [3, 4, 5]]), [2, 3])
+    assert torch.equal(table(tokens, [2, 3]), expected)
+    assert torch.equal(table(tokens.astype(np.uint16), [2, 3]), expected)
+    assert torch.equal(table(tokens.astype(">i4"), [2, 3]), expected)
+
+
 def test_a_text_is_cut_as_in_training_not_at_the_longest_text_of_training(runs, tmp_path):
     text = "good bad " * 30  # training had 35 bytes at most
     (tmp_path / "new.csv").write_text(f"review\n{text}\n", encoding="utf-8")

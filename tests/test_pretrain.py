@@ -677,7 +677,11 @@ def test_precision_does_not_follow_the_callers_default(tmp_path, monkeypatch):
         (lattice(), {"pictures": 5}, "task lattice does not take all of: pictures"),
         (lattice(), {"loss": "l1"}, "'l1' does not fit task lattice"),
         (UNEVEN, {"model": "s4", "compile": True}, "s4 would be compiled .* length from 5 to 30"),
-        (symbols([5] * 8), {"mask_ratio": 1e-6}, "no position of the 8 validation examples.*--mask-ratio"),
+        (
+            symbols([5] * 8),
+            {"mask_ratio": 1e-6},
+            "no position of the 8 validation examples.*--mask-ratio",
+        ),
         (symbols([1] * 8), {"objective": "causal"}, "no position of the 8 validation .* next one"),
     ],
 )
