@@ -178,10 +178,12 @@ def repeat_heads(q, k, v):
 
 def check_shapes(q, k, v, keep):
     """Refuse shapes that would broadcast by accident."""
+    expected = "q (B, H, Lq, E), k and v (B, G, Lk, E), G divides H"
+    expect(q.ndim == k.ndim == 4, expected, q, k, v)
     B, H, _, E = q.shape
     G, Lk = k.shape[1:3]
-    fits = k.shape == (B, G, Lk, E) and v.shape[:-1] == (B, G, Lk)
-    expect(fits and H % G == 0, "q (B, H, Lq, E), k and v (B, G, Lk, E), G divides H", q, k, v)
+    fits = k.shape == (B, G, Lk, E) and v.shape[:-1] == (B, G, Lk) and H % G == 0
+    expect(fits, expected, q, k, v)
     if keep is not None:
         fits = keep.shape == (B, Lk) and keep.dtype == torch.bool
         expect(fits, "k (B, G, Lk, E), bool keep (B, Lk)", k, keep)
@@ -339,7 +341,7 @@ class Attention(nn.Module):
         return q, k, v
 
     def forward(self, x, keep=None, positions=None):
-        """x: (B, L, D); keep: (B, L) bool; positions: (L,) int64, 0 .. L-1 by default."""
+        """x: (B, L, D); keep: (B, L) bool; positions: (L,) int64, for RoPE, default 0 .. L-1."""
         q, k, v = self.project(x, positions)
         out = self.attend(q, k, v, self.causal, keep)  # (B, H, L, E)
         return self.out(out.transpose(1, 2).flatten(2))  # (B, L, D)
@@ -348,8 +350,8 @@ class Attention(nn.Module):
         """An empty KV cache for `capacity` tokens; it doubles when full."""
         require(self.causal, "a KV cache needs causal=True, or new tokens change old outputs")
         shape = (batch, self.n_kv_heads, capacity, self.d_head)
-        # dtype and device of any parameter: an adapter may wrap qkv, a quantized layer has none
-        like = next(self.parameters(), torch.empty(0))
+        # dtype and device of any float parameter: an adapter may wrap qkv, or it may be quantized
+        like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
         return Cache(like.new_zeros(shape), like.new_zeros(shape))
 
     @torch.no_grad()
@@ -404,7 +406,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Norm, mixer, residual, norm, FFN, residual. (B, L, D) -> (B, L, D).
 
-    mixer: an Attention, or another layer that mixes tokens, such as S4.
+    mixer: an Attention, or another layer that mixes tokens, such as S4.  One with an attribute
+    `rope` is called with positions, as Attention is.
     """
 
     def __init__(self, mixer, ffn, d_model, dropout):
@@ -417,7 +420,7 @@ class Block(nn.Module):
 
     def forward(self, x, keep=None, positions=None):
         h = self.norm_mixer(x)  # differs from the paper: norm before the sublayer, not after it
-        if isinstance(self.mixer, Attention):  # no other mixer takes positions
+        if hasattr(self.mixer, "rope"):  # an Attention, perhaps wrapped
             mixed = self.mixer(h, keep, positions)
         else:
             mixed = self.mixer(h, keep)
@@ -461,7 +464,7 @@ class Transformer(nn.Module):
     def embed_at(self, x, positions):
         """Tokens or values -> (B, L, D). With RoPE, attention applies the positions."""
         if self.config.vocab_size is None:
-            expect(x.ndim == 3, "values x (B, L, n_channels)", x)
+            expect(x.ndim == 3 and x.is_floating_point(), "float values x (B, L, n_channels)", x)
         else:
             expect(x.ndim == 2 and not x.is_floating_point(), "integer tokens x (B, L)", x)
             x = x.long()  # nn.Embedding takes no uint8

@@ -38,14 +38,25 @@ LOG_EVERY = 10  # steps; the losses are read from the device only this often
 
 def save(path, state):
     """torch.save that writes all of the file or nothing; the old file stays as *.previous."""
+    with replacing(path) as temporary:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, path.with_name(path.name + ".previous"))
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Give a temporary path that is renamed to `path` if all goes well, else removed."""
     temporary = path.with_name(path.name + ".new")
-    with naming(path), open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if path.exists():
-        os.replace(path, path.with_name(path.name + ".previous"))
-    os.replace(temporary, path)
+    try:
+        with naming(path):
+            yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -175,6 +186,15 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
             self.lock = lock(self.folder)
+        try:
+            self.begin()
+        except BaseException:
+            if self.rank == 0:
+                self.lock.close()  # else a notebook holds it as long as the traceback
+            raise
+        return self
+
+    def begin(self):
         resume = self.about["settings"].get("resume")
         check_free(self.folder, resume or self.about["settings"].get("overwrite"))
         self.state = self.newest() if resume else None
@@ -188,13 +208,16 @@ class Run:
         if self.world == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self.interrupt)
-        return self
 
     def newest(self):
         """The newest checkpoint that can be read; None if there is none."""
         newest = self.folder / "checkpoint.pt"
         previous = self.folder / "checkpoint.pt.previous"
+        finished = (self.folder / "result.json").exists()
         if not newest.exists() and not previous.exists():
+            if finished:
+                gone = "a finished run without its checkpoint: --overwrite trains it again"
+                raise ValueError(f"{self.folder} contains {gone}")
             return None
         try:
             state = load(newest)
@@ -206,8 +229,10 @@ class Run:
             if self.rank == 0:
                 newest.unlink(missing_ok=True)  # `save` must not keep it as the previous one
         how = "--resume without other flags continues it, if config.json and data are as they were"
-        if (self.folder / "result.json").exists():
-            how = f"it is finished: for more, pass --pretrained {self.folder} and another --out"
+        if finished:
+            how = "it is finished: --overwrite trains it again"
+            if (self.folder / "pretrained.pt").exists():
+                how = f"it is finished: for more, pass --pretrained {self.folder} and another --out"
         for kind, now in self.about.items():
             if changed := differences(state[kind], now, self.free):
                 found = f"{self.folder} contains a run with other {kind}: {changed}"
@@ -216,8 +241,9 @@ class Run:
 
     def open_files(self, metrics_size):
         """Begin config.json and metrics.jsonl; what a replaced run left goes."""
-        stale = ["result.json"]
+        stale = []
         if self.state is None and self.about["settings"].get("overwrite"):
+            stale = ["result.json"]
             for name in ("checkpoint.pt", "pretrained.pt", "model.pt"):
                 stale += [name, name + ".previous"]
         for name in stale:
@@ -233,16 +259,16 @@ class Run:
             signal.signal(number, handler)
         if self.rank > 0:
             return
-        if failure is None:
-            seconds = time.perf_counter() - self.started
-            speed = {"seconds": round(seconds, 1), "tokens_per_s": round(self.tokens / seconds)}
-            speed["peak_memory"] = peak_memory()
-            about = {"config": self.about["settings"], "data": self.about["data"], "speed": speed}
-            self.result.update(about, **self.versions)
-            write_json(self.folder / "result.json", self.result)
-        with naming(self.folder / "metrics.jsonl"):
-            self.metrics.close()  # fails again if a write to it has failed
-        self.lock.close()
+        with self.lock:  # closes it
+            if failure is None:
+                seconds = time.perf_counter() - self.started
+                speed = {"seconds": round(seconds, 1), "tokens_per_s": round(self.tokens / seconds)}
+                speed["peak_memory"] = peak_memory()
+                about = {"config": self.about["settings"], "data": self.about["data"]}
+                self.result.update(about, speed=speed, **self.versions)
+                write_json(self.folder / "result.json", self.result)
+            with naming(self.folder / "metrics.jsonl"):
+                self.metrics.close()  # fails again if a write to it has failed
 
     def interrupt(self, number, _):
         print("Stopping after this step; press Ctrl-C again to quit immediately.", file=sys.stderr)
@@ -355,10 +381,8 @@ def lock(folder):
 
 
 def write_json(path, content):
-    temporary = path.with_name(path.name + ".new")
-    with naming(path):
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    os.replace(temporary, path)
 
 
 def peak_memory():

@@ -499,15 +499,20 @@ def ulysses(mixer, group=None, layout="contiguous"):
     Errors as `ring_attention`.  Hooks run twice: for the tokens of this rank, and within it for
     its channels.
     """
+    name = type(mixer).__name__
     plain = not hasattr(mixer, "parametrizations")
-    require(plain, f"remove the parametrizations of this {type(mixer).__name__} first")
+    require(plain, f"remove the parametrizations of this {name} first")
+    nested = [type(part).__name__ for part in mixer.children() if hasattr(part, "d_model")]
+    require(not nested, f"{name} contains {nested}: apply ulysses to that, before wrapping it")
     mixer.forward = partial(mix, mixer, group, layout)
     return mixer
 
 
-def mix(mixer, group, layout, x, keep=None):
+def mix(mixer, group, layout, x, keep=None, **options):
     """Forward of a mixer over shards."""
     D = mixer.d_model
+    fits = x.ndim == 3 and x.shape[2] == D
+    require(fits, f"expected x (B, n, {D}), got {tuple(x.shape)}")
     ranks = ranks_of(group, x.device)
     chunks = agree(ranks, layout, {"x": (x, 1), "keep": (keep, 1)}, call="mixer")
     shares = even_shares(D, ranks.world)
@@ -515,17 +520,19 @@ def mix(mixer, group, layout, x, keep=None):
     part = copy.copy(mixer)  # the channels of this rank
     part.__dict__.pop("forward", None)  # that is `mix`
     part.d_model = shares[ranks.rank]
+    part.first_channel = first  # for layers that treat channels differently: SGConv
     views = {}
     for name, tensor in chain(mixer.named_parameters(), mixer.named_buffers()):
         axis = getattr(mixer, "channel_axes", {}).get(name, 0)
         shape = f"axis {axis} of {name} {tuple(tensor.shape)} is not d_model {D} long"
         fix = f"name its axis in {type(mixer).__name__}.channel_axes"
-        require(tensor.shape[axis] == D, f"{shape}; {fix}")
+        sizes = tensor.shape or (None,)
+        require(sizes[axis] == D, f"{shape}; {fix}")
         views[name] = tensor.narrow(axis, first, part.d_model)
     if keep is not None:
         keep = gather(ranks, keep, chunks["keep"], 1)  # (B, L)
     u = to_channels(x.mT, ranks, chunks["x"], shares).mT  # (B, L, D_r)
-    y = functional_call(part, views, (u, keep))
+    y = functional_call(part, views, (u, keep), options)
     return to_tokens(y.mT, ranks, chunks["x"], shares).mT  # (B, n, D)
 
 
@@ -546,9 +553,10 @@ def spread(model, schedule, layout="contiguous"):
     """
     require(schedule in SCHEDULES, f"schedule {schedule!r}: expected one of {list(SCHEDULES)}")
     for block in model.blocks:
-        if hasattr(block.mixer, "attend"):
-            block.mixer.attend = partial(SCHEDULES[schedule], layout=layout)
-        else:
+        attentions = [m for m in block.mixer.modules() if "attend" in vars(m)]  # perhaps wrapped
+        for module in attentions:
+            module.attend = partial(SCHEDULES[schedule], layout=layout)
+        if not attentions:
             ulysses(block.mixer, layout=layout)
     return model
 
@@ -584,7 +592,7 @@ def sum_gradients(parameters):
     """Sum the gradients over ranks, each of which saw its own tokens or channels only."""
     for p in parameters:
         if p.requires_grad:
-            own = torch.zeros_like(p) if p.grad is None else p.grad
+            own = torch.zeros_like(p) if p.grad is None else p.grad.to_dense()
             p.grad = all_reduce(own)
 
 
@@ -713,6 +721,7 @@ def gather(ranks, x, chunks, dim):
 def unshard(x, dim=1, group=None, layout="contiguous"):
     """The whole sequence on every rank, without gradients: the inverse of `own_tokens`."""
     x = x.detach()
+    dim %= x.ndim
     ranks = ranks_of(group, x.device)
     chunks = agree(ranks, layout, {"x": (x, dim)}, call="unshard")
     return gather(ranks, x, chunks["x"], dim)
@@ -758,6 +767,7 @@ def agree_on_attention(schedule, q, k, v, causal, keep, group, layout):
     tensors = {"q": (q, -2), "k": (k, -2), "v": (v, -2), "keep": (keep, -1)}
     chunks = agree(ranks, layout, tensors, call=schedule, causal=bool(causal))
     fits = q.ndim == k.ndim == 4 and k.shape == v.shape and q.is_floating_point()
+    fits = fits and q.dtype == k.dtype == v.dtype
     fits = fits and q.shape[::3] == k.shape[::3]  # B and E
     fits = fits and q.shape[1] % k.shape[1] == 0
     if causal:
@@ -765,7 +775,7 @@ def agree_on_attention(schedule, q, k, v, causal, keep, group, layout):
     if keep is not None:
         fits = fits and keep.dtype == torch.bool and keep.shape == (len(k), k.shape[2])
         fits = fits and chunks["keep"] == chunks["k"]  # the same on all ranks
-    expected = "float q (B, H, n, E), k and v (B, G, m, E), G divides H, n == m if causal"
+    expected = "float q (B, H, n, E), k and v (B, G, m, E) alike, G divides H, n == m if causal"
     got = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (q, k, v, keep) if x is not None)
     require(fits, f"expected {expected}, bool keep (B, m) or None; got {got}")
     if keep is not None:

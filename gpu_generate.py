@@ -134,6 +134,9 @@ class TransformerDecoder:
 def decoder_of(model, state, n):
     """The decoder of a model that continues a state by n tokens."""
     kind = S4Decoder if isinstance(model, S4Model) else TransformerDecoder
+    needed = "system" if kind is S4Decoder else "project"  # a method of S4 or Attention
+    plain = all(hasattr(block.mixer, needed) for block in model.blocks)
+    require(plain, "S4Model with Attention, or Transformer with S4 mixers: use model.generate")
     return kind(model, state, n)
 
 

@@ -18,9 +18,9 @@ Data flow (this file follows the same order; the first line is batches.py):
     noisy input, mask, clean     Batch.x, Batch.where, Batch.target (shapes: Batch)
 
 With the same settings, every random choice of training follows from seed, stage, step, rank and
-kind of device, so a killed run continues with the same bits. Data, label subsets and validation
-masks do not depend on the seed. B counts sequences: a pair of documents is two of them, with one
-label.
+kind of device, so a killed run continues with the same bits (on as many threads). Data, label
+subsets and validation masks do not depend on the seed. B counts sequences: a pair of documents is
+two of them, with one label.
 
 Differences from the paper: validation masks are fixed (drawn anew there); attention does not see
 padding (it does there); every example is evaluated (the last partial batch is dropped there).
@@ -446,7 +446,8 @@ def train(config, position=0):
     model = initial_model(config, about)
     if config.out is None:
         config = replace(config, out=agreed_folder(config))
-    with Run(config.out, asdict(config), about, FREE, position) as run:
+    stored = {**asdict(config), "device": config.device.split(":")[0]}  # each rank has its own
+    with Run(config.out, stored, about, FREE, position) as run:
         wait_for_all_ranks()
         run.result["parameters"] = sum(p.numel() for p in model.parameters())
         pretraining = config.objective != "none" and not config.pretrained
@@ -468,13 +469,15 @@ def train(config, position=0):
 def prepare_run(config):
     """Load the data.  Returns the completed config, `describe` of the data, and three splits."""
     if config.out or config.resume:
-        config = replace(config, out=str(find_run(config.out or "runs/latest")))
+        folder = find_run(config.out or "runs/latest")
+        require(config.out or folder.exists(), f"{folder}: no run to resume")
+        config = replace(config, out=str(folder))
         check_out(config.out, config.resume or config.overwrite)
+    if config.pretrained:  # now: this run may become runs/latest
+        config = replace(config, pretrained=weights_path(config.pretrained))
     data = rank0_first(load_data, config)
     about = describe(data)
     if config.pretrained:
-        if Path(config.pretrained).is_dir():  # of a run
-            config = replace(config, pretrained=str(Path(config.pretrained, "pretrained.pt")))
         about = as_pretrained(about, config)
     config = fitted(config, about)
     splits = [resident(split, about, config.device) for split in (data.train, data.val, data.test)]
@@ -512,6 +515,12 @@ def initial_head(stage, model, config, about):
 # What must be the same for pretrained weights to make sense (n_heads, say, changes no shape).
 BODY = ("model", "d_model", "n_layers", "n_heads", "d_ff", "ffn", "d_state", "rope", "causal")
 TOKENS = ("vocab_size", "n_channels", "symbols")
+
+
+def weights_path(pretrained):
+    """The file that --pretrained names: itself, or pretrained.pt in the folder of a run."""
+    path = find_run(pretrained)
+    return str(path / "pretrained.pt" if path.is_dir() else path)
 
 
 def read_pretrained(path):
@@ -661,7 +670,7 @@ def command(argv):
         for name, value in asdict(config).items():
             print(f"{name:20}{value!s:24} {origin[name]}")
         print(f"differs from the source: {origin.get('departures', '-')}")
-    elif config.device == "cuda" and not torch.cuda.is_available():
+    elif config.device.startswith("cuda") and not torch.cuda.is_available():
         flags.error("--device cuda: PyTorch finds no CUDA device on this machine")
     elif check:
         sys.exit(not print_table(self_check(config.device)))

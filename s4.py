@@ -257,7 +257,7 @@ def diagonal_kernel(log_A, B_bar, C, L):
     log_A, B_bar (D, N/2) complex128, C (n, D, N/2).  Returns (n, D, L) in the dtype of C, but real.
     O(D N L) time, O(D N sqrt L + D L) memory.  Below, L / m is rounded up.
     """
-    m = math.isqrt(L)
+    m = max(1, int(math.sqrt(L)))  # torch.compile knows no isqrt
     start = torch.arange(0, L, m, device=C.device)[:, None]  # (L / m, 1): i m
     j = torch.arange(m, device=C.device)[:, None]  # (m, 1)
     v = (C * B_bar)[:, :, None]  # (n, D, 1, N/2)
@@ -464,10 +464,10 @@ class StateSpace(nn.Module):
         else:
             fits = K.shape[-1] == x.shape[1] and K.ndim == 2 + self.bidirectional
             require(fits, f"K must be that of kernel(L), got {tuple(K.shape)}")
-            K = K.clone()  # D_skip is added in place
         u = x.to(K.dtype)
         if keep is not None:
             u = u.masked_fill(~keep[..., None], 0)
+        K = K.clone()  # somebody may keep it
         forward_K = K if K.ndim == 2 else K[0]  # (D, L): lags 0, 1, ...
         forward_K[:, 0] += self.D_skip  # D joins K, which saves a pass over the activations
         y = fft_conv(u, K)  # y = K * u + D u
@@ -678,16 +678,19 @@ class S4Model(nn.Module):
 
     def embed_input(self, x):
         """Tokens (B, L) or values (B, L, C) -> (B, L, D)."""
-        if not x.is_floating_point():
-            return self.embed(x.long())
         C = self.config.n_channels
-        fits = C is None or x.shape[-1] == C
-        require(fits, f"expected values (B, L, {C}), got {tuple(x.shape)}")
+        got = f"got {tuple(x.shape)} {x.dtype}"
+        if C is None:
+            require(not x.is_floating_point(), f"expected integer tokens (B, L), {got}")
+            return self.embed(x.long())
+        fits = x.is_floating_point() and x.shape[-1] == C
+        require(fits, f"expected float values (B, L, {C}), {got}")
         return self.embed(x)
 
     def forward(self, x, keep=None, **options):
         """keep: (B, L) bool, False at padding."""
         h = self.embed_input(x)  # (B, L, D)
+        require(h.ndim == 3, f"expected tokens (B, L) or values (B, L, C), got {tuple(x.shape)}")
         for block in self.blocks:
             h = block(h, keep, **options)
         return self.norm(h)
@@ -707,6 +710,8 @@ class S4Model(nn.Module):
         how = "keep: mixers without an s4.State, such as Attention, would remember padding"
         require(forgets or keep is None or keep.all(), how)
         h = self.embed_input(x)
+        if keep is not None:
+            check_input(h, keep, self.config.d_model)
         new_state = []
         for block, s in zip(self.blocks, state, strict=True):
             u = block.norm(h)

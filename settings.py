@@ -54,7 +54,12 @@ def flag(default, help, *choices):
 
 @dataclass
 class Config:
-    """One run: pretraining (unless objective is "none"), then fine-tuning."""
+    """One run: pretraining (unless objective is "none"), then fine-tuning.
+
+    mask_ratio, loss, pretrain_steps, pretrain_batch_size and causal are completed when a Config is
+    made.  dataclasses.replace keeps what they became, so name them too: replace(config,
+    batch_size=8, pretrain_batch_size=None).
+    """
 
     task: str = flag("lattice", "task of lra_data.py, .npz, .csv or .tsv file, or file.py:function")
     model: str = flag("transformer", "architecture", *MODELS)
@@ -114,6 +119,10 @@ class Config:
             optional = value is None and f.default is None
             expected = None if optional else misfit(f, value)
             require(not expected, f"{f.name} {value!r}: expected {expected}")
+        try:
+            torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"device {self.device!r}: expected cpu, cuda or cuda:0") from error
         if self.task in DENOISING:  # else own data: see `fitted`
             mask_ratio, loss = DENOISING[self.task]
             self.mask_ratio = self.mask_ratio or mask_ratio
@@ -157,6 +166,7 @@ def idle(given, config):
     if config.objective == "none" or config.pretrained:
         there = ("mask_ratio", "loss")
         names += [name for name in given if name.startswith("pretrain_") or name in there]
+    names += ["random_init"] * bool(config.random_init and config.pretrained)
     return names
 
 

@@ -261,7 +261,7 @@ class SGConv(nn.Module):
         self.w = nn.Parameter(init((n_scales, *directions, d_model, kernel_dim)))
         self.D_skip = nn.Parameter(torch.randn(d_model))
         # a layer split over ranks has some of the channels; each keeps its place among all of them
-        self.register_buffer("channel", torch.arange(d_model)[:, None], persistent=False)  # (D, 1)
+        self.first_channel = 0
         self.last_channel = max(1, d_model - 1)
         # differs from the paper's text, as its code: one Z per channel and direction, of all
         # scales, even beyond max_len; a buffer, so that w is saved with its Z
@@ -269,14 +269,10 @@ class SGConv(nn.Module):
         norm = k.norm(dim=-1, keepdim=True)
         self.register_buffer("norm", norm.to(self.w.dtype))
 
-    def _load_from_state_dict(self, *args):
-        """Load, and refill `channel`, which is not saved: building on "meta" leaves it empty."""
-        super()._load_from_state_dict(*args)
-        self.channel = torch.arange(self.d_model, device=self.w.device)[:, None]
-
     def unscaled_kernel(self, w, L):
         """The kernel before the division by Z: w (S, ..., D, d) -> (..., D, L)."""
-        place = self.channel.to(w.dtype) / self.last_channel
+        channel = self.first_channel + torch.arange(self.d_model, dtype=w.dtype, device=w.device)
+        place = channel[:, None] / self.last_channel
         return multi_scale_kernel(w, L, place, self.decay, self.first_factor)
 
     def kernel(self, L):
@@ -394,7 +390,9 @@ class SGConvModel(nn.Module):
         """x (B, L) integers or (B, L, C) float, keep (B, L) bool -> features (B, L, D)."""
         if self.config.vocab_size is None:
             check_input(x, keep, self.config.n_channels)
-        elif not x.is_floating_point():
+        else:
+            fits = x.ndim == 2 and not x.is_floating_point()
+            require(fits, f"expected integer tokens (B, L), got {tuple(x.shape)} {x.dtype}")
             x = x.long()  # nn.Embedding takes no uint8
         h = self.embed(x)  # (B, L, D)
         for block in self.blocks:

@@ -326,7 +326,9 @@ class Guide:
         if self.t < self.n_steps:
             return False
         for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if p not in guides]
+            kept = [i for i, p in enumerate(group["params"]) if p not in guides]
+            for key in {"params", "param_names"} & set(group):
+                group[key] = [group[key][i] for i in kept]
         for layer in self.layers:
             optimizer.state.pop(layer.guide, None)
             # a list of parameters made earlier, as for clipping, still holds the guide
@@ -381,6 +383,8 @@ def from_linear(linear, make):
     """Return the layer make(d_in, d_out, bias=...) nearest to an nn.Linear, on its device."""
     with torch.device("meta"):  # without initial values
         layer = make(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    fits = isinstance(layer, Grid) and not linear.weight.is_meta
+    require(fits, "make must build a structured layer, and the weights of model must have values")
     layer = layer.to(linear.weight.dtype).to_empty(device=linear.weight.device)
     layer.project_(linear.weight)
     layer.train(linear.training).requires_grad_(linear.weight.requires_grad)

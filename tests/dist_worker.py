@@ -28,7 +28,7 @@ import pretrain
 from attention import Transformer, TransformerConfig
 from s4 import S4Config, S4Model
 from settings import Config
-from sgconv import SGConvConfig, SGConvModel
+from sgconv import SGConvConfig, SGConvModel, ramp_decay
 
 CASES = [
     {"heads": (4, 4), "lengths": (32, 32)},
@@ -69,10 +69,37 @@ def activation_checkpointing_changes_no_bit(rank, world):
             assert torch.equal(x.grad, expected)
 
 
+class Wrapped(torch.nn.Module):
+    """A module that passes attributes on, like that of activation checkpointing."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+    def forward(self, *args):
+        return self.module(*args)
+
+
+def wrapped(**sizes):
+    model = MODELS["transformer"](**sizes)
+    for block in model.blocks:
+        block.mixer = Wrapped(block.mixer)
+    return model
+
+
 MODELS = {
+    "wrapped": wrapped,
     "transformer": lambda **c: Transformer(TransformerConfig(n_heads=2, rope=True, **c)),
     "s4": lambda **c: S4Model(S4Config(d_state=4, **c)),
-    "sgconv": lambda **c: SGConvModel(SGConvConfig(max_len=32, kernel_dim=4, **c)),
+    "sgconv": lambda **c: SGConvModel(
+        SGConvConfig(max_len=32, kernel_dim=4, decay=ramp_decay, **c)
+    ),
 }
 
 
@@ -82,6 +109,7 @@ def models_over_ranks_are_models(rank, world):
         ("transformer", True, "ring", "zigzag"),
         ("transformer", False, "ulysses", "zigzag"),
         ("transformer", True, "allgather", "contiguous"),
+        ("wrapped", True, "ring", "zigzag"),
         ("s4", False, "ulysses", "contiguous"),
         ("s4", True, "ring", "zigzag"),
         ("sgconv", False, "ulysses", "zigzag"),
@@ -95,6 +123,7 @@ def models_over_ranks_are_models(rank, world):
         scale = max(x.abs().max() for x in expected)
         for a, b in zip(got, expected, strict=True):
             assert (a - b).abs().max() < 1e-12 * scale, (name, how)
+        assert torch.equal(da.unshard(da.own_tokens(tokens, dim=-1), -1), tokens)
 
 
 def loss_and_gradients(model, tokens, layout=None, rank=0, world=1):

@@ -338,6 +338,8 @@ def placed(*shape, rope=False):
         (lambda: model(d_ff=0), "sizes of at least 1.*d_ff=0"),
         (lambda: model()(draw(2, 7)), r"integer tokens x \(B, L\); got \(2, 7\) torch.float64"),
         (lambda: model(vocab_size=None, n_channels=1)(draw(2, 7)), r"values x .* got \(2, 7\)"),
+        (lambda: model(vocab_size=None, n_channels=1)(draw_tokens(2, 7, 1)), "float values x"),
+        (lambda: at.attention(*[x[0] for x in q_k_v()]), r"q \(B, H, Lq, E\)"),
         (lambda: masked(torch.ones(1, 7) > 0), r"bool keep \(B, Lk\); .* \(1, 7\)"),
         (lambda: masked(torch.ones(2, 7)), r"bool keep \(B, Lk\); .* torch.float32"),
         (lambda: placed(1), r"positions \(L,\); .* \(1,\)"),

@@ -18,6 +18,7 @@ from torch import nn
 
 import dist_attention as da
 from attention import attention_online, attention_ref
+from s4 import S4, S4Block
 from sgconv import SGConv
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -202,6 +203,12 @@ class Sideways(SGConv):
         (lambda q: da.ring_attention(q, q, q, layout=partial(max)), "'contiguous' or 'zigzag'"),
         (lambda q: da.positions(9, 0, 1, "stripes"), "'stripes': expected 'contiguous' or"),
         (lambda q: da.spread(None, "rnig"), "'rnig': expected one of .*'ring'.*'ulysses'"),
+        (lambda q: da.ring_attention(q, q.double(), q.double()), "k and v .* alike"),
+        (lambda q: da.ulysses(S4(4, 2))(q[0]), r"x \(B, n, 4\), got \(2, 9, 8\)"),
+        (
+            lambda q: da.ulysses(S4Block(8, S4(8, 2))),
+            r"S4Block contains \['S4'\]: apply ulysses to",
+        ),
         (lambda q: da.ulysses(Sideways(8, 16, 4))(q[0]), "axis 0 of w .* Sideways.channel_axes"),
         (
             lambda q: da.ulysses(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))),

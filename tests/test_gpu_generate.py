@@ -6,9 +6,9 @@ from tape import Tape
 from torch import nn
 
 import gpu_generate
-from attention import Transformer, TransformerConfig
+from attention import Attention, Transformer, TransformerConfig
 from gpu_generate import S4Decoder, generate
-from s4 import S4Config, S4Model, dlr_mixer, rel_err, s4_mixer, s4d_mixer
+from s4 import S4, S4Config, S4Model, dlr_mixer, rel_err, s4_mixer, s4d_mixer
 
 SIZES = {"d_model": 16, "n_layers": 2, "vocab_size": 11, "causal": True}
 
@@ -17,8 +17,13 @@ def s4_model(mixer):
     return S4Model(S4Config(**SIZES, d_state=8), mixer)
 
 
-def transformer(**own):
-    return Transformer(TransformerConfig(**SIZES, n_heads=4, **own))
+def transformer(mixer=None, **own):
+    config = TransformerConfig(**SIZES, n_heads=4, **own)
+    return Transformer(config, mixer=mixer and (lambda *_: S4(16, 8)))
+
+
+def attention_mixer(*_):
+    return Attention(16, 4, causal=True)
 
 
 MODELS = {
@@ -86,3 +91,9 @@ def test_nonsense_is_refused(wrong):
     arguments = {"prompt": prompt, "n": 2, "head": head, "graphs": Tape(), **wrong}
     with pytest.raises(ValueError, match="expected temperature"):
         generate(model, **arguments)
+
+
+@pytest.mark.parametrize("model", [transformer(mixer=S4), s4_model(attention_mixer)])
+def test_mixers_of_the_other_model_are_refused(model):
+    with pytest.raises(ValueError, match=r"S4Model with Attention, .* use model.generate"):
+        generate(model, torch.zeros(2, 3).long(), 2, nn.Linear(16, 11), graphs=Tape())

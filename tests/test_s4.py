@@ -473,6 +473,23 @@ def hybrid_model():
     return causal_model(mixer, vocab_size=3)
 
 
+def test_a_layer_leaves_as_it_is_what_its_kernel_returns():
+    layer = S4(2, 4)
+    K = layer.kernel(9).detach()
+    layer.kernel = lambda L, rate: K  # of a subclass that keeps kernels
+    x = torch.randn(1, 9, 2)
+    assert torch.equal(layer(x), layer(x))
+
+
+def read(x, **inputs):
+    return S4Model(S4Config(**inputs))(x)
+
+
+def prefilled(keep):
+    model = S4Model(S4Config(vocab_size=3, causal=True))
+    return model.prefill(torch.zeros(2, 4).long(), model.initial_state(2), keep)
+
+
 def continued(run, *shape):
     layer = S4(4, 8)
     return getattr(layer, run)(torch.zeros(shape), layer.initial_state(5))
@@ -497,6 +514,11 @@ def continued(run, *shape):
         (lambda: S4Model(S4Config()), "exactly one"),
         (lambda: S4Model(S4Config(vocab_size=3, n_channels=1)), "exactly one"),
         (lambda: S4Model(S4Config(n_channels=1))(torch.zeros(2, 5)), r"\(B, L, 1\), got \(2, 5\)"),
+        (lambda: read(torch.ones(2, 5, 1).long(), n_channels=1), "float values .*int64"),
+        (lambda: read(torch.zeros(2, 5), vocab_size=3), "integer tokens .* torch.float32"),
+        (lambda: read(torch.zeros(5).long(), vocab_size=3), r"tokens \(B, L\) .*\(5,\)"),
+        (lambda: prefilled(torch.ones(2, 4)), r"bool keep \(2, 4\), got \(2, 4\) torch.float32"),
+        (lambda: prefilled(torch.ones(1, 4) > 0), r"bool keep \(2, 4\), got \(1, 4\)"),
         (lambda: causal_model(vocab_size=3).prefill(torch.zeros(1, 1).long(), []), "shorter"),
         (lambda: hybrid_model().generate(torch.zeros(2, 3).long(), 1, None, lengths=[3, 2]),
          "such as Attention, would remember padding"),

@@ -219,6 +219,7 @@ def test_channels_can_be_split(decay, bidirectional):
     layer = SGConv(5, 64, 4, bidirectional, decay=decay).double()
     part = copy.deepcopy(layer)
     part.d_model = 2
+    part.first_channel = 3
     for tensors in (part._parameters, part._buffers):
         for name in tensors:
             tensors[name] = tensors[name].narrow(layer.channel_axes.get(name, 0), 3, 2)
@@ -266,6 +267,10 @@ LAYER = SGConv(3, 32, 4)
         (lambda: sgconv.SGConv2d(3, 4, 5, 2)(torch.zeros(1, 3, 5, 4)), "4, 5.*5, 4"),
         (lambda: SGConvModel(SGConvConfig()), "vocab_size=None, n_channels=None"),
         (lambda: model_of(vocab_size=3, n_channels=2), "vocab_size=3, n_channels=2"),
+        (
+            lambda: model_of(vocab_size=3)(torch.zeros(8).long()),
+            r"integer tokens \(B, L\), got \(8,\)",
+        ),
         (lambda: model_of(n_channels=1)(torch.zeros(2, 8)), r"\(B, L, 1\), got \(2, 8\)"),
         (lambda: model_of(vocab_size=3, n_layers=0), "sizes of at least 1.*n_layers=0"),
         (lambda: SGConv(3, None), "d_model=3, max_len=None"),
@@ -310,7 +315,6 @@ def test_a_layer_built_on_the_meta_device_and_loaded_equals_the_saved_one(assign
         layer = build()
     if not assign:
         layer.to_empty(device="cpu")
-        layer.channel.fill_(7)  # memory as it happens to be
     layer.load_state_dict(saved.state_dict(), assign=assign)
     x = torch.randn(2, 20, 4)
     assert torch.equal(layer(x), saved(x))

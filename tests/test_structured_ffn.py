@@ -242,6 +242,13 @@ def test_convert_refuses_before_it_changes_anything(model, message):
     assert [(name, id(module)) for name, module in model.named_modules()] == before
 
 
+@pytest.mark.parametrize(("make", "device"), [(nn.Linear, "cpu"), (low_rank, "meta")])
+def test_convert_needs_a_structured_layer_and_values(make, device):
+    model = nn.Sequential(nn.Linear(16, 16, device=device))
+    with pytest.raises(ValueError, match=r"make must build .* must have values"):
+        sf.convert(model, make, lambda name: True)
+
+
 def test_a_layer_converted_from_zero_learns():
     model = nn.Sequential(nn.Linear(16, 16)).half()
     nn.init.zeros_(model[0].weight)
@@ -290,15 +297,16 @@ def test_numbers_of_another_dtype_are_not_converted(make):
             sf.grid_linear(**{**right, name: right[name].double()})
 
 
-def test_match_finds_the_published_sizes():
+def test_the_planner_finds_the_published_sizes():
     assert sf.plan_linear(np.int64(2048), np.int64(8192), "lowrank", 0.625).keywords == {"R": 1024}
-    assert sf.plan_linear(2048, 8192, "lowrank", 0.3125).keywords == {"R": 512}
-    assert sf.plan_linear(2048, 8192, "blockshuffle", 0.625).keywords == {"n_blocks": 2}
-    assert sf.plan_linear(2048, 8192, "blockshuffle", 0.32).keywords == {"n_blocks": 4}
-    assert sf.plan_linear(2048, 8192, "blockdense", 0.5859375).keywords == {
-        "R": 1536,
-        "n_blocks": 4,
+    published = {
+        ("lowrank", 0.3125): {"R": 512},
+        ("blockshuffle", 0.625): {"n_blocks": 2},
+        ("blockshuffle", 0.32): {"n_blocks": 4},
+        ("blockdense", 0.5859375): {"R": 1536, "n_blocks": 4},
     }
+    for (kind, ratio), sizes in published.items():
+        assert sf.plan_linear(2048, 8192, kind, ratio).keywords == sizes
     for kind in sf.KINDS:
         share = sf.ffn_weights(sf.plan_linear(768, 3072, kind, 0.32), 768, 3072) / (2 * 768 * 3072)
         assert share == pytest.approx(0.32, rel=0.03)
@@ -402,7 +410,7 @@ def test_the_guide_leaves_the_model_and_the_optimizer():
     kept = [*model.parameters()]
     guides = [layer.guide for layer in guide.layers]
     assert len(guides) == 6 and len(model.state_dict()) == len(names) + 6
-    optimizer = torch.optim.AdamW(kept)
+    optimizer = torch.optim.AdamW(model.named_parameters())
     for t in range(5):
         model(wave(6, 16)).square().sum().backward()
         by_list = nn.utils.clip_grad_norm_(kept, 1e9)
@@ -411,7 +419,8 @@ def test_the_guide_leaves_the_model_and_the_optimizer():
         assert all((W in optimizer.state) == (t < 3) for W in guides)
         assert guide.step(optimizer) == (t == 2)
     assert set(model.state_dict()) == names
-    assert optimizer.param_groups[0]["params"] == [*model.parameters()]
+    group = optimizer.param_groups[0]
+    assert [*zip(group["param_names"], group["params"], strict=True)] == [*model.named_parameters()]
     assert not any(W.grad is not None for W in guides)
     Guide(model, 3)
 
