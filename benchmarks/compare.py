@@ -1,11 +1,11 @@
 """Arms x seeds of pretrain.py as one job: finished runs are kept, interrupted ones continue.
 
-    python benchmarks/compare.py --name mixers --seeds 0 1 2 \\
+    python benchmarks/compare.py --name my_mixers --seeds 0 1 2 \\
         --arm "S4: --task lattice --model s4 --objective none" \\
         --arm "SGConv: --settings lattice-sgconv"
 
-Prints the mean and standard deviation of the test accuracy over the seeds, and writes
-results/NAME.json with everything needed to repeat it.
+Prints the mean and standard deviation over the seeds of the test accuracy (regression: R2), and
+writes results/NAME.json with everything needed to repeat it.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from measured import ROOT, over_seeds, provenance, save
+from measured import ROOT, load, over_seeds, provenance, save
 from tqdm import tqdm
 
 import pretrain
@@ -56,10 +56,12 @@ def finished(path, config):
         old = result["config"]
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path} is not the result of a run: {error}") from error
-    free = pretrain.FREE
-    if config.loss is None:  # your own data: train() chose these by their kind
-        free += ("mask_ratio", "loss", "pretrain_steps")
-    changed = differences(old, asdict(config), free)
+    new = asdict(config)
+    if config.pretrained:
+        new["pretrained"] = pretrain.weights_path(config.pretrained)
+    own = ("mask_ratio", "loss", "pretrain_steps")  # chosen by the kind of your own data, if None
+    free = pretrain.FREE + tuple(name for name in own if new[name] is None)
+    changed = differences(old, new, free)
     if changed:
         raise ValueError(f"{path} has other settings: {changed}; remove it")
     return result
@@ -88,10 +90,11 @@ def parse_arms(texts):
 
 
 def describe(results):
-    """Results of one arm over its seeds -> row of the table, in %."""
+    """Results of one arm over its seeds -> row of the table, in %: accuracy, or R2."""
+    score = "accuracy" if "accuracy" in results[0]["test"] else "r2"
     return {
-        **over_seeds([100 * r["test"]["accuracy"] for r in results]),
-        "validation": [round(100 * r["finetune"]["accuracy"], 2) for r in results],
+        **over_seeds([100 * r["test"][score] for r in results]),
+        "validation": [round(100 * r["finetune"][score], 2) for r in results],
         "seconds": [r["speed"]["seconds"] for r in results],
         "commits": [r["commit"] for r in results],
         "parameters": results[0]["parameters"],
@@ -119,7 +122,7 @@ def compare(arms, seeds, folder, workers=2):
 def tuned(config, rates, workers):
     """Train with every learning rate, stage by stage.  Return the best on validation, all scores.
 
-    Validation loss decides in pretraining, accuracy in fine-tuning.  Both results are dicts:
+    Validation loss decides in pretraining and regression, else accuracy.  Both results are dicts:
     {"pretrain_lr": rate, "finetune_lr": rate} and {stage: {rate: score}}.
     """
     best = {}
@@ -132,7 +135,8 @@ def tuned(config, rates, workers):
             out = f"{config.out}-{stage}-{lr:g}"
             trials.append(replace(short, out=out, **{f"{stage}_lr": lr}))
         results = [result[stage] for result in side_by_side(trials, workers)]
-        score, choose = ("loss", min) if stage == "pretrain" else ("accuracy", max)
+        by_accuracy = stage == "finetune" and "accuracy" in results[0]
+        score, choose = ("accuracy", max) if by_accuracy else ("loss", min)
         scores[stage] = {lr: row[score] for lr, row in zip(rates, results, strict=True)}
         lr = choose(rates, key=scores[stage].get)
         best[f"{stage}_lr"] = lr
@@ -166,15 +170,19 @@ def main():
     add("--workers", type=int, default=2, help="parallel runs, one thread each")
     args = parser.parse_args()
     origin = provenance()
+    out = ROOT / f"results/{args.name}.json"
 
     def run():
+        arms = parse_arms(args.arm)
         if Path(args.name).name != args.name:
             raise ValueError(f"name {args.name!r}: expected a file name without a folder")
-        return compare(parse_arms(args.arm), args.seeds, f"runs/{args.name}", args.workers)
+        if out.exists() and "arms" not in load(out):
+            raise ValueError(f"{out} was written by another script: choose another --name")
+        return compare(arms, args.seeds, f"runs/{args.name}", args.workers)
 
     rows = job(run, "compare.py")
     print_rows(rows)
-    save(ROOT / f"results/{args.name}.json", {**origin, "seeds": args.seeds, "arms": rows})
+    save(out, {**origin, "seeds": args.seeds, "arms": rows})
 
 
 if __name__ == "__main__":

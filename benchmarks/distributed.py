@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from measured import ROOT, draw_curves, provenance, save
+from measured import ROOT, draw_curves, need_device, provenance, save
 
 import dist_attention as da
 
@@ -182,6 +182,7 @@ def parse():
 
 def main():
     args = parse()
+    need_device(args.device)
     origin = provenance()
     with da.process_group(args.device, args.timeout) as (rank, world, device):
         if args.tokens:

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measured import ROOT, draw_curves, load, provenance, save
+from measured import ROOT, draw_curves, load, need_device, provenance, save
 from torch import nn
 
 from structured_ffn import KINDS, Merged, StructuredFFN, merged, plan_linear
@@ -177,13 +177,15 @@ def main():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no CUDA device on this machine")
+    need_device(args.device)
     torch.set_num_threads(1)
     torch.set_default_device(args.device)
     torch.set_default_dtype(getattr(torch, args.dtype))
     result = {"layer": {}, "thresholds": {}, "ffn": {}} | load(args.out)
     result.pop("runs", None)
+    found = result.get("device", args.device), result.get("dtype", args.dtype)
+    if found != (args.device, args.dtype):
+        parser.error(f"{args.out} was measured with {found}: choose another --out")
     origin = provenance() | {"device": args.device, "dtype": args.dtype}
     for section, key, measure in cells(args):
         if key not in result[section]:

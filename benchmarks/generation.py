@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measured import ROOT, draw_curves, provenance, save
+from measured import ROOT, draw_curves, need_device, provenance, save
 
 from attention import Cache, Transformer, TransformerConfig
 from gpu_generate import decoder_of
@@ -150,6 +150,7 @@ def parse():
 @torch.no_grad()
 def main():
     args = parse()
+    need_device(args.device)
     torch.set_num_threads(args.threads)
     origin = provenance()
     models = {name: m.to(args.device) for name, m in build().items()}

@@ -18,10 +18,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from compare import compare, job, print_rows, tuned
 from fashion import FOLDER, write_pictures
-from measured import ROOT, load, provenance, save
+from measured import ROOT, load, need_device, provenance, save
 
 from settings import published, resolve
 
@@ -139,8 +138,7 @@ def main():
     args = parser.parse_args()
     if unknown := set(args.names) - set(every):
         parser.error(f"unknown step {', '.join(unknown)}; choose from {', '.join(every)}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("PyTorch finds no CUDA device on this machine")
+    need_device(args.device)
     args.names = args.names or every
     job(lambda: prepare(args), "gpu.py")
     failed = [name for name in args.names if not run_step(name, args)]

@@ -75,6 +75,12 @@ def command():
     return shlex.join([*start, script, *essential(sys.argv[1:])])
 
 
+def need_device(device):
+    """End in one line if there is no such device."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit(f"{Path(sys.argv[0]).name}: --device {device}: PyTorch finds no CUDA device")
+
+
 def takes_no_arguments(about):
     """Answer --help with the first line of a script's docstring, and refuse anything else."""
     argparse.ArgumentParser(description=about.split("\n")[0]).parse_args()
@@ -139,6 +145,11 @@ def complete(path, keys, measure, settings):
     """
     origin = provenance()
     made_by = {name: origin[name] for name in ("commit", "hardware")}
+    for key in keys:
+        same = {name: value for name, value in key.items() if name != "steps"}
+        other = [run["steps"] for run in select(load(path)["runs"], **same) if "steps" in key]
+        if set(other) - {key.get("steps")}:
+            sys.exit(f"{path} has {same} with {other} steps: move it away, or take as many")
     for key in keys:
         result = load(path)
         if select(result["runs"], **key):

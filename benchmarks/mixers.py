@@ -21,7 +21,7 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import torch
-from measured import ROOT, draw_curves, load, peak_bytes, provenance, save, select
+from measured import ROOT, draw_curves, load, need_device, peak_bytes, provenance, save, select
 
 import attention
 import s4
@@ -194,6 +194,7 @@ def parse():
 
 def main():
     args = parse()
+    need_device(args.device)
     cells = load(args.out).get("cells", [])
     shape = shape_of(args)
     run = provenance()

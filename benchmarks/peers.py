@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import torch
-from measured import ROOT, provenance, save
+from measured import ROOT, need_device, provenance, save
 from torch import nn
 
 from gpu_kernels import JointS4Model
@@ -124,8 +124,7 @@ def main():
     add("--s4", type=Path, required=True, help="clone of state-spaces/s4")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="torch device (cpu)")
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no CUDA device on this machine")
+    need_device(args.device)
     origin = provenance()
     try:
         module = load_theirs(args.s4)

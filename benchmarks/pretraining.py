@@ -17,7 +17,7 @@ Writes results/pretraining_NAME.json; finished runs are read from their folders.
 import argparse
 from dataclasses import replace
 
-from compare import compare, print_rows
+from compare import compare, job, print_rows
 from demo import ARMS, DEMO, PRETRAINED, SCRATCH
 from measured import ROOT, provenance, save
 
@@ -112,10 +112,14 @@ def main():
     parser.add_argument("--workers", type=int, default=2, help="parallel runs, one thread each")
     args = parser.parse_args()
     origin = provenance()
-    if args.name == "labels":  # its arms start from these weights
-        before = {MASKED: objectives()[MASKED]}
-        compare(before, args.seeds, f"{RUNS}/objectives", args.workers)
-    rows = compare(QUESTIONS[args.name](), args.seeds, f"{RUNS}/{args.name}", args.workers)
+
+    def run():
+        if args.name == "labels":  # its arms start from these weights
+            before = {MASKED: objectives()[MASKED]}
+            compare(before, args.seeds, f"{RUNS}/objectives", args.workers)
+        return compare(QUESTIONS[args.name](), args.seeds, f"{RUNS}/{args.name}", args.workers)
+
+    rows = job(run, "pretraining.py")
     print_rows(rows)
     path = ROOT / f"results/pretraining_{args.name}.json"
     save(path, {**origin, "seeds": args.seeds, "arms": rows})

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from measured import over_seeds, pyplot, write
 
-from checkpoint import versions
+from checkpoint import find_run, versions
 
 STAGES = {"pretrain": "Pretraining", "finetune": "Fine-tuning"}
 STYLE = """
@@ -85,13 +85,14 @@ def table_of_seeds(runs):
     groups = {}
     for number, run in enumerate(runs, 1):
         if "test" in run["result"]:
-            same = run["config"] | {"seed": None, "out": None, "resume": None}
+            how = dict.fromkeys(("seed", "out", "resume", "overwrite"))
+            same = run["config"] | how
             groups.setdefault(json.dumps(same, sort_keys=True), {})[number] = run["result"]["test"]
     rows = []
     for group in groups.values():
         if len(group) > 1:
             row = [", ".join(map(str, group))]
-            for name in ("loss", "accuracy"):
+            for name in next(iter(group.values())):  # loss, accuracy or R2
                 test = over_seeds([result[name] for result in group.values()], digits=4)
                 row.append(f"{name} {test['mean']} ± {test['spread']}")
             rows.append(row)
@@ -167,7 +168,9 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/report.html", type=Path, help="file to write")
     args = parser.parse_args(argv)
     try:
-        write(args.out, page([read_run(folder) for folder in args.runs]))
+        folders = [find_run(path) for path in args.runs if path.resolve() != args.out.resolve()]
+        folders = {folder.resolve(): folder for folder in folders}  # runs/latest is one of runs/*
+        write(args.out, page([read_run(folder) for folder in folders.values()]))
     except (ValueError, OSError) as error:
         sys.exit(f"report.py: {error}")
     print(f"wrote {args.out}, {args.out.stat().st_size / 1e3:,.0f} kB")

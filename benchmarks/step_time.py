@@ -27,7 +27,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from measured import ROOT, provenance, save
+from compare import job
+from measured import ROOT, need_device, provenance, save
 from torch.autograd import DeviceType
 
 import pretrain
@@ -212,8 +213,8 @@ def measure_all(given, name, compiled, warm_up, eager=False):
     return rows
 
 
-def main():
-    args = parse()
+def run(args):
+    need_device(args.device)
     origin = provenance() | {"threads": torch.get_num_threads()}
     out = vars(args).pop("out")
     given = {key: getattr(args, key) for key in ("task", "batch_size", "precision", "device")}
@@ -226,6 +227,11 @@ def main():
             rows += measure_all(given, name, compiled, args.warm_up, eager=True)
         rows += measure_all(given, name, compiled, args.warm_up)
     save(out, {**origin, "options": vars(args), "rows": rows})
+
+
+def main():
+    args = parse()
+    job(lambda: run(args), "step_time.py")
 
 
 if __name__ == "__main__":

@@ -108,6 +108,35 @@ def test_only_overwrite_deletes_weights(tmp_path):
     assert mine.read_text() == "mine"
 
 
+def test_a_finished_run_whose_checkpoint_is_gone_stays_as_it_is(tmp_path):
+    run(tmp_path, "a", objective="none", finetune_steps=1)
+    (tmp_path / "a" / "checkpoint.pt").unlink()
+    before = (tmp_path / "a" / "result.json").read_bytes()
+    with pytest.raises(ValueError, match="a finished run without its checkpoint: --overwrite"):
+        run(tmp_path, "a", objective="none", finetune_steps=1, resume=True)
+    assert (tmp_path / "a" / "result.json").read_bytes() == before
+
+
+def test_a_finished_run_that_cannot_be_continued_keeps_its_result(tmp_path, monkeypatch):
+    run(tmp_path, "a", objective="none", finetune_steps=1)
+    with pytest.raises(ValueError, match=r"-> 2; it is finished: --overwrite trains it again"):
+        run(tmp_path, "a", objective="none", finetune_steps=2, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Run, "save_weights", lambda *_: die())
+        with pytest.raises(RuntimeError, match="killed"):
+            run(tmp_path, "a", objective="none", finetune_steps=1, resume=True)
+    assert (tmp_path / "a" / "result.json").exists()
+
+
+def test_a_refused_run_does_not_keep_the_folder(tmp_path):
+    """Also while somebody holds the error, as a notebook does."""
+    stop_run(tmp_path, "pretrain", 7)
+    with pytest.raises(ValueError, match="seed 0 -> 1") as error:
+        run(tmp_path, "cut", resume=True, seed=1)
+    run(tmp_path, "cut", resume=True)
+    assert error.value is not None
+
+
 def test_the_example_of_the_docstring_resumes(tmp_path):
     part = torch.nn.Linear(1, 1)
     with pytest.raises(KeyboardInterrupt), checkpoint.Run(tmp_path, {"lr": 1}) as run:
@@ -242,6 +271,8 @@ def test_a_full_disk_is_reported_with_the_file(name, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left") as error:
         run(tmp_path, "a", resume=True)
     assert error.value.filename == str(folder / name)
+    if name != "metrics.jsonl":
+        assert not (folder / f"{name}.new").is_symlink(), "half-written"
 
 
 @pytest.mark.parametrize("name", ["file", "file/a", "dangling", "long" * 75, "refused"])
@@ -308,6 +339,8 @@ def test_a_run_without_a_folder_gets_a_new_one_that_latest_stands_for(links, tmp
     result = pretrain.train(replace(config, resume=True))
     assert result["config"]["out"] == "runs/lattice-s4-2"
     assert sorted(os.listdir("runs")) == ["latest", "lattice-s4-1", "lattice-s4-2"]
+    tuned = pretrain.train(replace(config, pretrained="runs/latest"))  # which it becomes
+    assert tuned["config"]["pretrained"] == "runs/lattice-s4-2/pretrained.pt"
     same(bits(Path("runs/lattice-s4-1")), bits(Path("runs/lattice-s4-2")))
     assert not Path("runs/lattice-s4-1/latest").exists()
 

@@ -50,6 +50,13 @@ def test_mean_and_spread_over_the_seeds_and_finished_runs_are_not_trained_again(
     assert rows["b, wide"]["settings"]["d_model"] == 128
 
 
+def test_regression_is_judged_by_r2():
+    score = {"r2": 0.5, "loss": 1.0}
+    result = {"test": score, "finetune": score, "commit": "abc", "speed": {"seconds": 1.0}}
+    row = compare.describe([{**result, "parameters": 3, "config": {}}])
+    assert row["test"] == row["validation"] == [50]
+
+
 def test_a_finished_run_with_other_settings_is_refused(trained, tmp_path):
     def run(**own):
         compare.compare({"a": Config(**own)}, [0], str(tmp_path))
@@ -73,6 +80,11 @@ def test_own_data_chose_the_loss_of_a_finished_run(trained, tmp_path):
     assert compare.run(config)["config"]["loss"] == "ce"
     with pytest.raises(ValueError, match="has other settings: loss"):
         compare.run(Config(task="my.csv", out=str(tmp_path), loss="l1"))
+    named = Config(task="my.csv", out=str(tmp_path), loss="l1", pretrained=str(tmp_path))
+    weights = str(tmp_path / "pretrained.pt")
+    stored = {"loss": "l1", "mask_ratio": 0.5, "pretrain_steps": 300, "pretrained": weights}
+    path.write_text(json.dumps({"config": compare.asdict(named) | stored}))
+    compare.run(named)
 
 
 @pytest.mark.parametrize(
@@ -83,13 +95,14 @@ def test_own_data_chose_the_loss_of_a_finished_run(trained, tmp_path):
         (["a: ", "a: --seed 1"], "two arms are called 'a'"),
         (["a: --check"], "no setting is called check"),
         (["a: --d-model 0"], "d_model 0"),
+        (["a: "], "mixers.json was written by another script"),
     ],
 )
 def test_nonsense_on_the_command_line_is_refused_in_one_line(monkeypatch, arms, message):
     config = compare.parse_arms(["S4 wide: --model s4 --d-model 128"])["S4 wide"]
     assert (config.model, config.d_model) == ("s4", 128)
     flags = [word for arm in arms for word in ("--arm", arm)]
-    monkeypatch.setattr(sys, "argv", ["compare.py", "--name", "x", *flags])
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--name", "mixers", *flags])
     monkeypatch.setattr(compare, "compare", lambda *args: pytest.fail("it was run"))
     with pytest.raises(SystemExit, match=message):
         compare.main()

@@ -33,7 +33,10 @@ def runs(tmp_path_factory):
             pretrain.train(replace(TINY, out=str(folder / name), **change))
     with open(folder / "c/metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"stage": "fine')
-    report.main([*[str(folder / name) for name in "abc"], "--out", str(folder / "page.html")])
+    (folder / "latest").symlink_to("b")  # as runs/* has it
+    page = str(folder / "page.html")
+    names = [str(folder / name) for name in ("a", "b", "c", "latest")]
+    report.main([*names, page, "--out", page])
     return folder
 
 

@@ -142,6 +142,11 @@ def test_runs_that_a_results_file_has_are_not_measured_again(tmp_path):
     assert [run["loss"] for run in measured.select(result["runs"], arm="a")] == [10, 20]
     assert all(run["commit"] == result["commit"] for run in result["runs"])
     assert measured.load(path) == result and list(path.parent.iterdir()) == [path]
+    two = {"runs": [{"arm": "a", "seed": 1, "steps": 2}]}
+    measured.save(tmp_path / "steps.json", two)
+    with pytest.raises(SystemExit, match=r"with \[2\] steps: move it away"):
+        measured.complete(tmp_path / "steps.json", [{"arm": "a", "seed": 1, "steps": 3}], None, {})
+    assert measured.load(tmp_path / "steps.json") == two
     assert measured.series(result["runs"], "seed", "loss") == ([1, 1, 2], [10, 10, 20])
     assert measured.series([{"x": 1}, {"x": 2, "y": 0}], "x", "y") == ([2], [0])
 

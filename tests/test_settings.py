@@ -315,6 +315,7 @@ def test_settings_without_effect_in_a_run_are_named():
     scratch = Config(model="sgconv", objective="none")
     assert settings.idle(given, scratch) == ["n_heads", "d_state", *given[-3:]]
     assert settings.idle(["pretrain_steps"], Config(pretrained="a.pt")) == ["pretrain_steps"]
+    assert settings.idle([], Config(pretrained="a.pt", random_init=True)) == ["random_init"]
 
 
 def test_help_tells_the_defaults():
