@@ -108,7 +108,8 @@ def attention_online(q, k, v, causal=False, keep=None, tile=128):
     largest = q.new_full((B, H, Lq), -torch.inf)  # of the scores so far
     i = torch.arange(Lq, device=q.device)[:, None]  # (Lq, 1)
     for start in range(0, Lk, tile):
-        j = torch.arange(start, min(start + tile, Lk), device=q.device)  # (tile,)
+        stop = min(start + tile, Lk)
+        j = torch.arange(start, stop, device=q.device)  # (tile,)
         scores = q @ k[:, :, j].mT  # (B, H, Lq, E) x (B, H, E, tile) -> (B, H, Lq, tile)
         if causal:
             scores = scores.masked_fill(j > i, -torch.inf)
@@ -182,8 +183,8 @@ def check_shapes(q, k, v, keep):
     expect(q.ndim == k.ndim == 4, expected, q, k, v)
     B, H, _, E = q.shape
     G, Lk = k.shape[1:3]
-    fits = k.shape == (B, G, Lk, E) and v.shape[:-1] == (B, G, Lk) and H % G == 0
-    expect(fits, expected, q, k, v)
+    fits = k.shape == (B, G, Lk, E) and v.shape[:-1] == (B, G, Lk)
+    expect(fits and H % G == 0, expected, q, k, v)
     if keep is not None:
         fits = keep.shape == (B, Lk) and keep.dtype == torch.bool
         expect(fits, "k (B, G, Lk, E), bool keep (B, Lk)", k, keep)
@@ -351,7 +352,8 @@ class Attention(nn.Module):
         require(self.causal, "a KV cache needs causal=True, or new tokens change old outputs")
         shape = (batch, self.n_kv_heads, capacity, self.d_head)
         # dtype and device of any float parameter: an adapter may wrap qkv, or it may be quantized
-        like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+        floats = [p for p in self.parameters() if p.is_floating_point()]
+        like = floats[0] if floats else torch.empty(0)
         return Cache(like.new_zeros(shape), like.new_zeros(shape))
 
     @torch.no_grad()
@@ -652,7 +654,8 @@ def demo(device, L=64, steps=200):
     config = TransformerConfig(d_model=32, n_heads=2, vocab_size=16, causal=True, rope=True)
     model = Transformer(config).to(device)
     head = nn.Linear(32, 16).to(device)
-    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=3e-3)
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3)
     for _ in range(steps):
         word = torch.randint(16, (32, L // 2), device=device)
         features = model(torch.cat([word, word], 1))  # (B, L, D)

@@ -754,7 +754,9 @@ def agree(ranks, layout, tensors, **facts):
     for name in lengths:
         held = [own["lengths"][name] for own in stated]
         L = sum(held)
-        chunks[name] = [chunks_of(L, rank, ranks.world, layout) for rank in range(ranks.world)]
+        chunks[name] = []
+        for rank in range(ranks.world):
+            chunks[name].append(chunks_of(L, rank, ranks.world, layout))
         given = lengths_of(chunks[name])
         text = f"{name}: ranks hold {held} tokens; layout {layout} gives them {given}"
         require(held == given, text)
@@ -766,8 +768,8 @@ def agree_on_attention(schedule, q, k, v, causal, keep, group, layout):
     ranks = ranks_of(group, q.device)
     tensors = {"q": (q, -2), "k": (k, -2), "v": (v, -2), "keep": (keep, -1)}
     chunks = agree(ranks, layout, tensors, call=schedule, causal=bool(causal))
-    fits = q.ndim == k.ndim == 4 and k.shape == v.shape and q.is_floating_point()
-    fits = fits and q.dtype == k.dtype == v.dtype
+    fits = q.ndim == k.ndim == 4 and k.shape == v.shape
+    fits = fits and q.is_floating_point() and q.dtype == k.dtype == v.dtype
     fits = fits and q.shape[::3] == k.shape[::3]  # B and E
     fits = fits and q.shape[1] % k.shape[1] == 0
     if causal:

@@ -280,8 +280,8 @@ class SGConv(nn.Module):
 
         kernel(L) is a prefix of kernel(max_len). Raises ValueError unless 1 <= L <= max_len.
         """
-        if not 1 <= L <= self.max_len:
-            raise ValueError(f"the length must be 1 to max_len = {self.max_len}, got {L}")
+        fits = 1 <= L <= self.max_len
+        require(fits, f"the length must be 1 to max_len = {self.max_len}, got {L}")
         # bfloat16 skips integers above 256, so lags would repeat
         dtype = torch.promote_types(self.w.dtype, torch.float32)
         w = self.w.to(dtype) / self.norm.to(dtype)  # k is linear in w, and w has fewer numbers
@@ -313,9 +313,9 @@ class SGConv2d(nn.Module):
         self.conv = SGConv(d_model, height * width, kernel_dim, bidirectional=True, **variant)
 
     def forward(self, x):
-        if tuple(x.shape[2:]) != self.size:
-            height, width = self.size
-            raise ValueError(f"expected x (B, D, {height}, {width}), got {tuple(x.shape)}")
+        height, width = self.size
+        fits = x.shape[2:] == self.size
+        require(fits, f"expected x (B, D, {height}, {width}), got {tuple(x.shape)}")
         y = self.conv(x.flatten(2).transpose(1, 2))  # (B, H W, D)
         return y.transpose(1, 2).unflatten(2, self.size)  # (B, D, H, W)
 

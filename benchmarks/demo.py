@@ -48,7 +48,7 @@ def demo(seed=0, out="runs/demo"):
 
 def table(results):
     """{arm: result} -> lines of text: what each run reached, and the two gaps."""
-    test = {arm: 100 * result["test"]["accuracy"] for arm, result in results.items()}
+    test = {arm: round(100 * result["test"]["accuracy"], 1) for arm, result in results.items()}
     yield f"{'':28}{'parameters':>10}{'steps':>14}{'test accuracy %':>18}"
     for arm, result in results.items():
         config = result["config"]
