@@ -195,6 +195,7 @@ class Run:
         return self
 
     def begin(self):
+        """Read the checkpoint, open the files, catch signals."""
         resume = self.about["settings"].get("resume")
         check_free(self.folder, resume or self.about["settings"].get("overwrite"))
         self.state = self.newest() if resume else None

@@ -376,15 +376,15 @@ def rows_of(path):
     """Yield the place of each row of a .csv or .tsv file, as text, and its fields."""
     csv.field_size_limit(2**31 - 1)  # texts may be long
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, delimiter=SEPARATORS[path.suffix.lower()], strict=True)
+        separator = SEPARATORS[path.suffix.lower()]
+        is_tsv = separator == "\t"
+        reader = csv.reader(file, delimiter=separator, strict=True)
         place = f"{path}, line 1"
         try:
             for row in reader:
                 good = not BROKEN.search("".join(row))
                 require(good, f"{place}: not UTF-8 text, or a NUL byte: save the file as UTF-8")
-                swallowed = reader.dialect.delimiter == "\t" and any(
-                    "\t" in field and "\n" in field for field in row
-                )
+                swallowed = is_tsv and any("\t" in field and "\n" in field for field in row)
                 how = 'a quote opens a field that ends lines later: write " as """", or save a .csv'
                 require(not swallowed, f"{place}: {how}")
                 if any(row) or len(row) == 1:  # else it is empty, perhaps a spreadsheet's ",,"
